@@ -1,0 +1,430 @@
+"""Filter Something-Something V2 (SSv2) annotations to a few tasks and sample from them.
+
+    python -m data.dataset --data_dir data/sthv2
+
+reads `annotations/train.json` and `annotations/validation.json` (or SSv2's published names,
+`something-something-v2-train.json` and `-validation.json`) and writes `train_filtered.json` and
+`val_filtered.json` beside them: the sampled entries, each with its `task`. The next step is
+`python -m data.video_loader`. The paths and the annotation format that all later steps share live here too.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+DEFAULT_DATA_DIR = Path("data/sthv2")
+SPLITS = ("train", "val")
+SOURCE_NAMES = {
+    "train": ("train.json", "something-something-v2-train.json"),
+    "val": ("validation.json", "something-something-v2-validation.json"),
+}
+DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
+
+# The rule. A template belongs to a task when its wording alone guarantees that the following happens to a whole,
+# solid object in front of a still camera, and that it really happens:
+#   move_object   a hand moves the object sideways or up and down (not along the line of sight), keeps hold of it
+#                 or leaves it where the movement ends, and nothing falls or collides.
+#   drop_object   the object falls freely: it is let go, pushed, moved or tilted off what held it, or thrown up.
+#   cover_object  a hand sets the object down, or covers it with another, and it stays as it was left.
+# So none of these is in any task:
+#   pretending, trying and failing; a placement after which the object falls, slides or tips over;
+#   a fall that is only threatened ("almost falls off") or ends in a catch;
+#   parts and ends of objects; collisions, spins, rolls, pokes and throws at a target; camera movements;
+#   substances (pouring, spreading, sprinkling, burying); joining and building (plugging, stuffing, stacking).
+# Names are SSv2's own, brackets removed. They are compared whole: many excluded names contain an included one.
+TASK_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "move_object": (
+        "Lifting something up completely without letting it drop down",
+        "Lifting something with something on it",
+        "Moving something across a surface without it falling down",
+        "Moving something and something away from each other",
+        "Moving something and something closer to each other",
+        "Moving something and something so they pass each other",
+        "Moving something away from something",
+        "Moving something closer to something",
+        "Moving something down",
+        "Moving something up",
+        "Picking something up",
+        "Pulling something from left to right",
+        "Pulling something from right to left",
+        "Pushing something from left to right",
+        "Pushing something from right to left",
+        "Pushing something so that it slightly moves",
+    ),
+    "drop_object": (
+        "Dropping something behind something",
+        "Dropping something in front of something",
+        "Dropping something into something",
+        "Dropping something next to something",
+        "Dropping something onto something",
+        "Lifting something up completely, then letting it drop down",
+        "Moving something across a surface until it falls down",
+        "Pushing something off of something",
+        "Pushing something so that it falls off the table",
+        "Something falling like a feather or paper",
+        "Something falling like a rock",
+        "Throwing something in the air and letting it fall",
+        "Tilting something with something on it until it falls off",
+    ),
+    "cover_object": (
+        "Covering something with something",
+        "Laying something on the table on its side, not upright",
+        "Putting number of something onto something",
+        "Putting something and something on the table",
+        "Putting something behind something",
+        "Putting something in front of something",
+        "Putting something into something",
+        "Putting something next to something",
+        "Putting something on a flat surface without letting it roll",
+        "Putting something on a surface",
+        "Putting something onto a slanted surface but it doesn't glide down",
+        "Putting something onto something",
+        "Putting something similar to other things that are already on the table",
+        "Putting something that can't roll onto a slanted surface, so it stays where it is",
+        "Putting something underneath something",
+        "Putting something upright on the table",
+        "Putting something, something and something on the table",
+    ),
+}
+
+
+class UserError(Exception):
+    """A mistake in the input that the user can mend. The message is one line: what, where, and how to mend it."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main`: a UserError ends it with one line on stderr and status 1, Ctrl-C with status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+# Paths. Each has its one home here.
+
+
+def video_path(data_dir: Path | str, video_id: str) -> Path:
+    """`<data_dir>/videos/<id>.webm`."""
+    return Path(data_dir) / "videos" / f"{video_id}.webm"
+
+
+def frames_dir(data_dir: Path | str, resolution: int) -> Path:
+    """`<data_dir>/frames_<R>x<R>`, the folder of all videos' frames at `resolution` R (pixels)."""
+    return Path(data_dir) / f"frames_{resolution}x{resolution}"
+
+
+def frame_path(frames_dir: Path | str, video_id: str, frame_idx: int) -> Path:
+    """`<frames_dir>/<id>/<index>.png`; indices start at 0 and have 5 digits (frame 20 is `00020.png`)."""
+    return Path(frames_dir) / video_id / f"{frame_idx:05d}.png"
+
+
+def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
+    """`<data_dir>/annotations/<split>_filtered.json`, `split` being "train" or "val"."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    return Path(data_dir) / "annotations" / f"{split}_filtered.json"
+
+
+def _source_annotations_path(data_dir: Path, split: str) -> Path:
+    folder = data_dir / "annotations"
+    for name in SOURCE_NAMES[split]:
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(
+        f"no {' or '.join(SOURCE_NAMES[split])} in {folder}: {DOWNLOAD_HINT} and put its annotation files there,"
+        " or name another folder with --data_dir"
+    )
+
+
+# Annotations.
+
+# An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
+_SAFE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}").fullmatch
+
+
+def plain_template(template: str) -> str:
+    """The template's official name: "Moving [something] up" -> "Moving something up"."""
+    return template.replace("[", "").replace("]", "")
+
+
+def read_annotations(path: Path | str) -> list[dict]:
+    """Read and check an annotation file: a JSON list of entries with `id`, `label` and `template`.
+
+    All other keys are kept as they are; `task` and `num_frames`, where present, are checked too.
+    Raises UserError, naming the file and the entry, if the file cannot be read or an entry is not as described:
+    an id is a string of at most 100 letters, digits, "-", "_" and ".", not starting with ".", and unique in its
+    file; label and template are strings that are not blank.
+    """
+    path = Path(path)
+    entries = _load_json(path)
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: the file must be a list of entries, but holds {_json_type(entries)}")
+    seen = set()
+    for index, entry in enumerate(entries):
+        try:
+            video_id, label, template = entry["id"], entry["label"], entry["template"]
+            # One test for the usual, good entry; what exactly is wrong is worked out only for a bad one.
+            good = _SAFE_ID(video_id) and video_id not in seen and label.strip() and template.strip()
+        except (TypeError, KeyError, AttributeError):
+            good = False
+        if not good or (len(entry) > 4 and _extra_keys_problem(entry)):
+            raise UserError(f"{path}: entry {index + 1}{_problem(entry, seen)}")
+        seen.add(video_id)
+    return entries
+
+
+def _load_json(path: Path) -> object:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        if not text.strip():
+            raise UserError(f"{path}: the file is empty; copy it again from where it came from")
+        content = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # an escaped half of a character cannot be written again
+        return content
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy it again from where it came from") from None
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _problem(entry: object, seen: set[str]) -> str:
+    """What is wrong with an entry, as the end of the sentence that begins "entry 5"."""
+    if not isinstance(entry, dict):
+        return f" must be an object with id, label and template, but is {_json_type(entry)}"
+    if "id" not in entry:
+        return " has no id"
+    video_id = entry["id"]
+    if not isinstance(video_id, str):
+        return f": the id must be a string such as \"74225\", but is {_json_type(video_id)}"
+    shown = json.dumps(video_id[:60], ensure_ascii=True)
+    if not _SAFE_ID(video_id):
+        return (
+            f": the id {shown} cannot name a file safely; an id has at most 100 letters, digits, '-', '_' and '.'"
+            " and does not start with '.'"
+        )
+    if video_id in seen:
+        return f": the id {shown} occurs twice in this file"
+    for key in ("label", "template"):
+        if key not in entry:
+            return f" (id {shown}) has no {key}"
+        if not isinstance(entry[key], str):
+            return f" (id {shown}): the {key} must be a string, but is {_json_type(entry[key])}"
+        if not entry[key].strip():
+            return f" (id {shown}): the {key} is blank"
+    return f" (id {shown}): {_extra_keys_problem(entry)}"
+
+
+def _extra_keys_problem(entry: dict) -> str | None:
+    if "task" in entry and not isinstance(entry["task"], str):
+        return f"the task must be a string, but is {_json_type(entry['task'])}"
+    if "num_frames" in entry and (type(entry["num_frames"]) is not int or entry["num_frames"] < 1):
+        return "num_frames must be a positive whole number; run python -m data.video_loader to set it"
+    return None
+
+
+def write_annotations(path: Path | str, entries: list[dict]) -> None:
+    """Write entries as indented UTF-8 JSON: whole or not at all, and the same bytes for the same entries."""
+    write_file(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_file(path: Path | str, text: str) -> None:
+    """Write `text` as UTF-8 under a temporary name and rename it. Raises UserError if the disk does not let us."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())  # else a crash soon after the rename could leave an empty file
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+# Filtering and sampling.
+
+
+def match_tasks(entries: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
+    """The entries of each task, with `task` added as a key: {task: entries}, in the order of `entries`."""
+    task_of_template = {template: task for task in tasks for template in TASK_TEMPLATES[task]}
+    task_of_raw: dict[str, str | None] = {}  # a few hundred distinct strings; saves removing brackets 220,000 times
+    matched: dict[str, list[dict]] = {task: [] for task in tasks}
+    for entry in entries:
+        raw = entry["template"]
+        if raw not in task_of_raw:
+            task_of_raw[raw] = task_of_template.get(plain_template(raw))
+        task = task_of_raw[raw]
+        if task is not None:
+            matched[task].append({**entry, "task": task})
+    return matched
+
+
+def sampling_rank(seed: int, video_id: str) -> bytes:
+    """A video's place in the seeded shuffle: a hash, so it depends on nothing but the seed and the id."""
+    return hashlib.sha256(f"{seed}:{video_id}".encode()).digest()
+
+
+def sample_entries(entries: list[dict], count: int, seed: int) -> list[dict]:
+    """The `count` entries that come first in the seeded shuffle (all of them if there are fewer), in its order.
+
+    Whether an entry is taken depends only on the seed and on the ids it competes with: not on the order of the
+    file, nor on other tasks. A smaller sample is the beginning of a larger one.
+    """
+    return sorted(entries, key=lambda entry: sampling_rank(seed, entry["id"]))[:count]
+
+
+def drop_shared_ids(train: list[dict], val: list[dict], seed: int) -> tuple[list[dict], list[dict], int]:
+    """Give each id that both files hold to one of them: a tenth to validation, the others to training.
+
+    Which tenth follows from the seed alone. Returns the two lists and the number of shared ids. SSv2 has none.
+    """
+    shared = {entry["id"] for entry in train} & {entry["id"] for entry in val}
+    if not shared:
+        return train, val, 0
+    to_val = {video_id for video_id in shared if sampling_rank(seed, video_id)[0] < 256 // 10}
+    train = [entry for entry in train if entry["id"] not in to_val]
+    val = [entry for entry in val if entry["id"] not in shared - to_val]
+    return train, val, len(shared)
+
+
+def list_videos(data_dir: Path | str) -> set[str] | None:
+    """The file names in `videos/`, or None if the folder is absent or empty."""
+    folder = Path(data_dir) / "videos"
+    try:
+        return set(os.listdir(folder)) or None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m data.dataset`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.dataset",
+        description="Filter SSv2's annotations to the tasks, sample from them, and write train_filtered.json and"
+        " val_filtered.json. Counts per template go to annotations/filter.log.",
+    )
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
+    parser.add_argument("--train_samples_per_task", type=_count, default=1000, help="default: %(default)s")
+    parser.add_argument("--val_samples_per_task", type=_count, default=100, help="default: %(default)s")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(TASK_TEMPLATES), default=list(TASK_TEMPLATES), help="default: all"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="same seed, same output (default: %(default)s)")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    tasks = list(dict.fromkeys(args.tasks))
+    counts = {"train": args.train_samples_per_task, "val": args.val_samples_per_task}
+
+    sources = {split: _source_annotations_path(args.data_dir, split) for split in SPLITS}
+    entries = {split: read_annotations(sources[split]) for split in SPLITS}
+    entries["train"], entries["val"], num_shared = drop_shared_ids(entries["train"], entries["val"], args.seed)
+    matched = {split: match_tasks(entries[split], tasks) for split in SPLITS}
+    if not any(matched["train"].values()):
+        raise UserError(f"{sources['train']}: no entry has a template of {', '.join(tasks)}")
+
+    notes = []
+    if num_shared:
+        notes.append(
+            f"{num_shared} ids are in both annotation files: a tenth of them is kept for validation only, the"
+            " others for training only."
+        )
+    videos = list_videos(args.data_dir)
+    available = matched
+    if videos is None:
+        notes.append(f"No videos in {args.data_dir / 'videos'} yet: sampled from all matching entries.")
+    else:
+        available = {
+            split: {task: [entry for entry in found if f"{entry['id']}.webm" in videos] for task, found in by_task.items()}
+            for split, by_task in matched.items()
+        }
+        num_matched = sum(len(found) for by_task in matched.values() for found in by_task.values())
+        num_available = sum(len(found) for by_task in available.values() for found in by_task.values())
+        if num_available == 0:
+            example = next(found[0]["id"] for found in matched["train"].values() if found)
+            raise UserError(
+                f"none of the {num_matched} matching videos is in {args.data_dir / 'videos'};"
+                f" expected files such as {video_path(args.data_dir, example)}"
+            )
+        if num_available < num_matched:
+            notes.append(
+                f"{num_matched - num_available} of {num_matched} matching videos are missing from"
+                f" {args.data_dir / 'videos'}: sampled from the {num_available} that exist."
+            )
+
+    sampled = {
+        split: {task: sample_entries(available[split][task], counts[split], args.seed) for task in tasks}
+        for split in SPLITS
+    }
+    for split in SPLITS:
+        for task in tasks:
+            if len(sampled[split][task]) < counts[split]:
+                notes.append(f"{task}, {split}: asked for {counts[split]}, took all {len(sampled[split][task])}.")
+
+    # Nothing is written before everything is known to be good. The shuffled order mixes the tasks, so that the
+    # first N entries (--limit of the extraction) are a fair sample of the whole.
+    for split in SPLITS:
+        chosen = [entry for task in tasks for entry in sampled[split][task]]
+        write_annotations(filtered_annotations_path(args.data_dir, split), sample_entries(chosen, len(chosen), args.seed))
+    report = "\n".join([_task_table(tasks, matched, available, sampled), *notes])
+    log_path = args.data_dir / "annotations" / "filter.log"
+    write_file(log_path, f"seed {args.seed}\n{report}\n\n{_template_table(tasks, matched, available, sampled)}\n")
+    print(report)
+    print(f"Wrote {' and '.join(str(filtered_annotations_path(args.data_dir, split)) for split in SPLITS)}.")
+    print(f"Counts per template: {log_path}. Next: python -m data.video_loader --data_dir {args.data_dir}")
+
+
+def _task_table(tasks: list[str], *stages: dict[str, dict[str, list[dict]]]) -> str:
+    """One line per task and split; `stages` are {split: {task: entries}}: matched, with a video, sampled."""
+    lines = [f"{'task':<14}{'split':<7}{'matched':>9}{'with video':>12}{'sampled':>9}"]
+    for task in tasks:
+        for split in SPLITS:
+            matched, available, sampled = (len(stage[split][task]) for stage in stages)
+            lines.append(f"{task:<14}{split:<7}{matched:>9}{available:>12}{sampled:>9}")
+    return "\n".join(lines)
+
+
+def _template_table(tasks: list[str], *stages: dict[str, dict[str, list[dict]]]) -> str:
+    """One line per split, task and template, with the same counts as the table of tasks."""
+    lines = ["split  task          matched  with video  sampled  template"]
+    for split in SPLITS:
+        for task in tasks:
+            counters = [Counter(plain_template(entry["template"]) for entry in stage[split][task]) for stage in stages]
+            for template in TASK_TEMPLATES[task]:
+                matched, available, sampled = (counter[template] for counter in counters)
+                lines.append(f"{split:<7}{task:<14}{matched:>7}{available:>12}{sampled:>9}  {template}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

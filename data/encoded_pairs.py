@@ -1,0 +1,254 @@
+"""The frames and prompts of a training run, passed once through the frozen VAE and text encoder, and its batches.
+
+Training reads nothing else: `encode_once` fills (or finds) the cache, `TrainingBatches` draws from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Array2D, Array3D, Dataset, Features, Value, concatenate_datasets
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import ImageOps
+
+from data.sthv2_dataset_hf import derive_seed, frame_pairs_dataset, swap_left_and_right
+
+ENCODING_BATCH = 16  # pairs; enough to fill a GPU at 128 pixels, little memory at 512
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """A short name for some bytes: equal names mean equal bytes."""
+    return hashlib.blake2b(b"".join(hashlib.sha256(part).digest() for part in parts), digest_size=16).hexdigest()
+
+
+def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
+    """Everything that determines what a frozen model computes: its configuration and its weights."""
+    yield json.dumps(dict(getattr(module.config, "to_dict", lambda: module.config)()), sort_keys=True, default=str).encode()
+    for name, tensor in sorted(module.state_dict().items()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def read_frames(pairs: Sequence[dict[str, Any]]) -> Iterator[bytes]:
+    for pair in pairs:
+        for column in ("input_image", "edited_image"):
+            yield Path(pair[column]).read_bytes()
+
+
+def encode_once(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pairs: Sequence[dict[str, Any]],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> tuple[Dataset, Dataset, str]:
+    """Passes all frames and prompts through the VAE and the text encoder, or finds that done in the cache.
+
+    Returns a Dataset of frame pairs (`input_latents` (4, h, w), the posterior's mode; `target_moments` (8, h, w), mean
+    and log variance; `edit_prompt`), a Dataset of the distinct prompts (`prompt`, `embedding` (77, d)), and the
+    cache key. With `random_flip` the mirrored pairs follow the plain ones. Latents are not scaled.
+
+    The cache, `<train_data_dir>/encoded_cache/`, is keyed by all that determines its content: weights, precision,
+    prompts and the bytes of the frames.
+    """
+    frames = frame_pairs_dataset(pairs).select_columns(["input_image", "edited_image", "edit_prompt"])
+    frames = frames.add_column("mirrored", [False] * len(frames))
+    if args.random_flip:
+        mirrored = {"edit_prompt": [swap_left_and_right(prompt) for prompt in frames["edit_prompt"]]}
+        mirrored["mirrored"] = [True] * len(frames)
+        flipped = frames.remove_columns(list(mirrored))
+        for name, column in mirrored.items():
+            flipped = flipped.add_column(name, column)
+        frames = concatenate_datasets([frames, flipped])
+    prompts = sorted({"", *frames["edit_prompt"]})
+    token_ids = tokenize(pipeline, prompts)
+
+    precision = f"{accelerator.mixed_precision} on {accelerator.device.type}".encode()
+    frames_key = digest([precision, *module_bytes(pipeline.vae), bytes(frames["mirrored"]), *read_frames(pairs)])
+    prompts_key = digest([precision, *module_bytes(pipeline.text_encoder), token_ids.numpy().tobytes()])
+    cache = args.train_data_dir / "encoded_cache"
+    with accelerator.main_process_first():
+        cache.mkdir(exist_ok=True)
+        latents = encode_frames(pipeline, frames, cache / f"frames-{frames_key}.arrow", frames_key, accelerator)
+        embeddings = encode_prompts(pipeline, prompts, cache / f"prompts-{prompts_key}.arrow", prompts_key, accelerator)
+    return latents, embeddings, f"{frames_key}-{prompts_key}"
+
+
+def tokenize(pipeline: StableDiffusionInstructPix2PixPipeline, prompts: Sequence[str]) -> torch.Tensor:
+    """Token ids (B, 77), as the pipeline makes them when it samples."""
+    length = pipeline.tokenizer.model_max_length
+    tokens = pipeline.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids
+
+
+def encode_frames(
+    pipeline: StableDiffusionInstructPix2PixPipeline, frames: Dataset, cache_file: Path, key: str, accelerator: Accelerator
+) -> Dataset:
+    vae = pipeline.vae
+    side = frames[0]["input_image"].height // pipeline.vae_scale_factor
+    channels = vae.config.latent_channels
+
+    @torch.no_grad()
+    def encode(batch: dict[str, list]) -> dict[str, Any]:
+        pictures = batch["input_image"] + batch["edited_image"]
+        pictures = [ImageOps.mirror(p) if mirrored else p for p, mirrored in zip(pictures, batch["mirrored"] * 2)]
+        with accelerator.autocast():
+            posterior = vae.encode(pipeline.image_processor.preprocess(pictures).to(vae.device)).latent_dist
+        half = len(pictures) // 2
+        return {
+            "input_latents": posterior.mode()[:half].float().cpu().numpy(),
+            "target_moments": posterior.parameters[half:].float().cpu().numpy(),
+        }
+
+    if not cache_file.is_file():
+        vae.to(accelerator.device)
+    encoded = frames.map(
+        encode,
+        batched=True,
+        batch_size=ENCODING_BATCH,
+        remove_columns=["input_image", "edited_image", "mirrored"],
+        features=Features(
+            edit_prompt=Value("string"),
+            input_latents=Array3D((channels, side, side), "float32"),
+            target_moments=Array3D((2 * channels, side, side), "float32"),
+        ),
+        cache_file_name=str(cache_file),
+        new_fingerprint=key,
+        desc="Encoding frames",
+    )
+    vae.to("cpu")
+    return encoded
+
+
+def encode_prompts(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    prompts: Sequence[str],
+    cache_file: Path,
+    key: str,
+    accelerator: Accelerator,
+) -> Dataset:
+    text_encoder = pipeline.text_encoder
+
+    @torch.no_grad()
+    def encode(batch: dict[str, list]) -> dict[str, Any]:
+        with accelerator.autocast():
+            hidden_states = text_encoder(tokenize(pipeline, batch["prompt"]).to(text_encoder.device))[0]
+        return {"embedding": hidden_states.float().cpu().numpy()}
+
+    if not cache_file.is_file():
+        text_encoder.to(accelerator.device)
+    shape = (pipeline.tokenizer.model_max_length, text_encoder.config.hidden_size)
+    encoded = Dataset.from_dict({"prompt": list(prompts)}).map(
+        encode,
+        batched=True,
+        batch_size=ENCODING_BATCH,
+        features=Features(prompt=Value("string"), embedding=Array2D(shape, "float32")),
+        cache_file_name=str(cache_file),
+        new_fingerprint=key,
+        desc="Encoding prompts",
+    )
+    text_encoder.to("cpu")
+    return encoded
+
+
+class TrainingBatches:
+    """The micro-batches of a whole run, for a DataLoader: item k is the k-th pass of this process.
+
+    Samples are drawn as one endless stream of epochs, each a new permutation. Everything random in an optimiser
+    step is drawn for its whole global batch from a generator seeded by (seed, step), of which each process takes
+    its share: nothing depends on how often a generator was called before, or on how the batch is divided.
+    """
+
+    def __init__(
+        self,
+        latents: Dataset,
+        embeddings: Dataset,
+        args: argparse.Namespace,
+        num_train_timesteps: int,
+        scaling_factor: float,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ) -> None:
+        row_of_prompt = {prompt: row for row, prompt in enumerate(embeddings["prompt"])}
+        self.prompt_rows = [row_of_prompt[prompt] for prompt in latents["edit_prompt"]]
+        self.empty_prompt_row = row_of_prompt[""]
+        self.latents = latents.select_columns(["input_latents", "target_moments"]).with_format("numpy")
+        self.embeddings = embeddings.select_columns(["embedding"]).with_format("numpy")
+        self.num_samples = len(latents) // (2 if args.random_flip else 1)
+        self.args = args
+        self.num_train_timesteps = num_train_timesteps
+        self.scaling_factor = scaling_factor
+        self.num_processes, self.process_index = num_processes, process_index
+        self.global_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
+        self.max_train_steps = args.max_train_steps or self.steps_after_epochs(args.num_train_epochs)
+        self.permutations: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.max_train_steps * self.args.gradient_accumulation_steps
+
+    def steps_after_epochs(self, num_epochs: int) -> int:
+        """The optimiser steps it takes to see every sample `num_epochs` times."""
+        return math.ceil(num_epochs * self.num_samples / self.global_batch_size)
+
+    def samples_of_step(self, step: int) -> list[int]:
+        """Which frame pairs the optimiser step (counted from 0) sees, over all processes."""
+        positions = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        return [int(self.permutation(p // self.num_samples)[p % self.num_samples]) for p in positions]
+
+    def permutation(self, epoch: int) -> torch.Tensor:
+        if epoch not in self.permutations:
+            generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "order", epoch))
+            self.permutations = {epoch: torch.randperm(self.num_samples, generator=generator)}
+        return self.permutations[epoch]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`target_latents` (B, 4, h, w), scaled; `image_latents` (B, 4, h, w), not scaled, 0 where dropped;
+        `prompt_embeds` (B, 77, d); `noise` (B, 4, h, w); `timesteps` (B,)."""
+        step, part = divmod(index, self.args.gradient_accumulation_steps)
+        size = self.args.train_batch_size
+        start = (part * self.num_processes + self.process_index) * size
+        mine = slice(start, start + size)
+
+        shape = (self.global_batch_size, *self.latents.features["input_latents"].shape)
+        generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "step", step))
+        noise = torch.randn(shape, generator=generator)[mine]
+        posterior_noise = torch.randn(shape, generator=generator)[mine]
+        timesteps = torch.randint(self.num_train_timesteps, shape[:1], generator=generator)[mine]
+        dropout = torch.rand(shape[:1], generator=generator)[mine]
+        flip = torch.rand(shape[:1], generator=generator)[mine] < 0.5
+
+        rows = self.samples_of_step(step)[mine]
+        if self.args.random_flip:
+            rows = [row + self.num_samples * int(flipped) for row, flipped in zip(rows, flip)]
+        frames = self.latents[rows]
+        mean, logvar = torch.from_numpy(frames["target_moments"]).chunk(2, dim=1)
+        # The bounds are those of diffusers' DiagonalGaussianDistribution.
+        target_latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise
+
+        drop_text, drop_image = conditioning_dropout(dropout, self.args.conditioning_dropout_prob)
+        prompt_rows = [self.empty_prompt_row if drop else self.prompt_rows[row] for row, drop in zip(rows, drop_text)]
+        image_latents = torch.from_numpy(frames["input_latents"]) * ~drop_image[:, None, None, None]
+        return {
+            "target_latents": target_latents * self.scaling_factor,
+            "image_latents": image_latents,
+            "prompt_embeds": torch.from_numpy(self.embeddings[prompt_rows]["embedding"]),
+            "noise": noise,
+            "timesteps": timesteps,
+        }
+
+
+def conditioning_dropout(uniform: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples lose their text and which their image, as masks, given uniform numbers in [0, 1).
+
+    Text alone, both, and image alone each with `probability` (Brooks et al., 2023, arXiv 2211.09800).
+    """
+    drop_text = uniform < 2 * probability
+    drop_image = (uniform >= probability) & (uniform < 3 * probability)
+    return drop_text, drop_image

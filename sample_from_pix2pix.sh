@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Predicts frames of validation videos with a trained model and scores them. Every variable can also be set from
+# outside:
+#   MODEL_DIR=test_output/model NUM_SAMPLES=10 bash sample_from_pix2pix.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+MODEL_DIR=${MODEL_DIR:-outputs/instruct_pix2pix_128}  # a trained model's directory, or a model on the hub
+FRAMES_DIR=${FRAMES_DIR:-data/sthv2/frames_128x128}
+VAL_ANNOTATIONS=${VAL_ANNOTATIONS:-data/sthv2/annotations/val_filtered.json}
+OUTPUT_DIR=${OUTPUT_DIR:-test_result/baseline}
+INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20}
+TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21}
+NUM_SAMPLES=${NUM_SAMPLES:-3}                         # a number, or all
+SEED=${SEED:-42}                                      # chooses the samples and their noise
+NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-20}
+IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1.5}
+GUIDANCE_SCALE=${GUIDANCE_SCALE:-7.5}                 # of the text
+BATCH_SIZE=${BATCH_SIZE:-8}
+
+export HF_HOME=${HF_HOME:-$PWD/.cache/huggingface}
+if [[ -n ${HF_ENDPOINT:-} ]]; then export HF_ENDPOINT; fi
+
+python sample_from_pix2pix.py \
+  --model_dir "$MODEL_DIR" \
+  --frames_dir "$FRAMES_DIR" \
+  --val_annotations "$VAL_ANNOTATIONS" \
+  --output_dir "$OUTPUT_DIR" \
+  --input_frame_idx "$INPUT_FRAME_IDX" \
+  --target_frame_idx "$TARGET_FRAME_IDX" \
+  --num_samples "$NUM_SAMPLES" \
+  --seed "$SEED" \
+  --num_inference_steps "$NUM_INFERENCE_STEPS" \
+  --image_guidance_scale "$IMAGE_GUIDANCE_SCALE" \
+  --guidance_scale "$GUIDANCE_SCALE" \
+  --batch_size "$BATCH_SIZE"

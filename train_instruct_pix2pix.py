@@ -1,0 +1,630 @@
+"""Fine-tunes InstructPix2Pix to predict a future frame of a video.
+
+    accelerate launch train_instruct_pix2pix.py --train_data_dir data/sthv2 --resolution 128 --output_dir outputs/run
+
+The frozen VAE and text encoder see every frame and every prompt once, before the first step; a step is the UNet alone.
+What a step sees is a pure function of the seed and the step's number: a resumed run equals an uninterrupted one, and
+several processes equal one. Both are the work of data/encoded_pairs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.dataset import DEFAULT_DATA_DIR, UserError, run_command
+from data.sthv2_dataset_hf import (
+    DEFAULT_INPUT_FRAME_IDX,
+    DEFAULT_TARGET_FRAME_IDX,
+    describe_left_out,
+    load_frame_pairs,
+)
+from sample_from_pix2pix import (
+    TRAINING_CONFIG,
+    choose_samples,
+    comparison_picture,
+    load_pipeline,
+    mean_scores,
+    predict_and_score,
+    quiet_libraries,
+    save_picture,
+    warn,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+
+    from data.encoded_pairs import TrainingBatches
+
+PROJECT_NAME = "instruct_pix2pix"
+LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
+FROZEN_FOR_RESUME = (
+    "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
+    " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
+    " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size encoded_data"
+).split()
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; flags that diffusers' training examples have mean the same here."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    model = parser.add_argument_group("model").add_argument
+    model("--pretrained_model_name_or_path", default="timbrooks/instruct-pix2pix", help="hub id or directory (%(default)s)")
+    model("--revision", help="revision of a model on the hub")
+    model("--variant", help="variant of the model's weight files, such as fp16")
+    model("--cache_dir", help="where models from the hub are kept")
+
+    data = parser.add_argument_group("data").add_argument
+    data("--train_data_dir", type=Path, default=DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
+    data("--resolution", type=int, default=128, help="side of the frames, uses frames_<R>x<R> (%(default)s)")
+    data("--input_frame_idx", type=int, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
+    data("--target_frame_idx", type=int, default=DEFAULT_TARGET_FRAME_IDX, help="frame to predict (%(default)s)")
+    data("--add_progress", action="store_true", help="prompts say how much of the action is done")
+    data("--max_train_samples", type=int, help="train on this many frame pairs, spread over the tasks")
+    data("--random_flip", action="store_true", help="mirror half of the pairs, swapping left and right in the prompt")
+    data("--dataloader_num_workers", type=int, default=0, help="processes that prepare batches (%(default)s)")
+
+    steps = parser.add_argument_group("steps").add_argument
+    steps("--train_batch_size", type=int, default=8, help="samples a process and pass (%(default)s)")
+    steps("--gradient_accumulation_steps", type=int, default=1, help="passes per optimiser step (%(default)s)")
+    steps("--num_train_epochs", type=int, default=20, help="(%(default)s)")
+    steps("--max_train_steps", type=int, help="optimiser steps, overrides --num_train_epochs")
+    steps("--seed", type=int, default=42, help="order, noise, timesteps and dropout follow from it (%(default)s)")
+    steps("--conditioning_dropout_prob", type=float, default=0.05, help="for text, image, and both; 0 is off (%(default)s)")
+    steps("--snr_gamma", type=float, help="min-SNR weighting of the loss (Hang et al., 2023), 5.0 is usual")
+
+    optimizer = parser.add_argument_group("optimiser").add_argument
+    optimizer("--learning_rate", type=float, default=5e-6, help="(%(default)s)")
+    optimizer("--scale_lr", action="store_true", help="multiply the learning rate by the global batch size")
+    optimizer(
+        "--lr_scheduler",
+        default="constant",
+        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+    )
+    optimizer("--lr_warmup_steps", type=int, default=0, help="optimiser steps of linear warm-up (%(default)s)")
+    optimizer("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with 8-bit state")
+    optimizer("--adam_beta1", type=float, default=0.9)
+    optimizer("--adam_beta2", type=float, default=0.999)
+    optimizer("--adam_weight_decay", type=float, default=1e-2)
+    optimizer("--adam_epsilon", type=float, default=1e-8)
+    optimizer("--max_grad_norm", type=float, default=1.0, help="(%(default)s)")
+    optimizer("--use_ema", action="store_true", help="keep a moving average of the weights and save that")
+
+    speed = parser.add_argument_group("speed and memory").add_argument
+    speed("--mixed_precision", choices=["no", "fp16", "bf16"], help="(what accelerate is configured for)")
+    speed("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    speed("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
+    speed("--compile", action="store_true", help="torch.compile the UNet: slow first step, faster ones after")
+    speed("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of PyTorch's attention")
+
+    output = parser.add_argument_group("output").add_argument
+    output("--output_dir", type=Path, default=Path("outputs/instruct_pix2pix_128"), help="(%(default)s)")
+    output("--logging_dir", default="logs", help="for TensorBoard, inside the output directory (%(default)s)")
+    output("--report_to", default="tensorboard", help="tensorboard, wandb, all or none (%(default)s)")
+    output("--checkpointing_steps", type=int, default=500, help="optimiser steps between checkpoints (%(default)s)")
+    output("--checkpoints_total_limit", type=int, help="keep only this many checkpoints, the newest")
+    output("--resume_from_checkpoint", help="a checkpoint's directory, or 'latest'")
+    output("--validation_epochs", type=int, default=5, help="epochs between validations (%(default)s)")
+    output("--num_validation_images", type=int, default=4, help="validation entries to predict, 0 for none (%(default)s)")
+    output("--push_to_hub", action="store_true", help="upload the trained pipeline")
+    output("--hub_model_id", help="repository to upload to (the output directory's name)")
+    output("--hub_token", help="token for the upload (what `hf auth login` stored); never logged")
+    return parser.parse_args(arguments)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses values that could only fail later, before anything heavy is loaded."""
+    at_least_one = (
+        "resolution train_batch_size gradient_accumulation_steps num_train_epochs checkpointing_steps validation_epochs"
+        " max_train_steps max_train_samples checkpoints_total_limit"
+    )
+    for name in at_least_one.split():
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+    for name in ("lr_warmup_steps", "num_validation_images", "dataloader_num_workers"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} must be at least 0, not {getattr(args, name)}")
+    if args.resolution % 8:
+        raise UserError(f"--resolution must be a multiple of 8, not {args.resolution}")
+    if not 0 <= args.conditioning_dropout_prob <= 1 / 3:
+        raise UserError(f"--conditioning_dropout_prob must lie in [0, 1/3], not {args.conditioning_dropout_prob}")
+
+
+# Training
+
+
+def diffusion_loss(
+    unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None
+) -> torch.Tensor:
+    """Mean squared error of the UNet's prediction of the noise (or the velocity, as the scheduler says), float32.
+
+    With `snr_gamma` each sample is weighted by min(SNR, gamma) / SNR for noise and min(SNR, gamma) / (SNR + 1)
+    for velocity (Hang et al., 2023, arXiv 2303.09556).
+    """
+    import torch
+    import torch.nn.functional as F
+    from diffusers.training_utils import compute_snr
+
+    latents, noise, timesteps = batch["target_latents"], batch["noise"], batch["timesteps"]
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    unet_input = torch.cat([noisy_latents, batch["image_latents"]], dim=1)
+    prediction = unet(unet_input, timesteps, batch["prompt_embeds"], return_dict=False)[0].float()
+    velocity = noise_scheduler.config.prediction_type == "v_prediction"
+    target = noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    if snr_gamma is None:
+        return F.mse_loss(prediction, target)
+    snr = compute_snr(noise_scheduler, timesteps)
+    weights = snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+    return (F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
+
+
+def add_image_channels(unet: UNet2DConditionModel) -> None:
+    """Widens the first convolution of a 4-channel UNet to 8; the input frame's channels start at zero."""
+    import torch
+
+    old = unet.conv_in
+    new = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, old.stride, old.padding)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=8)
+
+
+def prepare_unet(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
+    from diffusers.utils.import_utils import is_xformers_available
+
+    if unet.config.in_channels == 4:
+        add_image_channels(unet)
+    if args.enable_xformers_memory_efficient_attention:
+        if not is_xformers_available():
+            raise UserError("xformers is not installed: pip install xformers, or leave PyTorch's own attention on")
+        unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.requires_grad_(True)
+    unet.train()
+
+
+def create_optimizer(unet: torch.nn.Module, args: argparse.Namespace, learning_rate: float) -> torch.optim.Optimizer:
+    import torch
+
+    options = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW(unet.parameters(), fused=True, **options)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave it off") from error
+    return bitsandbytes.optim.AdamW8bit(unet.parameters(), **options)
+
+
+def create_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, max_train_steps: int) -> Any:
+    """The schedule over optimiser steps. `constant` with a warm-up warms up, which diffusers' own ignores."""
+    from diffusers.optimization import get_scheduler
+
+    name = args.lr_scheduler
+    if name == "constant" and args.lr_warmup_steps:
+        name = "constant_with_warmup"
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+
+
+class StepLog:
+    """Collects each step's figures and hands them to the trackers every few steps.
+
+    Losses stay on the device until then, since reading one waits for all work before it. Raises UserError where
+    a loss is not finite.
+    """
+
+    def __init__(self, accelerator: Accelerator, samples_per_step: int) -> None:
+        self.accelerator, self.samples_per_step = accelerator, samples_per_step
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out of the samples per second what was not training."""
+        self.started = time.perf_counter()
+
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        self.pending.append((step, loss, grad_norm, learning_rate))
+
+    def flush(self) -> dict[str, float]:
+        """Writes what was collected; returns the last step's figures."""
+        import torch
+
+        if not self.pending:
+            return {}
+        losses = self.accelerator.reduce(torch.stack([loss for _, loss, _, _ in self.pending]), "mean").tolist()
+        grad_norms = torch.stack([grad_norm for _, _, grad_norm, _ in self.pending]).tolist()
+        samples_per_second = len(self.pending) * self.samples_per_step / (time.perf_counter() - self.started)
+        figures: dict[str, float] = {}
+        for (step, _, _, learning_rate), loss, grad_norm in zip(self.pending, losses, grad_norms):
+            figures = {
+                "train/loss": loss,
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": grad_norm,
+                "train/samples_per_second": samples_per_second,
+            }
+            self.accelerator.log(figures, step=step)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of step {step} is {loss}; training stopped, earlier checkpoints are untouched."
+                    " Lower LEARNING_RATE, or use bf16 or no mixed precision"
+                )
+        self.pending.clear()
+        self.restart_clock()
+        return figures
+
+
+# Checkpoints, validation, results
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """The steps that have a whole checkpoint, ascending."""
+    names = [path.name for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    return sorted(int(name.removeprefix("checkpoint-")) for name in names if name.removeprefix("checkpoint-").isdigit())
+
+
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: int, config: dict[str, Any]) -> Path:
+    """Saves all that resuming needs as `checkpoint-<step>`, whole or not at all, and removes surplus old ones."""
+    final = args.output_dir / f"checkpoint-{step}"
+    unfinished = args.output_dir / f".checkpoint-{step}.unfinished"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(unfinished / TRAINING_CONFIG, config)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+        steps = checkpoint_steps(args.output_dir)
+        for surplus in steps[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
+            shutil.rmtree(args.output_dir / f"checkpoint-{surplus}")
+    accelerator.wait_for_everyone()
+    return final
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means; None to start afresh."""
+    if not args.resume_from_checkpoint:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        steps = checkpoint_steps(args.output_dir)
+        return args.output_dir / f"checkpoint-{steps[-1]}" if steps else None
+    checkpoint = Path(args.resume_from_checkpoint)
+    if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdigit():
+        raise UserError(f"there is no checkpoint {checkpoint}; name a checkpoint-<step> directory, or 'latest'")
+    return checkpoint
+
+
+def resume(accelerator: Accelerator, checkpoint: Path, config: dict[str, Any]) -> int:
+    """Loads a checkpoint; returns the number of steps done. Refuses one of another experiment."""
+    saved = json.loads((checkpoint / TRAINING_CONFIG).read_text(encoding="utf-8"))["arguments"]
+    now = config["arguments"]
+    changed = [f"{name} was {saved.get(name)}, is {now[name]}" for name in FROZEN_FOR_RESUME if saved.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"{checkpoint} belongs to other settings ({'; '.join(changed)}); resume with the same ones, or train into"
+            " another OUTPUT_DIR"
+        )
+    accelerator.load_state(str(checkpoint))
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
+    """What `training_config.json` records: all arguments but the token, derived figures, library versions."""
+    import accelerate
+    import datasets
+    import diffusers
+    import torch
+    import transformers
+
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    del arguments["hub_token"]
+    libraries = (torch, diffusers, transformers, accelerate, datasets)
+    versions = {library.__name__: library.__version__ for library in libraries}
+    return {"arguments": arguments | derived, "library_versions": versions | {"python": platform.python_version()}}
+
+
+def whole_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DConditionModel:
+    """The UNet without its wrappers; gathered from all processes where they share it out. Call it on every process."""
+    from accelerate import DistributedType
+
+    unwrapped = accelerator.unwrap_model(unet)
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return unwrapped
+    state_dict = accelerator.get_state_dict(unet)
+    gathered = type(unwrapped).from_config(unwrapped.config)
+    if accelerator.is_main_process:
+        gathered.load_state_dict(state_dict)
+    return gathered.to(accelerator.device)
+
+
+class AveragedWeights:
+    """Puts the moving average in the UNet's place for a while, where there is one."""
+
+    def __init__(self, ema: Any, unet: torch.nn.Module) -> None:
+        self.ema, self.unet = ema, unet
+
+    def __enter__(self) -> None:
+        if self.ema:
+            self.ema.store(self.unet.parameters())
+            self.ema.copy_to(self.unet.parameters())
+
+    def __exit__(self, *_: object) -> None:
+        if self.ema:
+            self.ema.restore(self.unet.parameters())
+
+
+def validate(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    unet: UNet2DConditionModel,
+    pairs: Sequence[dict[str, Any]],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Predicts the validation pairs with the UNet as it is, saves the pictures and logs them with their scores."""
+    pipeline.unet = unet.eval()
+    pipeline.to(accelerator.device)
+    with accelerator.autocast():
+        results = predict_and_score(pipeline, pairs, args.seed, args.train_batch_size, show_progress=False)
+    for frozen in (pipeline.vae, pipeline.text_encoder):
+        frozen.to("cpu")
+    unet.train()
+
+    folder = args.output_dir / "validation"
+    folder.mkdir(exist_ok=True)
+    pictures = {}
+    for result in results:
+        picture = comparison_picture(result, f"step {step}")
+        save_picture(folder / f"step-{step:06}_{result['video_id']}.png", picture)
+        pictures[f"validation/{result['video_id']}"] = picture[None]
+    means = mean_scores(results)
+    scalars = {f"validation/{m}_{name}": means[m][name] for m in ("psnr", "ssim") for name in ("prediction", "copy")}
+    accelerator.log(scalars, step=step)
+    for tracker in accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images(pictures, step=step, **options)
+    psnr = means["psnr"]
+    accelerator.print(
+        f"step {step}: validation PSNR {psnr['prediction']:.2f} dB, copying the input {psnr['copy']:.2f} dB,"
+        f" pictures in {folder}"
+    )
+
+
+def save_pipeline(
+    pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, config: dict[str, Any]
+) -> None:
+    """Puts the whole pipeline and its training config into the output directory, model_index.json last."""
+    unfinished = output_dir / ".pipeline.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pipeline.to("cpu").save_pretrained(unfinished, safe_serialization=True)
+    write_json(unfinished / TRAINING_CONFIG, config)
+    (output_dir / "model_index.json").unlink(missing_ok=True)
+    for part in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
+        if (output_dir / part.name).is_dir():
+            shutil.rmtree(output_dir / part.name)
+        os.replace(part, output_dir / part.name)
+    unfinished.rmdir()
+
+
+def upload(args: argparse.Namespace) -> str:
+    """Uploads the trained pipeline, without checkpoints and logs; returns the repository's name."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=args.hub_token)
+    repository = api.create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True).repo_id
+    ignored = ["checkpoint-*/**", f"{args.logging_dir}/**", ".*", "train.log"]
+    api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
+    return repository
+
+
+# The run
+
+
+def find_training_pairs(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The frame pairs to train on and those to validate with."""
+    chosen = []
+    for split, most in (("train", args.max_train_samples), ("val", args.num_validation_images)):
+        pairs, left_out = load_frame_pairs(
+            args.train_data_dir, split, args.resolution, args.input_frame_idx, args.target_frame_idx, args.add_progress
+        )
+        if left_out:
+            print(f"{split}: {describe_left_out(left_out)}")
+        chosen.append(pairs if split == "train" and most is None else choose_samples(pairs, most, args.seed))
+    if not chosen[0]:
+        raise UserError(
+            f"no training video of {args.train_data_dir} has both frames {args.input_frame_idx} and"
+            f" {args.target_frame_idx}; look at: python -m data.sthv2_dataset_hf --data_dir {args.train_data_dir}"
+        )
+    return chosen[0], chosen[1]
+
+
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    project = ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=project,
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    if accelerator.state.deepspeed_plugin is not None:
+        # DeepSpeed takes it from the DataLoader that is prepared; ours divides its batches itself.
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validation_pairs: list[dict[str, Any]]) -> None:
+    quiet_libraries()
+    import torch
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+    from tqdm import tqdm
+
+    from data.encoded_pairs import TrainingBatches, encode_once
+
+    accelerator = create_accelerator(args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    hub_options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, **hub_options)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    unet = pipeline.unet
+    prepare_unet(unet, args)
+    pipeline.vae.requires_grad_(False)
+    pipeline.text_encoder.requires_grad_(False)
+
+    latents, embeddings, encoded_data = encode_once(pipeline, train_pairs, args, accelerator)
+    batches = TrainingBatches(
+        latents,
+        embeddings,
+        args,
+        noise_scheduler.config.num_train_timesteps,
+        pipeline.vae.config.scaling_factor,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    max_train_steps = batches.max_train_steps
+    config = training_config(args, global_batch_size=batches.global_batch_size, encoded_data=encoded_data)
+
+    learning_rate = args.learning_rate * (batches.global_batch_size if args.scale_lr else 1)
+    optimizer = create_optimizer(unet, args, learning_rate)
+    lr_scheduler = create_lr_scheduler(optimizer, args, max_train_steps)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    ema = EMAModel(unet.parameters()) if args.use_ema else None
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    if ema:
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+
+    first_step = 0
+    if checkpoint := find_checkpoint(args):
+        first_step = resume(accelerator, checkpoint, config)
+        accelerator.print(f"resuming from {checkpoint}")
+    elif args.resume_from_checkpoint:
+        accelerator.print(f"no checkpoint in {args.output_dir} yet, starting from the base model")
+    if args.report_to != "none":
+        accelerator.init_trackers(PROJECT_NAME, {name: str(value) for name, value in config["arguments"].items()})
+
+    num_epochs = math.ceil(max_train_steps * batches.global_batch_size / batches.num_samples)
+    validation_steps = {
+        batches.steps_after_epochs(epoch) for epoch in range(args.validation_epochs, num_epochs + 1, args.validation_epochs)
+    } | {max_train_steps}
+    print_plan(accelerator, args, batches, num_epochs)
+
+    model = torch.compile(unet) if args.compile else unet
+    passes = args.gradient_accumulation_steps
+    loader = iter(
+        torch.utils.data.DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(first_step * passes, max_train_steps * passes),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
+    step_log = StepLog(accelerator, batches.global_batch_size)
+    progress_bar = tqdm(
+        total=max_train_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_local_main_process
+    )
+    for step in range(first_step + 1, max_train_steps + 1):
+        losses = []
+        for _ in range(passes):
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(loader).items()}
+            with accelerator.accumulate(model):
+                loss = diffusion_loss(model, noise_scheduler, batch, args.snr_gamma)
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        step_log.add(step, torch.stack(losses).mean(), grad_norm, lr_scheduler.get_last_lr()[0])
+        lr_scheduler.step()
+        if ema:
+            ema.step(unet.parameters())
+        progress_bar.update()
+
+        save_now = step % args.checkpointing_steps == 0
+        validate_now = step in validation_steps and bool(validation_pairs)
+        if step % LOG_EVERY == 0 or save_now or validate_now or step == max_train_steps:
+            figures = step_log.flush()
+            progress_bar.set_postfix(loss=f"{figures['train/loss']:.4f}")
+        if save_now:
+            save_checkpoint(accelerator, args, step, config)
+        if validate_now:
+            with AveragedWeights(ema, unet):
+                current = whole_unet(accelerator, unet)
+                if accelerator.is_main_process:
+                    validate(pipeline, current, validation_pairs, args, accelerator, step)
+            accelerator.wait_for_everyone()
+        if save_now or validate_now:
+            step_log.restart_clock()
+    progress_bar.close()
+
+    if ema:
+        ema.copy_to(unet.parameters())
+    pipeline.unet = whole_unet(accelerator, unet)
+    if accelerator.is_main_process:
+        save_pipeline(pipeline, args.output_dir, config)
+        print(f"the trained pipeline is in {args.output_dir}; sample from it with:")
+        print(f"  MODEL_DIR={args.output_dir} bash sample_from_pix2pix.sh")
+        if args.push_to_hub:
+            print(f"uploaded to {upload(args)}")
+    accelerator.end_training()
+
+
+def print_plan(accelerator: Accelerator, args: argparse.Namespace, batches: TrainingBatches, num_epochs: int) -> None:
+    accelerator.print(
+        f"training on {batches.num_samples} frame pairs ({args.input_frame_idx} -> {args.target_frame_idx},"
+        f" {args.resolution}x{args.resolution}) for {batches.max_train_steps} steps of {batches.global_batch_size} samples,"
+        f" {num_epochs} epochs, on {accelerator.num_processes} x {accelerator.device.type},"
+        f" mixed precision {accelerator.mixed_precision}"
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    check_args(args)
+    train_pairs, validation_pairs = find_training_pairs(args)
+    if args.num_validation_images and not validation_pairs:
+        warn(f"no validation video of {args.train_data_dir} has both frames; training goes on without validation")
+    train(args, train_pairs, validation_pairs)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Fine-tunes InstructPix2Pix on prepared Something-Something V2 frames. Every variable can also be set from outside:
+#   RESOLUTION=96 OUTPUT_DIR=outputs/small bash train_instruct_pix2pix.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}  # hub id or directory
+DATA_DIR=${DATA_DIR:-data/sthv2}
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/instruct_pix2pix_128}
+RESOLUTION=${RESOLUTION:-128}
+INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20}
+TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21}
+PROGRESS=${PROGRESS:-False}                # True: prompts say how much of the action is done
+BATCH_SIZE=${BATCH_SIZE:-8}                # per process
+GRADIENT_ACCUM=${GRADIENT_ACCUM:-2}
+EPOCHS=${EPOCHS:-20}
+MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-}       # overrides EPOCHS
+LEARNING_RATE=${LEARNING_RATE:-5e-6}
+LR_SCHEDULER=${LR_SCHEDULER:-constant}
+LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-0}
+SEED=${SEED:-42}
+MIXED_PRECISION=${MIXED_PRECISION:-fp16}   # no, fp16 or bf16
+NUM_PROCESSES=${NUM_PROCESSES:-1}          # GPUs to use
+CHECKPOINTING_STEPS=${CHECKPOINTING_STEPS:-500}
+CHECKPOINTS_TOTAL_LIMIT=${CHECKPOINTS_TOTAL_LIMIT:-2}
+RESUME=${RESUME:-}                         # latest, or a checkpoint's directory
+VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-5}
+NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-4}
+ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-}   # file made by `accelerate config`; overrides the launch settings here
+EXTRA_ARGS=${EXTRA_ARGS:-}                 # any other flags of train_instruct_pix2pix.py
+
+export HF_HOME=${HF_HOME:-$PWD/.cache/huggingface}
+if [[ -n ${HF_ENDPOINT:-} ]]; then
+  export HF_ENDPOINT
+  echo "models come from $HF_ENDPOINT"
+fi
+
+launch=(--quiet)
+if [[ -n $ACCELERATE_CONFIG ]]; then
+  launch+=(--config_file "$ACCELERATE_CONFIG")
+else
+  if ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    if [[ $MIXED_PRECISION == fp16 ]]; then
+      MIXED_PRECISION=no
+      echo "no GPU found: training on the CPU without mixed precision"
+    fi
+    export ACCELERATE_USE_CPU=true
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + NUM_PROCESSES - 1) / NUM_PROCESSES ))}
+  fi
+  launch+=(--num_machines 1 --dynamo_backend no --num_processes "$NUM_PROCESSES" --mixed_precision "$MIXED_PRECISION")
+  if (( NUM_PROCESSES > 1 )); then launch+=(--multi_gpu); fi
+fi
+
+arguments=(
+  --pretrained_model_name_or_path "$PRETRAINED_MODEL"
+  --train_data_dir "$DATA_DIR"
+  --output_dir "$OUTPUT_DIR"
+  --resolution "$RESOLUTION"
+  --input_frame_idx "$INPUT_FRAME_IDX"
+  --target_frame_idx "$TARGET_FRAME_IDX"
+  --train_batch_size "$BATCH_SIZE"
+  --gradient_accumulation_steps "$GRADIENT_ACCUM"
+  --num_train_epochs "$EPOCHS"
+  --learning_rate "$LEARNING_RATE"
+  --lr_scheduler "$LR_SCHEDULER"
+  --lr_warmup_steps "$LR_WARMUP_STEPS"
+  --seed "$SEED"
+  --checkpointing_steps "$CHECKPOINTING_STEPS"
+  --checkpoints_total_limit "$CHECKPOINTS_TOTAL_LIMIT"
+  --validation_epochs "$VALIDATION_EPOCHS"
+  --num_validation_images "$NUM_VALIDATION_IMAGES"
+)
+if [[ ${PROGRESS,,} == true ]]; then arguments+=(--add_progress); fi
+if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
+if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
+
+mkdir -p "$OUTPUT_DIR"
+# shellcheck disable=SC2086  # EXTRA_ARGS is a list of words
+accelerate launch "${launch[@]}" train_instruct_pix2pix.py "${arguments[@]}" $EXTRA_ARGS 2>&1 | tee -a "$OUTPUT_DIR/train.log"
