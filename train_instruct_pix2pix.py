@@ -17,6 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--resolution must be a multiple of 8, not {args.resolution}")
     if not 0 <= args.conditioning_dropout_prob <= 1 / 3:
         raise UserError(f"--conditioning_dropout_prob must lie in [0, 1/3], not {args.conditioning_dropout_prob}")
+    if args.use_8bit_adam and not find_spec("bitsandbytes"):
+        raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out")
+    if args.enable_xformers_memory_efficient_attention and not find_spec("xformers"):
+        raise UserError("xformers is not installed: pip install xformers, or leave the flag out for PyTorch's attention")
 
 
 # Training
@@ -184,13 +189,9 @@ def add_image_channels(unet: UNet2DConditionModel) -> None:
 
 
 def prepare_unet(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
-    from diffusers.utils.import_utils import is_xformers_available
-
     if unet.config.in_channels == 4:
         add_image_channels(unet)
     if args.enable_xformers_memory_efficient_attention:
-        if not is_xformers_available():
-            raise UserError("xformers is not installed: pip install xformers, or leave PyTorch's own attention on")
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -209,10 +210,8 @@ def create_optimizer(unet: torch.nn.Module, args: argparse.Namespace, learning_r
     }
     if not args.use_8bit_adam:
         return torch.optim.AdamW(unet.parameters(), fused=True, **options)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave it off") from error
+    import bitsandbytes
+
     return bitsandbytes.optim.AdamW8bit(unet.parameters(), **options)
 
 
@@ -456,7 +455,7 @@ def find_training_pairs(args: argparse.Namespace) -> tuple[list[dict[str, Any]],
         pairs, left_out = load_frame_pairs(
             args.train_data_dir, split, args.resolution, args.input_frame_idx, args.target_frame_idx, args.add_progress
         )
-        if left_out:
+        if left_out and os.environ.get("RANK", "0") == "0":
             print(f"{split}: {describe_left_out(left_out)}")
         chosen.append(pairs if split == "train" and most is None else choose_samples(pairs, most, args.seed))
     if not chosen[0]:

@@ -9,6 +9,7 @@ reads `annotations/train.json` and `annotations/validation.json` (or SSv2's publ
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -26,18 +27,18 @@ SOURCE_NAMES = {
 }
 DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
 
-# The rule. A template belongs to a task when its wording alone guarantees that the following happens to a whole,
-# solid object in front of a still camera, and that it really happens:
-#   move_object   a hand moves the object sideways or up and down (not along the line of sight), keeps hold of it
-#                 or leaves it where the movement ends, and nothing falls or collides.
-#   drop_object   the object falls freely: it is let go, pushed, moved or tilted off what held it, or thrown up.
+# The rule. A template belongs to a task when its wording alone guarantees that the following really happens
+# to a whole, solid object in front of a still camera:
+#   move_object   a hand moves the object sideways or up and down (not along the line of sight), and keeps
+#                 hold of it or leaves it where the movement ends; nothing falls or collides.
+#   drop_object   the object falls freely: let go, pushed, moved or tilted off what held it, or thrown up.
 #   cover_object  a hand sets the object down, or covers it with another, and it stays as it was left.
 # So none of these is in any task:
 #   pretending, trying and failing; a placement after which the object falls, slides or tips over;
 #   a fall that is only threatened ("almost falls off") or ends in a catch;
 #   parts and ends of objects; collisions, spins, rolls, pokes and throws at a target; camera movements;
 #   substances (pouring, spreading, sprinkling, burying); joining and building (plugging, stuffing, stacking).
-# Names are SSv2's own, brackets removed. They are compared whole: many excluded names contain an included one.
+# Names are SSv2's own, brackets removed. They are compared whole: excluded names contain included ones.
 TASK_TEMPLATES: dict[str, tuple[str, ...]] = {
     "move_object": (
         "Lifting something up completely without letting it drop down",
@@ -95,11 +96,11 @@ TASK_TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 class UserError(Exception):
-    """A mistake in the input that the user can mend. The message is one line: what, where, and how to mend it."""
+    """A mistake in the input that the user can mend. The message is one line: what, where, how to mend it."""
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`: a UserError ends it with one line on stderr and status 1, Ctrl-C with status 130."""
+    """Run a command's `main`: a UserError ends it with one line and status 1, Ctrl-C with status 130."""
     try:
         main()
     except UserError as error:
@@ -141,8 +142,8 @@ def _source_annotations_path(data_dir: Path, split: str) -> Path:
         if (folder / name).exists():
             return folder / name
     raise UserError(
-        f"no {' or '.join(SOURCE_NAMES[split])} in {folder}: {DOWNLOAD_HINT} and put its annotation files there,"
-        " or name another folder with --data_dir"
+        f"no {' or '.join(SOURCE_NAMES[split])} in {folder}: {DOWNLOAD_HINT} and put its annotation files"
+        " there, or name another folder with --data_dir"
     )
 
 
@@ -160,10 +161,10 @@ def plain_template(template: str) -> str:
 def read_annotations(path: Path | str) -> list[dict]:
     """Read and check an annotation file: a JSON list of entries with `id`, `label` and `template`.
 
-    All other keys are kept as they are; `task` and `num_frames`, where present, are checked too.
-    Raises UserError, naming the file and the entry, if the file cannot be read or an entry is not as described:
-    an id is a string of at most 100 letters, digits, "-", "_" and ".", not starting with ".", and unique in its
-    file; label and template are strings that are not blank.
+    All other keys are kept as they are; `task` and `num_frames`, where present, are checked too. Raises
+    UserError, naming the file and the entry, if the file cannot be read or an entry is not as described: an
+    id is a string of at most 100 letters, digits, "-", "_" and ".", not starting with ".", and unique in
+    its file; label and template are strings that are not blank.
     """
     path = Path(path)
     entries = _load_json(path)
@@ -177,7 +178,7 @@ def read_annotations(path: Path | str) -> list[dict]:
             good = _SAFE_ID(video_id) and video_id not in seen and label.strip() and template.strip()
         except (TypeError, KeyError, AttributeError):
             good = False
-        if not good or (len(entry) > 4 and _extra_keys_problem(entry)):
+        if not good or (("num_frames" in entry or "task" in entry) and _extra_keys_problem(entry)):
             raise UserError(f"{path}: entry {index + 1}{_problem(entry, seen)}")
         seen.add(video_id)
     return entries
@@ -190,14 +191,18 @@ def _load_json(path: Path) -> object:
             raise UserError(f"{path}: the file is empty; copy it again from where it came from")
         content = json.loads(text)
         if "\\ud" in text or "\\uD" in text:
-            json.dumps(content, ensure_ascii=False).encode()  # an escaped half of a character cannot be written again
+            json.dumps(
+                content, ensure_ascii=False
+            ).encode()  # an escaped half of a character cannot be written again
         return content
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again from where it came from") from None
+        raise UserError(
+            f"{path} is not valid JSON ({error}); copy it again from where it came from"
+        ) from None
 
 
 def _json_type(value: object) -> str:
@@ -213,12 +218,12 @@ def _problem(entry: object, seen: set[str]) -> str:
         return " has no id"
     video_id = entry["id"]
     if not isinstance(video_id, str):
-        return f": the id must be a string such as \"74225\", but is {_json_type(video_id)}"
+        return f': the id must be a string such as "74225", but is {_json_type(video_id)}'
     shown = json.dumps(video_id[:60], ensure_ascii=True)
     if not _SAFE_ID(video_id):
         return (
-            f": the id {shown} cannot name a file safely; an id has at most 100 letters, digits, '-', '_' and '.'"
-            " and does not start with '.'"
+            f": the id {shown} cannot name a file safely; an id has at most 100 letters, digits, '-', '_' and"
+            " '.' and does not start with '.'"
         )
     if video_id in seen:
         return f": the id {shown} occurs twice in this file"
@@ -246,7 +251,7 @@ def write_annotations(path: Path | str, entries: list[dict]) -> None:
 
 
 def write_file(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8 under a temporary name and rename it. Raises UserError if the disk does not let us."""
+    """Write `text` as UTF-8, whole or not at all. Raises UserError if the disk does not let us."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -266,7 +271,9 @@ def write_file(path: Path | str, text: str) -> None:
 def match_tasks(entries: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
     """The entries of each task, with `task` added as a key: {task: entries}, in the order of `entries`."""
     task_of_template = {template: task for task in tasks for template in TASK_TEMPLATES[task]}
-    task_of_raw: dict[str, str | None] = {}  # a few hundred distinct strings; saves removing brackets 220,000 times
+    task_of_raw: dict[
+        str, str | None
+    ] = {}  # a few hundred distinct strings; saves removing brackets 220,000 times
     matched: dict[str, list[dict]] = {task: [] for task in tasks}
     for entry in entries:
         raw = entry["template"]
@@ -284,10 +291,10 @@ def sampling_rank(seed: int, video_id: str) -> bytes:
 
 
 def sample_entries(entries: list[dict], count: int, seed: int) -> list[dict]:
-    """The `count` entries that come first in the seeded shuffle (all of them if there are fewer), in its order.
+    """The `count` entries that come first in the seeded shuffle (all if there are fewer), in its order.
 
-    Whether an entry is taken depends only on the seed and on the ids it competes with: not on the order of the
-    file, nor on other tasks. A smaller sample is the beginning of a larger one.
+    Whether an entry is taken depends only on the seed and on the ids it competes with: not on the order of
+    the file, nor on other tasks. A smaller sample is the beginning of a larger one.
     """
     return sorted(entries, key=lambda entry: sampling_rank(seed, entry["id"]))[:count]
 
@@ -295,7 +302,7 @@ def sample_entries(entries: list[dict], count: int, seed: int) -> list[dict]:
 def drop_shared_ids(train: list[dict], val: list[dict], seed: int) -> tuple[list[dict], list[dict], int]:
     """Give each id that both files hold to one of them: a tenth to validation, the others to training.
 
-    Which tenth follows from the seed alone. Returns the two lists and the number of shared ids. SSv2 has none.
+    Which tenth follows from the seed alone. Returns the two lists and the number of shared ids.
     """
     shared = {entry["id"] for entry in train} & {entry["id"] for entry in val}
     if not shared:
@@ -317,12 +324,48 @@ def list_videos(data_dir: Path | str) -> set[str] | None:
         raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
 
 
+def keep_existing(
+    matched: dict[str, dict[str, list[dict]]], data_dir: Path
+) -> tuple[dict[str, dict[str, list[dict]]], str | None]:
+    """Keep the entries ({split: {task: entries}}) whose video exists, and say how many were missing.
+
+    Without any videos everything is kept. Raises UserError if there are videos, but none of those that match.
+    """
+    videos = list_videos(data_dir)
+    folder = data_dir / "videos"
+    if videos is None:
+        return matched, f"No videos in {folder} yet: sampled from all matching entries."
+    available = {
+        split: {
+            task: [entry for entry in found if f"{entry['id']}.webm" in videos]
+            for task, found in by_task.items()
+        }
+        for split, by_task in matched.items()
+    }
+    num_matched, num_available = (
+        sum(len(found) for by_task in stage.values() for found in by_task.values())
+        for stage in (matched, available)
+    )
+    if num_available == 0:
+        example = next(found[0]["id"] for found in matched["train"].values() if found)
+        raise UserError(
+            f"none of the {num_matched} matching videos is in {folder};"
+            f" expected files such as {video_path(data_dir, example)}"
+        )
+    if num_available < num_matched:
+        return available, (
+            f"{num_matched - num_available} of {num_matched} matching videos are missing from {folder}:"
+            f" sampled from the {num_available} that exist."
+        )
+    return available, None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `python -m data.dataset`."""
     parser = argparse.ArgumentParser(
         prog="python -m data.dataset",
-        description="Filter SSv2's annotations to the tasks, sample from them, and write train_filtered.json and"
-        " val_filtered.json. Counts per template go to annotations/filter.log.",
+        description="Filter SSv2's annotations to the tasks, sample from them, and write"
+        " train_filtered.json and val_filtered.json. Counts per template go to annotations/filter.log.",
     )
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--train_samples_per_task", type=_count, default=1000, help="default: %(default)s")
@@ -343,12 +386,15 @@ def _count(text: str) -> int:
 
 def main() -> None:
     args = build_parser().parse_args()
+    gc.disable()  # looking for garbage among 220,000 entries takes longer than the work
     tasks = list(dict.fromkeys(args.tasks))
     counts = {"train": args.train_samples_per_task, "val": args.val_samples_per_task}
 
     sources = {split: _source_annotations_path(args.data_dir, split) for split in SPLITS}
     entries = {split: read_annotations(sources[split]) for split in SPLITS}
-    entries["train"], entries["val"], num_shared = drop_shared_ids(entries["train"], entries["val"], args.seed)
+    entries["train"], entries["val"], num_shared = drop_shared_ids(
+        entries["train"], entries["val"], args.seed
+    )
     matched = {split: match_tasks(entries[split], tasks) for split in SPLITS}
     if not any(matched["train"].values()):
         raise UserError(f"{sources['train']}: no entry has a template of {', '.join(tasks)}")
@@ -359,29 +405,9 @@ def main() -> None:
             f"{num_shared} ids are in both annotation files: a tenth of them is kept for validation only, the"
             " others for training only."
         )
-    videos = list_videos(args.data_dir)
-    available = matched
-    if videos is None:
-        notes.append(f"No videos in {args.data_dir / 'videos'} yet: sampled from all matching entries.")
-    else:
-        available = {
-            split: {task: [entry for entry in found if f"{entry['id']}.webm" in videos] for task, found in by_task.items()}
-            for split, by_task in matched.items()
-        }
-        num_matched = sum(len(found) for by_task in matched.values() for found in by_task.values())
-        num_available = sum(len(found) for by_task in available.values() for found in by_task.values())
-        if num_available == 0:
-            example = next(found[0]["id"] for found in matched["train"].values() if found)
-            raise UserError(
-                f"none of the {num_matched} matching videos is in {args.data_dir / 'videos'};"
-                f" expected files such as {video_path(args.data_dir, example)}"
-            )
-        if num_available < num_matched:
-            notes.append(
-                f"{num_matched - num_available} of {num_matched} matching videos are missing from"
-                f" {args.data_dir / 'videos'}: sampled from the {num_available} that exist."
-            )
-
+    available, note = keep_existing(matched, args.data_dir)
+    if note:
+        notes.append(note)
     sampled = {
         split: {task: sample_entries(available[split][task], counts[split], args.seed) for task in tasks}
         for split in SPLITS
@@ -389,16 +415,22 @@ def main() -> None:
     for split in SPLITS:
         for task in tasks:
             if len(sampled[split][task]) < counts[split]:
-                notes.append(f"{task}, {split}: asked for {counts[split]}, took all {len(sampled[split][task])}.")
+                notes.append(
+                    f"{task}, {split}: asked for {counts[split]}, took all {len(sampled[split][task])}."
+                )
 
-    # Nothing is written before everything is known to be good. The shuffled order mixes the tasks, so that the
-    # first N entries (--limit of the extraction) are a fair sample of the whole.
+    # Nothing is written before everything is known to be good. The shuffled order mixes the tasks, so that
+    # the first N entries (--limit of the extraction) are a fair sample of the whole.
     for split in SPLITS:
         chosen = [entry for task in tasks for entry in sampled[split][task]]
-        write_annotations(filtered_annotations_path(args.data_dir, split), sample_entries(chosen, len(chosen), args.seed))
+        write_annotations(
+            filtered_annotations_path(args.data_dir, split), sample_entries(chosen, len(chosen), args.seed)
+        )
     report = "\n".join([_task_table(tasks, matched, available, sampled), *notes])
     log_path = args.data_dir / "annotations" / "filter.log"
-    write_file(log_path, f"seed {args.seed}\n{report}\n\n{_template_table(tasks, matched, available, sampled)}\n")
+    write_file(
+        log_path, f"seed {args.seed}\n{report}\n\n{_template_table(tasks, matched, available, sampled)}\n"
+    )
     print(report)
     print(f"Wrote {' and '.join(str(filtered_annotations_path(args.data_dir, split)) for split in SPLITS)}.")
     print(f"Counts per template: {log_path}. Next: python -m data.video_loader --data_dir {args.data_dir}")
@@ -419,7 +451,9 @@ def _template_table(tasks: list[str], *stages: dict[str, dict[str, list[dict]]])
     lines = ["split  task          matched  with video  sampled  template"]
     for split in SPLITS:
         for task in tasks:
-            counters = [Counter(plain_template(entry["template"]) for entry in stage[split][task]) for stage in stages]
+            counters = [
+                Counter(plain_template(entry["template"]) for entry in stage[split][task]) for stage in stages
+            ]
             for template in TASK_TEMPLATES[task]:
                 matched, available, sampled = (counter[template] for counter in counters)
                 lines.append(f"{split:<7}{task:<14}{matched:>7}{available:>12}{sampled:>9}  {template}")

@@ -21,6 +21,7 @@ from PIL import ImageOps
 
 from data.sthv2_dataset_hf import derive_seed, frame_pairs_dataset, swap_left_and_right
 
+CACHE_FORMAT = 1  # raise it when what the cache stores changes
 ENCODING_BATCH = 16  # pairs; enough to fill a GPU at 128 pixels, little memory at 512
 
 
@@ -70,13 +71,14 @@ def encode_once(
     prompts = sorted({"", *frames["edit_prompt"]})
     token_ids = tokenize(pipeline, prompts)
 
-    precision = f"{accelerator.mixed_precision} on {accelerator.device.type}".encode()
+    precision = f"format {CACHE_FORMAT}, {accelerator.mixed_precision} on {accelerator.device.type}".encode()
     frames_key = digest([precision, *module_bytes(pipeline.vae), bytes(frames["mirrored"]), *read_frames(pairs)])
     prompts_key = digest([precision, *module_bytes(pipeline.text_encoder), token_ids.numpy().tobytes()])
     cache = args.train_data_dir / "encoded_cache"
     with accelerator.main_process_first():
         cache.mkdir(exist_ok=True)
         latents = encode_frames(pipeline, frames, cache / f"frames-{frames_key}.arrow", frames_key, accelerator)
+        latents = latents.add_column("edit_prompt", list(frames["edit_prompt"]))  # not cached: the key is the frames'
         embeddings = encode_prompts(pipeline, prompts, cache / f"prompts-{prompts_key}.arrow", prompts_key, accelerator)
     return latents, embeddings, f"{frames_key}-{prompts_key}"
 
@@ -113,9 +115,8 @@ def encode_frames(
         encode,
         batched=True,
         batch_size=ENCODING_BATCH,
-        remove_columns=["input_image", "edited_image", "mirrored"],
+        remove_columns=frames.column_names,
         features=Features(
-            edit_prompt=Value("string"),
             input_latents=Array3D((channels, side, side), "float32"),
             target_moments=Array3D((2 * channels, side, side), "float32"),
         ),

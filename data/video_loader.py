@@ -1,0 +1,346 @@
+"""Extract every frame of the selected videos as square PNGs, and note each video's number of frames.
+
+    python -m data.video_loader --data_dir data/sthv2 --resolutions 96 128
+
+reads `videos/<id>.webm` for the entries of `train_filtered.json` and `val_filtered.json` (made by
+`python -m data.dataset`), writes `frames_96x96/<id>/00000.png`, ... and `frames_128x128/<id>/...`, and adds
+`num_frames` to the entries. Each video is decoded once for all sizes, one frame in memory at a time.
+
+A video's folder exists only when it is whole: frames go to `.<id>.partial` beside it, which is renamed at
+the end. So a run can be stopped at any moment, and the next one does what is missing.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, connection, get_context, parent_process
+from pathlib import Path
+
+from data.dataset import (
+    DEFAULT_DATA_DIR,
+    DOWNLOAD_HINT,
+    SPLITS,
+    UserError,
+    filtered_annotations_path,
+    frame_path,
+    frames_dir,
+    list_videos,
+    read_annotations,
+    run_command,
+    write_annotations,
+    write_file,
+)
+from data.video_decoder import OUTDATED_SUFFIX, PARTIAL_SUFFIX, Job, Result, extract_video
+
+MAX_RESOLUTION = 4096
+LOG_NAME = "frames_extraction.log"
+
+
+# Planning and running: the parent process.
+
+
+def count_frames(folder: Path) -> int:
+    """The number of frames in a video's folder, or 0 if it does not hold exactly frames 0 to n-1."""
+    names = {name for name in os.listdir(folder) if not name.startswith(".")}
+    expected = {frame_path(folder.parent, folder.name, index).name for index in range(len(names))}
+    return len(names) if names == expected else 0
+
+
+def plan(entries: list[dict], data_dir: Path, resolutions: tuple[int, ...]) -> tuple[list[Result], list[Job]]:
+    """Split the entries into videos whose frames are all there and those that are to be decoded.
+
+    Frames are all there when every size has a folder, each with the same frames 0 to n-1, n being the entry's
+    `num_frames` if it has one. If the folders contradict each other, all sizes are written again.
+    """
+    existing = {resolution: set(os.listdir(frames_dir(data_dir, resolution))) for resolution in resolutions}
+    done, jobs = [], []
+    for entry in entries:
+        video_id = entry["id"]
+        counts = {
+            resolution: count_frames(frames_dir(data_dir, resolution) / video_id)
+            for resolution in resolutions
+            if video_id in existing[resolution]
+        }
+        kept = {resolution: count for resolution, count in counts.items() if count}
+        distinct = set(kept.values()) | ({entry["num_frames"]} if "num_frames" in entry else set())
+        if kept and len(distinct) > 1:
+            jobs.append(Job(video_id, data_dir, resolutions, resolutions, None))
+        elif len(kept) < len(resolutions):
+            missing = tuple(resolution for resolution in resolutions if resolution not in kept)
+            jobs.append(Job(video_id, data_dir, missing, resolutions, next(iter(kept.values()), None)))
+        else:
+            done.append(Result(video_id, kept[resolutions[0]]))
+    return done, jobs
+
+
+def find_missing(jobs: list[Job], data_dir: Path) -> tuple[list[Job], list[Result]]:
+    """Separate the jobs whose video file exists from those that have none; a misnamed file is pointed out."""
+    names = list_videos(data_dir)
+    if names is None:
+        raise UserError(f"no videos in {data_dir / 'videos'}: {DOWNLOAD_HINT} and put its .webm files there")
+    by_stem = defaultdict(list)
+    for name in sorted(names):
+        by_stem[Path(name).stem.casefold()].append(name)
+    present, missing = [], []
+    for job in jobs:
+        expected = f"{job.video_id}.webm"
+        if expected in names:
+            present.append(job)
+            continue
+        similar = by_stem[job.video_id.casefold()] + by_stem[expected.casefold()]
+        if similar:
+            details = f"found {similar[0]}; if it is this video, in videos/: mv '{similar[0]}' '{expected}'"
+            missing.append(Result(job.video_id, failure="misnamed", details=details))
+        else:
+            missing.append(Result(job.video_id, failure="missing", details=f"there is no videos/{expected}"))
+    return present, missing
+
+
+def start_worker() -> None:
+    """Make a worker leave Ctrl-C to the parent, and end at once if the parent is killed."""
+
+    def exit_with_parent() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def run_jobs(jobs: list[Job], num_workers: int) -> Iterator[Result]:
+    """Extract videos in worker processes and yield the results as they come.
+
+    When a worker dies (out of memory, say) nobody can tell which of the videos in work it was, so each of
+    these is tried once more, alone; one that ends its worker again is reported, and the others go on.
+    """
+    waiting = deque(jobs)
+    while waiting:
+        suspects = []
+        running = {}
+        with worker_pool(min(num_workers, len(waiting))) as pool:
+            try:
+                while (waiting or running) and not suspects:
+                    while waiting and len(running) < 2 * num_workers:
+                        future = pool.submit(extract_video, waiting[0])
+                        running[future] = waiting.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        job = running.pop(future)
+                        if isinstance(future.exception(), BrokenProcessPool):
+                            suspects.append(job)
+                        else:
+                            yield future.result()
+            except BrokenProcessPool:
+                pass  # raised by submit: what is running is lost
+        for job in [*suspects, *running.values()]:
+            yield run_alone(job)
+
+
+def run_alone(job: Job) -> Result:
+    """Extract one video in a worker of its own, which may die of it."""
+    with worker_pool(1) as pool:
+        try:
+            return pool.submit(extract_video, job).result()
+        except BrokenProcessPool:
+            details = "its worker process died twice, perhaps for lack of memory; try --num_workers 1"
+            return Result(job.video_id, failure="worker died", details=details)
+
+
+@contextlib.contextmanager
+def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of workers; leaving it through an exception (Ctrl-C, full disk) stops them at once."""
+    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=start_worker)
+    try:
+        yield pool
+    except BaseException:
+        for worker in active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def remove_leftovers(data_dir: Path, resolutions: tuple[int, ...]) -> None:
+    """Delete the unfinished folders that a killed run left behind."""
+    for resolution in resolutions:
+        for name in os.listdir(frames_dir(data_dir, resolution)):
+            if name.startswith(".") and name.endswith((PARTIAL_SUFFIX, OUTDATED_SUFFIX)):
+                shutil.rmtree(frames_dir(data_dir, resolution) / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_run(data_dir: Path) -> Iterator[None]:
+    """Refuse to run beside another extraction in the data directory. Any exit frees the lock."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    folder = os.open(data_dir / "annotations", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another extraction is running in {data_dir}; wait until it has ended") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+# Annotations, log and command line.
+
+
+def read_selected(data_dir: Path, split: str, limit: int | None) -> list[dict]:
+    """The first `limit` entries of a split's filtered annotations (all, if None)."""
+    path = filtered_annotations_path(data_dir, split)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; make it with: python -m data.dataset --data_dir {data_dir}")
+    return read_annotations(path)[:limit]
+
+
+def record_num_frames(data_dir: Path, results: list[Result]) -> None:
+    """Set `num_frames` in the filtered annotations; entries of failed videos stay, without it."""
+    num_frames = {result.video_id: result.num_frames for result in results}
+    for split in SPLITS:
+        entries = read_annotations(filtered_annotations_path(data_dir, split))
+        changed = False
+        for entry in entries:
+            if entry["id"] not in num_frames or entry.get("num_frames") == num_frames[entry["id"]]:
+                continue
+            changed = True
+            if num_frames[entry["id"]] is None:
+                del entry["num_frames"]
+            else:
+                entry["num_frames"] = num_frames[entry["id"]]
+        if changed:
+            write_annotations(filtered_annotations_path(data_dir, split), entries)
+
+
+def write_log(data_dir: Path, num_selected: int, results: list[Result]) -> str:
+    """Write the log: a summary and one line for each failed video. Returns the summary.
+
+    It describes the state of the data, not this run, so it is the same however many runs it took.
+    """
+    failed = sorted((result for result in results if result.failure), key=lambda result: result.video_id)
+    num_whole = len(results) - len(failed)
+    summary = f"{num_selected} videos selected: {num_whole} have all their frames, {len(failed)} failed"
+    if failed:
+        kinds = Counter(result.failure for result in failed)
+        summary += f" ({', '.join(f'{kind}: {count}' for kind, count in sorted(kinds.items()))})"
+    if len(results) < num_selected:
+        summary += f", {num_selected - len(results)} not done yet"
+    lines = [f"{result.video_id}: {result.failure}: {result.details}" for result in failed]
+    write_file(data_dir / LOG_NAME, "\n".join([summary, *lines]) + "\n")
+    return summary
+
+
+def available_cores() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m data.video_loader`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.video_loader",
+        description="Extract every frame of the selected videos and add num_frames to the filtered"
+        f" annotations. Videos that fail are counted and listed with a reason in {LOG_NAME} in the data"
+        " directory; the exit status is 0 all the same. Run it again to do what is missing.",
+    )
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
+    parser.add_argument(
+        "--resolutions",
+        type=_resolution,
+        nargs="+",
+        default=[96, 128],
+        help="sizes in pixels (default: 96 128)",
+    )
+    parser.add_argument(
+        "--num_workers", type=_positive, default=None, help="processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--limit", type=_positive, default=None, help="only the first N entries of each split"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _resolution(text: str) -> int:
+    value = _positive(text)
+    if value > MAX_RESOLUTION:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_RESOLUTION} pixels, got {value}")
+    return value
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    resolutions = tuple(dict.fromkeys(args.resolutions))
+    by_id = {}
+    for split in SPLITS:
+        by_id.update((entry["id"], entry) for entry in read_selected(args.data_dir, split, args.limit))
+    try:
+        with only_run(args.data_dir):
+            extract(args.data_dir, list(by_id.values()), resolutions, args.num_workers or available_cores())
+    except OSError as error:
+        hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        raise UserError(f"cannot write {error.filename or args.data_dir}: {error.strerror}{hint}") from None
+
+
+def extract(data_dir: Path, entries: list[dict], resolutions: tuple[int, ...], num_workers: int) -> None:
+    """Extract the entries' videos, show a progress bar, and record the outcome, also if interrupted."""
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    for resolution in resolutions:
+        frames_dir(data_dir, resolution).mkdir(exist_ok=True)
+    remove_leftovers(data_dir, resolutions)
+    done, jobs = plan(entries, data_dir, resolutions)
+    results, num_frames = list(done), 0
+    if jobs:
+        jobs, missing = find_missing(jobs, data_dir)
+        results += missing
+    try:
+        with (
+            contextlib.closing(run_jobs(jobs, num_workers)) as finished,
+            tqdm(total=len(entries), initial=len(results), unit="video", desc="extracting") as bar,
+        ):
+            for result in finished:
+                results.append(result)
+                num_frames += result.num_frames or 0
+                bar.set_postfix_str(
+                    f"{num_frames / (time.perf_counter() - start):.0f} frames/s", refresh=False
+                )
+                bar.update()
+    finally:
+        remove_leftovers(data_dir, resolutions)
+        record_num_frames(data_dir, results)
+        summary = write_log(data_dir, len(entries), results)
+        seconds = time.perf_counter() - start
+        num_extracted = sum(result.num_frames is not None for result in results) - len(done)
+        print(summary)
+        print(
+            f"This run: {num_extracted} videos extracted, {len(done)} were there already; {num_frames} frames"
+            f" in {seconds:.1f} s ({num_frames / seconds:.0f} frames/s)"
+        )
+        if any(result.failure for result in results):
+            print(f"The failed videos, each with its reason: {data_dir / LOG_NAME}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,264 @@
+"""Make the demo's base model: a small InstructPix2Pix that any machine can fine-tune.
+
+    python -m demo.make_model --output_dir demo/base_model
+
+writes a directory that stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet with
+8 input channels, a VAE, a CLIP text encoder with its tokenizer, and a scheduler, together under 10 million
+parameters. It stands in for `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`. The weights come
+from `--seed`; `demo.pretrain` then trains them, first the VAE, then text encoder and UNet.
+`--vae_train_steps 0 --unet_train_steps 0` writes the untrained model in seconds. The two stages may be run
+one by one: `--initial_model DIR` goes on from the weights of a model written before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.dataset import TASK_TEMPLATES, UserError, run_command
+from data.sthv2_dataset_hf import build_prompt
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+DEFAULT_OUTPUT_DIR = Path("demo/base_model")
+START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+DEFAULT_SEED = 0
+DEFAULT_VAE_STEPS, DEFAULT_UNET_STEPS, DEFAULT_NUM_CLIPS = 12_000, 9_000, 1_500
+MAX_TOKENS = 77  # CLIP's context length, which every Stable Diffusion pipeline expects
+VOCABULARY_SIZE = 1024
+TEXT_WIDTH = 128
+
+
+def tokenizer_corpus() -> list[str]:
+    """The text whose words get tokens of their own: templates, names of rendered objects, and the prompt."""
+    from demo.sprites import COLOURS, KINDS
+
+    templates = [template for templates in TASK_TEMPLATES.values() for template in templates]
+    objects = [f"{colour} {kind}" for kind in KINDS for colour in COLOURS]
+    progress = [build_prompt("", percent) for percent in range(0, 101, 10)]
+    # The prompt's fixed words stand in every prompt, so they weigh as much as all templates together.
+    return templates + objects + progress * (len(templates) // len(progress))
+
+
+def train_byte_level_bpe(corpus: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary (token -> id) and merges in CLIP's layout, the same for the same corpus.
+
+    First all 256 bytes, then all 256 bytes as the end of a word (so no text has an unknown token), then the
+    merges, then the start and end tokens.
+    """
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    suffix = "</w>"
+    byte_symbols = list(bytes_to_unicode().values())
+    base_symbols = byte_symbols + [symbol + suffix for symbol in byte_symbols]
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=suffix))
+    clip = CLIPTokenizer().backend_tokenizer  # CLIP's own rule for lower case, white space and words
+    tokenizer.normalizer, tokenizer.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE - 2,
+        special_tokens=base_symbols,  # fixes their ids, whose order would otherwise be a hash's
+        end_of_word_suffix=suffix,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = base_symbols + [left + right for left, right in merges] + [START_TOKEN, END_TOKEN]
+    return {token: index for index, token in enumerate(dict.fromkeys(tokens))}, merges
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer of at most `VOCABULARY_SIZE` tokens. It pads with its end token."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = train_byte_level_bpe(tokenizer_corpus())
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained CLIP text model of 2 layers, `TEXT_WIDTH` wide."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_vae() -> AutoencoderKL:
+    """An untrained VAE from RGB in [-1, 1] of side S to 4 channels of side S / 8. Training sets its scale."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,  # convolutions alone: what is learnt on crops holds for any size
+        sample_size=128,
+        scaling_factor=1.0,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """An untrained UNet for latents of side 12 or 16: 4 noisy channels, then the input frame's 4."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 96, 144),
+        layers_per_block=1,
+        norm_num_groups=16,
+        attention_head_dim=4,
+        cross_attention_dim=TEXT_WIDTH,
+    )
+
+
+def build_pipeline(seed: int) -> StableDiffusionInstructPix2PixPipeline:
+    """The untrained base model (float32, on the CPU); the same `seed` gives the same weights."""
+    import torch
+    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer()
+        text_encoder, vae, unet = build_text_encoder(tokenizer), build_vae(), build_unet()
+    scheduler = EulerAncestralDiscreteScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        timestep_spacing="linspace",
+    )
+    return StableDiffusionInstructPix2PixPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def count_parameters(pipeline: StableDiffusionInstructPix2PixPipeline) -> int:
+    """The number of weights of UNet, VAE and text encoder together."""
+    models = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    return sum(parameter.numel() for model in models for parameter in model.parameters())
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Refuses a path that holds anything but a model written before (which a new one replaces)."""
+    if output_dir.is_dir() and (not any(output_dir.iterdir()) or (output_dir / "model_index.json").is_file()):
+        return
+    if output_dir.exists() or output_dir.is_symlink():
+        raise UserError(f"{output_dir} exists and is no model directory; name another one with --output_dir")
+
+
+def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path) -> None:
+    """Writes the pipeline (safetensors, float16) so that `output_dir` is whole or untouched.
+
+    float16 halves the size and is exact enough; `from_pretrained` gives float32, as the configurations say.
+    `vocab.json` and `merges.txt` lie beside `tokenizer.json` for versions of transformers that read those.
+    """
+    from safetensors.torch import load_file, save_file
+
+    output_dir = output_dir.absolute()
+    check_output_dir(output_dir)
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    pipeline.save_pretrained(partial)
+    for weights_path in sorted(partial.rglob("*.safetensors")):
+        weights = {name: tensor.half() for name, tensor in load_file(weights_path).items()}
+        save_file(weights, weights_path, metadata={"format": "pt"})
+    pipeline.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
+    if output_dir.exists():
+        os.replace(output_dir, replaced)
+    os.replace(partial, output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; see `--help`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT_DIR, help="default: %(default)s")
+    parser.add_argument("--initial_model", type=Path,
+                        help="a model directory to start from instead of random weights")
+    parser.add_argument("--vae_train_steps", type=int, default=DEFAULT_VAE_STEPS,
+                        help="0 leaves the VAE as it is; default: %(default)s")
+    parser.add_argument("--unet_train_steps", type=int, default=DEFAULT_UNET_STEPS,
+                        help="0 leaves UNet and text encoder as they are; default: %(default)s")
+    parser.add_argument("--num_clips", type=int, default=DEFAULT_NUM_CLIPS,
+                        help="how many clips to render for training; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED,
+                        help="of the weights and of training, not of the clips; default: %(default)s")
+    args = parser.parse_args()
+    if min(args.vae_train_steps, args.unet_train_steps) < 0 or args.num_clips < 1:
+        parser.error("steps must be 0 or more, and --num_clips 1 or more")
+    return args
+
+
+def load_initial_model(directory: Path) -> StableDiffusionInstructPix2PixPipeline:
+    """The pipeline in `directory`, float32, on the CPU."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    return StableDiffusionInstructPix2PixPipeline.from_pretrained(directory, local_files_only=True)
+
+
+def main() -> None:
+    """Builds or loads the base model, trains it, and saves it."""
+    args = parse_args()
+    check_output_dir(args.output_dir)
+    initial = args.initial_model
+    if initial and not (initial / "model_index.json").is_file():
+        raise UserError(f"--initial_model {initial} is not a model directory: it has no model_index.json")
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    pipeline = load_initial_model(initial) if initial else build_pipeline(args.seed)
+    if args.vae_train_steps or args.unet_train_steps:
+        from demo.pretrain import pretrain
+
+        try:
+            pretrain(pipeline, args.vae_train_steps, args.unet_train_steps, args.num_clips, args.seed)
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written; the same command starts afresh", file=sys.stderr)
+            sys.exit(130)
+        pipeline.to("cpu")
+    save_pipeline(pipeline, args.output_dir)
+    print(f"wrote {args.output_dir}: {count_parameters(pipeline) / 1e6:.1f} M parameters")
+
+
+if __name__ == "__main__":
+    run_command(main)

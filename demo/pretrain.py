@@ -1,0 +1,331 @@
+"""Pre-training of the demo's base model on rendered clips: the VAE, then text encoder and UNet together.
+
+`demo.make_model` runs it; `demo.pretraining_clips` renders the clips. What a step sees follows from the seed
+and the step alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInstructPix2PixPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel, compute_snr
+from tqdm import tqdm
+
+from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
+from demo.pretraining_clips import ClipFrames, render_held_out_clips, render_training_clips
+
+MAX_HORIZON = 10  # frames between input and target
+VAE_BATCH_SIZE, VAE_LEARNING_RATE, VAE_CROP = 6, 1.5e-3, 64
+VAE_CROPPED_SHARE = 0.85  # of the steps see crops (more pictures for the same work), the rest whole frames
+KL_WEIGHT = 1e-3  # a 40th of what a variational bound gives it: enough to keep the latents bounded
+UNET_BATCH_SIZE, UNET_LEARNING_RATE = 16, 1e-3
+CONDITIONING_DROPOUT = 0.05
+SNR_GAMMA = 5.0
+EMA_DECAY = 0.998
+
+
+@dataclass
+class EncodedClip:
+    """`moments`: the VAE's posterior (len(indices), 8, R / 8, R / 8), means and log variances, unscaled."""
+    label: str
+    num_frames: int
+    indices: list[int]
+    moments: torch.Tensor
+
+    def frame_pairs(self) -> list[tuple[int, int]]:
+        """Positions in `indices` of every (input, target) that lies 1 to MAX_HORIZON frames apart."""
+        marks = list(enumerate(self.indices))
+        return [(i, j) for i, first in marks for j, second in marks if 1 <= second - first <= MAX_HORIZON]
+
+
+def to_pictures(frames: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bfloat16 where it is fast: on a GPU, and on a CPU with matrix units (AMX). Elsewhere float32."""
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+# The VAE.
+
+
+def vae_batch(
+    clips_by_resolution: dict[int, list[ClipFrames]], step: int, seed: int, cropped: bool
+) -> np.ndarray:
+    """Frames of one resolution, mirrored at random, cropped to VAE_CROP if `cropped`: uint8 (B, H, W, 3)."""
+    rng = np.random.default_rng(derive_seed(seed, "vae batch", step))
+    clips = clips_by_resolution[_pick_resolution(clips_by_resolution, rng)]
+    chosen = []
+    for clip_index in rng.integers(0, len(clips), VAE_BATCH_SIZE):
+        clip = clips[clip_index]
+        frame = clip.frames[rng.integers(len(clip.frames))]
+        if cropped:
+            top, left = rng.integers(0, clip.resolution - VAE_CROP + 1, 2)
+            frame = frame[top : top + VAE_CROP, left : left + VAE_CROP]
+        chosen.append(frame[:, ::-1] if rng.random() < 0.5 else frame)
+    return np.stack(chosen)
+
+
+def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Mean over pictures of the squared error's logarithm (so of PSNR), plus the weighted KL divergence."""
+    posterior = vae.encode(pictures).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(pictures.device)
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    squared_error = (decoded.float() - pictures).square().mean(dim=(1, 2, 3))
+    divergence = posterior.kl().mean() / posterior.mean[0].numel()
+    return (squared_error + 1e-5).log().mean() + KL_WEIGHT * divergence
+
+
+def train_vae(
+    vae: AutoencoderKL, clips: list[ClipFrames], steps: int, seed: int, device: torch.device
+) -> None:
+    """Trains the VAE in place (AdamW, cosine learning rate)."""
+    vae.to(device, memory_format=torch.channels_last).train()
+    parameters = list(vae.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=VAE_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(100, steps // 10), steps)
+    clips_by_resolution = group_by_resolution(clips)
+    for step, bar in _training_steps(steps, "training the VAE"):
+        batch = vae_batch(clips_by_resolution, step, seed, cropped=step < VAE_CROPPED_SHARE * steps)
+        pictures = to_pictures(batch, device).contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            loss = vae_loss(vae, pictures, step_generator(seed, "vae noise", step))
+        _update(loss, optimizer, schedule, parameters)
+        # 10 / ln 10 turns a natural logarithm into dB; pictures span 2, hence 4.
+        bar(f"about {10 * np.log10(4) - 10 / np.log(10) * loss.item():.1f} dB")
+    vae.eval()
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, clips: list[ClipFrames]) -> float:
+    """Mean over all frames of the PSNR in dB, 8-bit, of decoding the posterior's mode, in float32."""
+    scores = []
+    for clip in clips:
+        pictures = to_pictures(clip.frames, vae.device)
+        decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
+        restored = ((decoded.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).cpu().numpy()
+        squared_error = np.square(restored - clip.frames.astype(np.float32)).mean(axis=(1, 2, 3))
+        scores.extend(10 * np.log10(255**2 / squared_error))
+    return float(np.mean(scores))
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKL, clips: list[ClipFrames]) -> list[EncodedClip]:
+    """Every clip's frames through the encoder, once."""
+    encoded = []
+    for clip in tqdm(clips, desc="encoding", unit="clip"):
+        moments = vae.encode(to_pictures(clip.frames, vae.device)).latent_dist.parameters.cpu()
+        encoded.append(EncodedClip(clip.label, clip.num_frames, clip.indices, moments))
+    return encoded
+
+
+def latent_scaling_factor(encoded: Sequence[EncodedClip]) -> float:
+    """1 / the standard deviation of the latents, over all clips and channels, as in latent diffusion."""
+    means = torch.cat([clip.moments.chunk(2, dim=1)[0].flatten() for clip in encoded])
+    return round(1 / means.std().item(), 5)
+
+
+# Text encoder and UNet.
+
+
+@dataclass
+class PairBatch:
+    """`targets`: scaled latents (B, 4, h, w); `inputs`: unscaled latents, same shape; `prompts`: B texts."""
+    targets: torch.Tensor
+    inputs: torch.Tensor
+    prompts: list[str]
+
+
+def pair_batch(
+    clips_by_resolution: dict[int, list[EncodedClip]], step: int, seed: int, scaling_factor: float
+) -> PairBatch:
+    """Frame pairs of one resolution, half of the prompts with progress; a pure function of (seed, step)."""
+    rng = np.random.default_rng(derive_seed(seed, "pairs", step))
+    clips = clips_by_resolution[_pick_resolution(clips_by_resolution, rng)]
+    targets, inputs, prompts = [], [], []
+    for clip_index in rng.integers(0, len(clips), UNET_BATCH_SIZE):
+        clip = clips[clip_index]
+        pairs = clip.frame_pairs()
+        source, target = pairs[rng.integers(len(pairs))]
+        progress = action_progress(clip.indices[source], clip.num_frames) if rng.random() < 0.5 else None
+        targets.append(clip.moments[target])
+        inputs.append(clip.moments[source])
+        prompts.append(build_prompt(clip.label, progress))
+    posterior = DiagonalGaussianDistribution(torch.stack(targets))
+    noise = torch.randn(posterior.mean.shape, generator=step_generator(seed, "posterior", step))
+    modes = DiagonalGaussianDistribution(torch.stack(inputs)).mode()
+    return PairBatch((posterior.mean + posterior.std * noise) * scaling_factor, modes, prompts)
+
+
+def drop_conditions(batch: PairBatch, generator: torch.Generator) -> PairBatch:
+    """Empties the text alone, the text and the image, or the image alone, each with CONDITIONING_DROPOUT."""
+    chance = torch.rand(len(batch.prompts), generator=generator)
+    drop_text = chance < 2 * CONDITIONING_DROPOUT
+    drop_image = (chance >= CONDITIONING_DROPOUT) & (chance < 3 * CONDITIONING_DROPOUT)
+    prompts = ["" if dropped else prompt for dropped, prompt in zip(drop_text.tolist(), batch.prompts)]
+    return PairBatch(batch.targets, batch.inputs * ~drop_image.view(-1, 1, 1, 1), prompts)
+
+
+def denoising_loss(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    scheduler: DDPMScheduler,
+    batch: PairBatch,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error of the noise: with min-SNR weights (Hang et al. 2023, arXiv 2303.09556), and plain."""
+    device = pipeline.unet.device
+    noise = torch.randn(batch.targets.shape, generator=generator)
+    num_timesteps = scheduler.config.num_train_timesteps
+    timesteps = torch.randint(0, num_timesteps, (len(batch.targets),), generator=generator)
+    noisy = scheduler.add_noise(batch.targets, noise, timesteps)
+    tokens = pipeline.tokenizer(
+        batch.prompts, padding="max_length", truncation=True, max_length=pipeline.tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    text = pipeline.text_encoder(tokens.input_ids.to(device))[0]
+    latents = torch.cat([noisy, batch.inputs], dim=1).to(device).contiguous(memory_format=torch.channels_last)
+    predicted = pipeline.unet(latents, timesteps.to(device), text).sample
+    error = F.mse_loss(predicted.float(), noise.to(device), reduction="none").mean(dim=(1, 2, 3))
+    snr = compute_snr(scheduler, timesteps).to(device)
+    return (error * snr.clamp(max=SNR_GAMMA) / snr).mean(), error.mean()
+
+
+def train_unet(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    clips: list[EncodedClip],
+    steps: int,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Trains text encoder and UNet in place (AdamW, cosine learning rate) and leaves the EMA weights."""
+    models = (pipeline.unet.to(memory_format=torch.channels_last), pipeline.text_encoder)
+    for model in models:
+        model.to(device).train()
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=UNET_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
+    averaged = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    clips_by_resolution = group_by_resolution(clips)
+    recent = None
+    for step, bar in _training_steps(steps, "training the UNet"):
+        batch = pair_batch(clips_by_resolution, step, seed, pipeline.vae.config.scaling_factor)
+        generator = step_generator(seed, "unet", step)
+        batch = drop_conditions(batch, generator)
+        with autocast(device):
+            loss, plain = denoising_loss(pipeline, scheduler, batch, generator)
+        _update(loss, optimizer, schedule, parameters)
+        averaged.step(parameters)
+        recent = plain.item() if recent is None else 0.98 * recent + 0.02 * plain.item()
+        bar(f"loss {recent:.3f}")
+    averaged.copy_to(parameters)
+    for model in models:
+        model.eval()
+
+
+@torch.no_grad()
+def validation_loss(
+    pipeline: StableDiffusionInstructPix2PixPipeline, clips: list[EncodedClip], seed: int
+) -> float:
+    """The plain loss over 20 batches of held-out pairs; pairs, noise and timesteps follow from the seed."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    clips_by_resolution = group_by_resolution(clips)
+    losses = []
+    for step in range(20):
+        batch = pair_batch(clips_by_resolution, step, seed + 1, pipeline.vae.config.scaling_factor)
+        generator = step_generator(seed, "validation", step)
+        losses.append(denoising_loss(pipeline, scheduler, batch, generator)[1].item())
+    return float(np.mean(losses))
+
+
+# The whole recipe.
+
+
+def pretrain(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    vae_steps: int,
+    unet_steps: int,
+    num_clips: int,
+    seed: int,
+) -> None:
+    """Renders `num_clips` clips, trains the pipeline's models in place, and prints figures and seconds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = {}
+
+    started = time.monotonic()
+    held_out = render_held_out_clips(max(2, num_clips // 10))
+    clips = render_training_clips(num_clips)
+    seconds["rendering"] = time.monotonic() - started
+
+    started = time.monotonic()
+    if vae_steps:
+        train_vae(pipeline.vae, clips, vae_steps, seed, device)
+    pipeline.vae.to(device).eval()
+    seconds["VAE"] = time.monotonic() - started
+    for size, clips_of_size in group_by_resolution(held_out).items():
+        psnr = reconstruction_psnr(pipeline.vae, clips_of_size)
+        print(f"VAE at {size} pixels, {len(clips_of_size)} held-out clips: {psnr:.2f} dB")
+
+    started = time.monotonic()
+    encoded = encode_clips(pipeline.vae, clips if unet_steps else clips[:100])  # 100 give the scaling factor
+    encoded_held_out = encode_clips(pipeline.vae, held_out)
+    if vae_steps:
+        pipeline.vae.register_to_config(scaling_factor=latent_scaling_factor(encoded))
+    seconds["encoding"] = time.monotonic() - started
+
+    started = time.monotonic()
+    if unet_steps:
+        train_unet(pipeline, encoded, unet_steps, seed, device)
+        print(f"held-out loss: {validation_loss(pipeline, encoded_held_out, seed):.4f}")
+    seconds["UNet and text encoder"] = time.monotonic() - started
+    spent = ", ".join(f"{what} {value:.0f} s" for what, value in seconds.items())
+    print(f"on {device.type} ({torch.get_num_threads()} threads): {spent}")
+
+
+def group_by_resolution(clips: Sequence[ClipFrames | EncodedClip]) -> dict[int, list]:
+    """Clips by the width of their frames or latents, since a batch holds one size."""
+    groups: dict[int, list] = {}
+    for clip in clips:
+        width = (clip.frames if isinstance(clip, ClipFrames) else clip.moments).shape[2]
+        groups.setdefault(width, []).append(clip)
+    return groups
+
+
+def step_generator(seed: int, use: str, step: int) -> torch.Generator:
+    """A generator that depends on its arguments alone: step N is the same whatever came before."""
+    return torch.Generator().manual_seed(derive_seed(seed, use, step))
+
+
+def _pick_resolution(groups: dict[int, list], rng: np.random.Generator) -> int:
+    """One of the sizes, as often as clips have it."""
+    counts = np.array([len(clips) for clips in groups.values()], float)
+    return list(groups)[rng.choice(len(groups), p=counts / counts.sum())]
+
+
+def _training_steps(steps: int, description: str) -> Iterator[tuple[int, Callable[[str], None]]]:
+    """Step numbers with a progress bar, and a function that shows a text on it."""
+    with tqdm(range(steps), desc=description, unit="step") as bar:
+        for step in bar:
+            yield step, lambda text: bar.set_postfix_str(text, refresh=False)
+
+
+def _update(loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: object,
+            parameters: list[torch.nn.Parameter]) -> None:
+    """One optimizer step with gradients clipped to norm 1."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The quick test: prepares data, fine-tunes for a few minutes and samples from the result, with the scripts and the
+# code of the full training. Without Something-Something V2 it uses the embedded default: clips that demo/ renders and
+# its small base model. Every variable can also be set from outside:
+#   DATA_DIR=data/sthv2 PRETRAINED_MODEL=timbrooks/instruct-pix2pix bash test_train_instruct_pix2pix.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+DATA_DIR=${DATA_DIR:-}                  # empty: data/sthv2 if it is prepared, else the embedded default
+PRETRAINED_MODEL=${PRETRAINED_MODEL:-}  # empty: timbrooks/instruct-pix2pix, or demo/base_model for the embedded default
+DEMO_DIR=${DEMO_DIR:-data/demo}         # where the embedded default's clips go
+NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-240}
+NUM_VAL_CLIPS=${NUM_VAL_CLIPS:-60}
+TEST_OUTPUT=${TEST_OUTPUT:-test_output}
+RESOLUTION=${RESOLUTION:-96}
+NUM_SAMPLES=${NUM_SAMPLES:-8}
+SEED=${SEED:-42}
+export INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20} TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21} RESOLUTION SEED
+
+sthv2_is_prepared() {
+  [[ -s data/sthv2/annotations/train_filtered.json && -d data/sthv2/frames_${RESOLUTION}x${RESOLUTION} ]]
+}
+
+if [[ -z $DATA_DIR ]] && sthv2_is_prepared; then DATA_DIR=data/sthv2; fi
+if [[ -n $DATA_DIR ]]; then
+  echo "data: $DATA_DIR (DATA_DIR=$DEMO_DIR PRETRAINED_MODEL=demo/base_model for the embedded default)"
+  PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}
+  default_steps=20
+  default_learning_rate=5e-6
+else
+  DATA_DIR=$DEMO_DIR
+  echo "data: the embedded default in $DATA_DIR (set DATA_DIR, or prepare data/sthv2, to use your own)"
+  python -m demo.make_clips --output_dir "$DATA_DIR" --num_train_clips "$NUM_TRAIN_CLIPS" --num_val_clips "$NUM_VAL_CLIPS"
+  python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
+  python -m data.video_loader --data_dir "$DATA_DIR"
+  PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
+  default_steps=300
+  default_learning_rate=1e-4
+fi
+echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
+
+export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-$default_steps} LEARNING_RATE=${LEARNING_RATE:-$default_learning_rate}
+DATA_DIR=$DATA_DIR PRETRAINED_MODEL=$PRETRAINED_MODEL OUTPUT_DIR=$TEST_OUTPUT/model GRADIENT_ACCUM=${GRADIENT_ACCUM:-1} \
+  bash train_instruct_pix2pix.sh
+
+MODEL_DIR=$TEST_OUTPUT/model OUTPUT_DIR=$TEST_OUTPUT/samples NUM_SAMPLES=$NUM_SAMPLES \
+  FRAMES_DIR=$DATA_DIR/frames_${RESOLUTION}x${RESOLUTION} VAL_ANNOTATIONS=$DATA_DIR/annotations/val_filtered.json \
+  bash sample_from_pix2pix.sh
+
+echo
+echo "the quick test is done; look at"
+echo "  $TEST_OUTPUT/samples/overview.png       predictions beside what really happened"
+echo "  $TEST_OUTPUT/samples/metrics.json       their scores"
+echo "  $TEST_OUTPUT/model/validation/          predictions during training"
+echo "  tensorboard --logdir=$TEST_OUTPUT/ --port 6007"

@@ -1,0 +1,152 @@
+"""Small stand-ins that several test files share: a prepared data directory and a base model of 100,000 parameters."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data.dataset import filtered_annotations_path, frame_path, frames_dir, write_annotations
+
+PROJECT = Path(__file__).parents[1]
+SHARED = PROJECT.parent / "shared"
+SIDE = 32
+LABELS = {
+    "move_object": "pushing a cup from left to right",
+    "drop_object": "dropping a ball onto a table",
+    "cover_object": "covering a box with a cloth",
+}
+
+
+def run(*command: object, check: bool = True, **environment: object) -> subprocess.CompletedProcess:
+    """Runs a command in the project's folder as a user would, without a network, output as text."""
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    variables |= {name: str(value) for name, value in environment.items()}
+    words = [sys.executable if word == "python" else str(word) for word in command]
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
+    done = subprocess.run(words, cwd=PROJECT, env=variables, text=True, capture_output=True)
+    if check and done.returncode:
+        pytest.fail(f"{' '.join(words)} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+def write_frames(data_dir: Path, video_id: str, indices: range, side: int = SIDE, seed: int = 0) -> None:
+    """Frames of a bright square that moves over a coloured gradient, one pixel a frame."""
+    colour = np.random.default_rng(seed).integers(60, 200, 3)
+    for index in indices:
+        frame = np.linspace(0, 1, side)[:, None, None] * colour * np.ones((side, side, 1))
+        left = index % (side - 8)
+        frame[8:16, left : left + 8] = 255
+        path = frame_path(frames_dir(data_dir, side), video_id, index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), frame.astype(np.uint8))
+
+
+def entry(video_id: str, task: str, num_frames: int = 40) -> dict:
+    return {
+        "id": video_id,
+        "label": LABELS[task],
+        "template": "Pushing [something] from left to right",
+        "placeholders": ["a cup"],
+        "task": task,
+        "num_frames": num_frames,
+    }
+
+
+def make_data_dir(data_dir: Path) -> Path:
+    """A prepared data directory: 6 training and 3 validation videos over the three tasks, and a short one of each."""
+    for split, count in (("train", 6), ("val", 3)):
+        entries = []
+        for number in range(count):
+            video_id = f"{split}{number}"
+            write_frames(data_dir, video_id, range(19, 24), seed=number)
+            entries.append(entry(video_id, list(LABELS)[number % 3]))
+        entries.append(entry(f"{split}_short", "move_object", num_frames=21))
+        write_frames(data_dir, f"{split}_short", range(19, 21))
+        path = filtered_annotations_path(data_dir, split)
+        path.parent.mkdir(exist_ok=True)
+        write_annotations(path, entries)
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read-only by agreement: tests that change it make their own with `make_data_dir`."""
+    return make_data_dir(tmp_path_factory.mktemp("data"))
+
+
+def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon"):
+    """A Stable Diffusion pipeline of 100,000 parameters with random weights, the same ones each time."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        EulerAncestralDiscreteScheduler,
+        StableDiffusionInstructPix2PixPipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from demo.make_model import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=SIDE,
+        scaling_factor=0.5,
+    )
+    scheduler = EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1
+    )
+    kind = StableDiffusionInstructPix2PixPipeline if in_channels == 8 else StableDiffusionPipeline
+    return kind(vae, CLIPTextModel(text_config), tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny_model")
+    make_tiny_pipeline().save_pretrained(path)
+    return path
+
+
+def scalars(logging_dir: Path, tag: str) -> dict[int, float]:
+    """What TensorBoard shows under a tag, by step; the last run's value where runs overlap."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {}
+    for event_file in sorted(logging_dir.rglob("events*")):
+        events = EventAccumulator(str(event_file))
+        events.Reload()
+        if tag in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars(tag)}
+    return values

@@ -1,0 +1,349 @@
+"""Filtering and sampling: the command, the files it writes, and what it says about bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import dataset
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "sthv2").is_dir(), reason="../shared/sthv2 is not here")
+
+
+def run_filter(data_dir, *options):
+    command = [sys.executable, "-m", "data.dataset", "--data_dir", str(data_dir), *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def bracketed(template):
+    """A template as annotations spell it."""
+    return re.sub(r"\b([Ss]omething)\b", r"[\1]", template)
+
+
+def make_entries(first_id, per_template):
+    """`per_template` entries of every listed template, and of two that are listed nowhere."""
+    templates = [template for templates in dataset.TASK_TEMPLATES.values() for template in templates]
+    templates += [
+        "Putting something onto something else that cannot support it so it falls down",
+        "Pretending to put something onto something",
+    ]
+    return [
+        {
+            "id": str(first_id + index),
+            "label": f"label {index}",
+            "template": bracketed(template),
+            "placeholders": [],
+        }
+        for index, template in enumerate(templates * per_template)
+    ]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    write_sources(tmp_path, make_entries(0, 3), make_entries(100_000, 2))
+    return tmp_path
+
+
+def write_sources(data_dir, train, val):
+    (data_dir / "annotations").mkdir(exist_ok=True)
+    (data_dir / "annotations" / "train.json").write_text(json.dumps(train), encoding="utf-8")
+    (data_dir / "annotations" / "validation.json").write_text(json.dumps(val), encoding="utf-8")
+
+
+def outputs(data_dir):
+    return {split: dataset.filtered_annotations_path(data_dir, split) for split in dataset.SPLITS}
+
+
+def read_outputs(data_dir):
+    return {split: json.loads(path.read_text(encoding="utf-8")) for split, path in outputs(data_dir).items()}
+
+
+def ids_of_task(entries, task):
+    return [entry["id"] for entry in entries if entry["task"] == task]
+
+
+# The task lists.
+
+
+@needs_shared
+def test_every_listed_template_is_official():
+    official = json.loads((SHARED / "sthv2" / "labels.json").read_text())
+    for templates in dataset.TASK_TEMPLATES.values():
+        assert set(templates) <= set(official)
+
+
+def test_no_template_is_listed_twice():
+    listed = [template for templates in dataset.TASK_TEMPLATES.values() for template in templates]
+    assert len(listed) == len(set(listed))
+
+
+def test_no_pretended_failed_or_falling_placement():
+    for task, templates in dataset.TASK_TEMPLATES.items():
+        for template in templates:
+            assert not re.search(
+                r"pretend|fail|almost|camera|collid|spin|part of|one end", template, re.IGNORECASE
+            )
+            assert task == "drop_object" or not re.search(r"so it (falls|slides)|falls (down|off)", template)
+
+
+def test_templates_match_whole_and_without_brackets():
+    entries = make_entries(0, 1)
+    matched = dataset.match_tasks(entries, list(dataset.TASK_TEMPLATES))
+    for task, templates in dataset.TASK_TEMPLATES.items():
+        assert [dataset.plain_template(entry["template"]) for entry in matched[task]] == list(templates)
+
+
+@needs_shared
+def test_official_sample_as_both_files(tmp_path):
+    sample = json.loads((SHARED / "sthv2" / "annotations_sample.json").read_text())
+    write_sources(tmp_path, sample, sample)
+    result = run_filter(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "400 ids are in both annotation files" in result.stdout
+    found = read_outputs(tmp_path)
+    assert found["train"] and found["val"]
+    assert not {entry["id"] for entry in found["train"]} & {entry["id"] for entry in found["val"]}
+    originals = {entry["id"]: entry for entry in sample}
+    for entry in found["train"] + found["val"]:
+        assert dataset.plain_template(entry["template"]) in dataset.TASK_TEMPLATES[entry["task"]]
+        assert {key: value for key, value in entry.items() if key != "task"} == originals[entry["id"]]
+
+
+# Sampling.
+
+
+def test_same_seed_same_bytes_whatever_the_order_of_the_file(data_dir):
+    assert run_filter(data_dir, "--train_samples_per_task", 20).returncode == 0
+    first = {split: path.read_bytes() for split, path in outputs(data_dir).items()}
+    train = json.loads((data_dir / "annotations" / "train.json").read_text())
+    write_sources(data_dir, train[::-1], make_entries(100_000, 2))
+    assert run_filter(data_dir, "--train_samples_per_task", 20).returncode == 0
+    assert {split: path.read_bytes() for split, path in outputs(data_dir).items()} == first
+    assert run_filter(data_dir, "--train_samples_per_task", 20, "--seed", 7).returncode == 0
+    assert outputs(data_dir)["train"].read_bytes() != first["train"]
+
+
+def test_counts_and_tasks(data_dir):
+    result = run_filter(data_dir, "--train_samples_per_task", 20, "--val_samples_per_task", 5)
+    found = read_outputs(data_dir)
+    for task, templates in dataset.TASK_TEMPLATES.items():
+        assert len(ids_of_task(found["train"], task)) == 20
+        assert len(ids_of_task(found["val"], task)) == 5
+        assert re.search(
+            rf"^{task} +train +{3 * len(templates)} +{3 * len(templates)} +20$", result.stdout, re.MULTILINE
+        )
+    log = (data_dir / "annotations" / "filter.log").read_text()
+    for template in ("Moving something up", "Covering something with something"):
+        assert re.search(rf" 3 +3 +\d  {template}$", log, re.MULTILINE)
+
+
+def test_a_task_is_sampled_the_same_alone_and_with_others(data_dir):
+    run_filter(data_dir, "--train_samples_per_task", 10)
+    together = read_outputs(data_dir)
+    run_filter(data_dir, "--train_samples_per_task", 10, "--tasks", "drop_object")
+    alone = read_outputs(data_dir)
+    assert {entry["task"] for entry in alone["train"]} == {"drop_object"}
+    for split in dataset.SPLITS:
+        assert ids_of_task(alone[split], "drop_object") == ids_of_task(together[split], "drop_object")
+
+
+def test_fewer_than_asked_takes_all_and_says_so(data_dir):
+    result = run_filter(data_dir)
+    assert len(read_outputs(data_dir)["train"]) == 3 * sum(map(len, dataset.TASK_TEMPLATES.values()))
+    assert "drop_object, train: asked for 1000, took all 39." in result.stdout
+
+
+def test_samples_only_videos_that_exist(data_dir):
+    (data_dir / "videos").mkdir()
+    assert "No videos in" in run_filter(data_dir).stdout
+    for video_id in ("0", "1", "100000"):
+        (data_dir / "videos" / f"{video_id}.webm").touch()
+    result = run_filter(data_dir)
+    found = read_outputs(data_dir)
+    assert {entry["id"] for entry in found["train"]} == {"0", "1"}
+    assert [entry["id"] for entry in found["val"]] == ["100000"]
+    total = 5 * sum(map(len, dataset.TASK_TEMPLATES.values()))
+    assert f"{total - 3} of {total} matching videos are missing" in result.stdout
+    shutil.rmtree(data_dir / "videos")
+    (data_dir / "videos").mkdir()
+    (data_dir / "videos" / "other.webm").touch()
+    assert "none of the" in run_filter(data_dir).stderr
+
+
+def test_published_file_names(data_dir):
+    folder = data_dir / "annotations"
+    (folder / "train.json").rename(folder / "something-something-v2-train.json")
+    (folder / "validation.json").rename(folder / "something-something-v2-validation.json")
+    assert run_filter(data_dir).returncode == 0
+    assert read_outputs(data_dir)["val"]
+
+
+def test_unusual_labels_survive(data_dir):
+    labels = ["把杯子往上移", "moving a 🧸 up", "x" * 10_000_000, 'quote " and \\ and\nnewline']
+    train = [
+        {"id": f"v-{i}_a.b", "label": label, "template": "Moving [something] up"}
+        for i, label in enumerate(labels)
+    ]
+    write_sources(data_dir, train, [])
+    assert run_filter(data_dir).returncode == 0
+    text = outputs(data_dir)["train"].read_text(encoding="utf-8")
+    assert sorted(entry["label"] for entry in json.loads(text)) == sorted(labels)
+    assert "把杯子往上移" in text
+
+
+# Bad input: one line, naming file and entry, and no output touched.
+
+GOOD = {"id": "1", "label": "moving a cup up", "template": "Moving [something] up"}
+BAD_ENTRIES = {
+    "not an object": (["x"], "entry 2 must be an object"),
+    "no id": ({"label": "a", "template": "b"}, "entry 2 has no id"),
+    "number": ({**GOOD, "id": 2}, "entry 2: the id must be a string"),
+    "null": ({**GOOD, "id": None}, "entry 2: the id must be a string"),
+    "duplicate": ({**GOOD, "id": "1"}, 'the id "1" occurs twice'),
+    "parent": ({**GOOD, "id": "../../x"}, 'the id "../../x" cannot name a file'),
+    "slash": ({**GOOD, "id": "a/b"}, 'the id "a/b" cannot name a file'),
+    "newline": ({**GOOD, "id": "2\n"}, 'the id "2\\n" cannot name a file'),
+    "hidden": ({**GOOD, "id": ".2"}, "cannot name a file"),
+    "long": ({**GOOD, "id": "2" * 300}, "cannot name a file"),
+    "empty id": ({**GOOD, "id": ""}, "cannot name a file"),
+    "no label": ({"id": "2", "template": "b"}, 'entry 2 (id "2") has no label'),
+    "list label": ({**GOOD, "id": "2", "label": []}, 'entry 2 (id "2"): the label must be a string'),
+    "blank label": ({**GOOD, "id": "2", "label": "  "}, 'entry 2 (id "2"): the label is blank'),
+    "no template": ({"id": "2", "label": "b"}, 'entry 2 (id "2") has no template'),
+    "frames": (
+        {**GOOD, "id": "2", "placeholders": [], "num_frames": "9"},
+        "num_frames must be a positive whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ENTRIES)
+def test_bad_entry_is_named(tmp_path, name):
+    entry, message = BAD_ENTRIES[name]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([GOOD, entry]))
+    with pytest.raises(dataset.UserError) as error:
+        dataset.read_annotations(path)
+    assert str(path) in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+BAD_FILES = {
+    "empty": (b"", "the file is empty"),
+    "truncated": (b'[{"id": "1", "lab', "is not valid JSON"),
+    "object": (b'{"id": "1"}', "must be a list of entries, but holds an object"),
+    "binary": (b"\xff\xfe\x00\x01", "is not valid JSON"),
+    "nested": (b"[" * 100_000, "is not valid JSON"),
+    "half a character": (b'[{"id": "1", "label": "\\ud83d", "template": "t"}]', "is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_named(tmp_path, name):
+    content, message = BAD_FILES[name]
+    path = tmp_path / "train.json"
+    path.write_bytes(content)
+    with pytest.raises(dataset.UserError, match=f"^{re.escape(str(path))}.*{re.escape(message)}"):
+        dataset.read_annotations(path)
+
+
+def test_an_error_touches_no_output(data_dir):
+    run_filter(data_dir)
+    files = {path: path.read_bytes() for path in (data_dir / "annotations").iterdir()}
+    (data_dir / "annotations" / "validation.json").write_text(json.dumps([GOOD, GOOD]))
+    files[data_dir / "annotations" / "validation.json"] = json.dumps([GOOD, GOOD]).encode()
+    result = run_filter(data_dir)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert re.fullmatch(
+        r'error: .*validation\.json: entry 2: the id "1" occurs twice in this file\n', result.stderr
+    )
+    assert {path: path.read_bytes() for path in (data_dir / "annotations").iterdir()} == files
+
+
+def test_missing_annotations_say_where_to_get_them(tmp_path):
+    result = run_filter(tmp_path / "nothing")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "developer.qualcomm.com" in result.stderr and "train.json" in result.stderr
+
+
+def test_no_matching_template_is_an_error(data_dir):
+    write_sources(data_dir, [{**GOOD, "template": "Moving [something] upwards"}], [])
+    result = run_filter(data_dir)
+    assert result.returncode == 1 and "no entry has a template of" in result.stderr
+    assert not outputs(data_dir)["train"].exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind root")
+def test_unwritable_folder_is_an_error(data_dir):
+    (data_dir / "annotations").chmod(0o500)
+    result = run_filter(data_dir)
+    (data_dir / "annotations").chmod(0o700)
+    assert result.returncode == 1 and "cannot write" in result.stderr and "Traceback" not in result.stderr
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+ids = st.text(max_size=12) | st.from_regex(r"[a-c0-9._/\\-]{1,6}", fullmatch=True) | json_values
+templates = st.sampled_from(["Moving [something] up", "Covering [something] with [something]"]) | st.text()
+odd_entries = json_values | st.fixed_dictionaries(
+    {"id": ids, "label": st.text() | json_values, "template": templates | json_values},
+    optional={"task": json_values, "num_frames": json_values, "placeholders": json_values},
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(odd_entries, max_size=5) | json_values)
+def test_any_json_is_read_back_or_refused_in_one_line(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.json"
+        path.write_text(json.dumps(content))
+        try:
+            entries = dataset.read_annotations(path)
+        except dataset.UserError as error:
+            assert "\n" not in str(error)
+            return
+        assert json.dumps(entries) == json.dumps(content)
+        for entry in entries:
+            inside = dataset.video_path(folder, entry["id"]).resolve()
+            assert inside.parent == (Path(folder) / "videos").resolve()
+            assert (
+                dataset.frames_dir(folder, 96).resolve()
+                == (dataset.frame_path(dataset.frames_dir(folder, 96), entry["id"], 0).resolve().parents[1])
+            )
+        matched = dataset.match_tasks(entries, list(dataset.TASK_TEMPLATES))
+        chosen = [entry for found in matched.values() for entry in dataset.sample_entries(found, 2, seed=1)]
+        dataset.write_annotations(path, chosen)
+        assert json.dumps(dataset.read_annotations(path)) == json.dumps(chosen)
+
+
+@given(
+    st.integers(0, 30), st.integers(), st.lists(st.integers(0, 1000), unique=True, max_size=30), st.randoms()
+)
+def test_sampling_depends_on_seed_and_ids_only(count, seed, numbers, random):
+    entries = [{"id": str(number)} for number in numbers]
+    sampled = dataset.sample_entries(entries, count, seed)
+    random.shuffle(entries)
+    assert dataset.sample_entries(entries, count, seed) == sampled
+    assert len(sampled) == min(count, len(entries))
+    assert dataset.sample_entries(entries, count + 1, seed)[:count] == sampled
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys, data.video_loader; print([m for m in ('torch', 'cv2', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

@@ -1,0 +1,200 @@
+"""Encoding once, and the batches that training draws from it."""
+
+import argparse
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.dataset import frame_path, frames_dir
+from data.encoded_pairs import TrainingBatches, conditioning_dropout, encode_once
+from data.sthv2_dataset_hf import load_frame_pairs
+from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make_tiny_pipeline()
+
+
+def arguments(data_dir, **changes):
+    defaults = {
+        "train_data_dir": data_dir,
+        "random_flip": False,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": None,
+        "num_train_epochs": 3,
+        "seed": 42,
+        "conditioning_dropout_prob": 0.2,
+    }
+    return argparse.Namespace(**(defaults | changes))
+
+
+def encode(pipeline, data_dir, add_progress=False, **changes):
+    pairs, _ = load_frame_pairs(data_dir, "train", SIDE, add_progress=add_progress)
+    return encode_once(pipeline, pairs, arguments(data_dir, **changes), Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def encoded(pipeline, tmp_path_factory):
+    return encode(pipeline, make_data_dir(tmp_path_factory.mktemp("encoded")))
+
+
+@pytest.fixture(scope="module")
+def encoded_with_flip(pipeline, tmp_path_factory):
+    return encode(pipeline, make_data_dir(tmp_path_factory.mktemp("flipped")), random_flip=True)
+
+
+def batches(encoded, num_processes=1, process_index=0, **changes):
+    latents, embeddings, _ = encoded
+    return TrainingBatches(latents, embeddings, arguments(None, **changes), 1000, 0.5, num_processes, process_index)
+
+
+def test_latents_and_embeddings_are_what_the_models_give(pipeline, encoded, data_dir):
+    latents, embeddings, _ = encoded
+    assert len(latents) == 6
+    frames = [cv2.imread(str(frame_path(frames_dir(data_dir, SIDE), "train2", index)))[:, :, ::-1] for index in (20, 21)]
+    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pixels).latent_dist
+        tokens = pipeline.tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
+        empty = pipeline.text_encoder(tokens)[0][0]
+    row = latents.with_format("torch")[2]
+    torch.testing.assert_close(row["input_latents"], posterior.mean[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(row["target_moments"], posterior.parameters[1], atol=1e-5, rtol=1e-4)
+    embedding = embeddings.with_format("torch")[list(embeddings["prompt"]).index("")]["embedding"]
+    torch.testing.assert_close(embedding, empty, atol=1e-5, rtol=1e-4)
+    assert len(embeddings) == 4  # three labels and the empty prompt, each once
+
+
+def test_second_run_encodes_nothing(pipeline, tmp_path, monkeypatch):
+    data_dir = make_data_dir(tmp_path)
+    first = encode(pipeline, data_dir)
+    monkeypatch.setattr(pipeline.vae, "encode", lambda *_: pytest.fail("a frame was encoded again"))
+    monkeypatch.setattr(pipeline.text_encoder, "forward", lambda *_: pytest.fail("a prompt was encoded again"))
+    second = encode(pipeline, data_dir)
+    assert second[2] == first[2]
+    assert second[0][3] == first[0][3]
+
+
+def test_changed_inputs_never_meet_the_old_cache(pipeline, tmp_path):
+    data_dir = make_data_dir(tmp_path)
+    key = encode(pipeline, data_dir)[2]
+    path = frame_path(frames_dir(data_dir, SIDE), "train0", 21)
+    original = path.read_bytes()
+    frame = cv2.imread(str(path))
+    frame[0, 0] += 1
+    cv2.imwrite(str(path), frame)
+    keys = {key, encode(pipeline, data_dir)[2]}
+    path.write_bytes(original)
+    assert encode(pipeline, data_dir)[2] == key
+    other = make_tiny_pipeline()
+    with torch.no_grad():
+        other.vae.decoder.conv_in.bias[0] += 1
+        keys.add(encode(other, data_dir)[2])
+        other.text_encoder.get_input_embeddings().weight[0, 0] += 1
+        keys.add(encode(other, data_dir)[2])
+    keys.add(encode(pipeline, data_dir, random_flip=True)[2])
+    latents, _, key = encode(pipeline, data_dir, add_progress=True)
+    keys.add(key)
+    assert latents[0]["edit_prompt"].endswith("And 50% of the action has been completed.")
+    assert len(keys) == 6
+
+
+def test_mirrored_pairs_have_mirrored_frames_and_prompts(pipeline, encoded_with_flip, encoded):
+    latents, embeddings, _ = encoded_with_flip
+    assert len(latents) == 12
+    assert latents[0]["edit_prompt"].endswith("from left to right")
+    assert latents[6]["edit_prompt"].endswith("from right to left")
+    np.testing.assert_allclose(latents[0]["input_latents"], encoded[0][0]["input_latents"], atol=1e-5)
+    assert not np.allclose(latents[6]["input_latents"], latents[0]["input_latents"], atol=1e-2)
+    flips = batches(encoded_with_flip, random_flip=True, conditioning_dropout_prob=0.0)
+    plain = latents.with_format("torch")[:]["input_latents"]
+    seen = set()
+    for index in range(len(flips)):
+        for sample, image_latents in zip(flips.samples_of_step(index), flips[index]["image_latents"]):
+            mirrored = torch.equal(image_latents, plain[sample + 6])
+            assert mirrored or torch.equal(image_latents, plain[sample])
+            seen.add(mirrored)
+    assert seen == {True, False}
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    num_processes=st.integers(1, 4),
+    passes=st.integers(1, 3),
+    size=st.integers(1, 3),
+    step=st.integers(0, 20),
+    seed=st.integers(0, 2**32),
+)
+def test_a_step_does_not_depend_on_how_its_batch_is_divided(encoded, num_processes, passes, size, step, seed):
+    total = num_processes * passes * size
+    whole = batches(encoded, train_batch_size=total, max_train_steps=30, seed=seed)[step]
+    parts = [
+        batches(
+            encoded,
+            num_processes,
+            process,
+            train_batch_size=size,
+            gradient_accumulation_steps=passes,
+            max_train_steps=30,
+            seed=seed,
+        )[step * passes + part]
+        for part in range(passes)
+        for process in range(num_processes)
+    ]
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, torch.cat([part[name] for part in parts])), name
+
+
+def test_every_sample_is_seen_once_an_epoch(encoded):
+    stream = batches(encoded, train_batch_size=4)
+    assert stream.max_train_steps == 5  # 3 epochs of 6 samples, 4 a step
+    seen = [sample for step in range(6) for sample in stream.samples_of_step(step)]
+    epochs = [seen[start : start + 6] for start in range(0, 24, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_batches_follow_the_seed(encoded):
+    first, again, other = (batches(encoded, seed=seed)[1] for seed in (1, 1, 2))
+    assert torch.equal(first["noise"], again["noise"])
+    assert not torch.equal(first["noise"], other["noise"])
+
+
+def test_targets_are_samples_of_the_scaled_posterior(encoded):
+    stream = batches(encoded, train_batch_size=6, max_train_steps=400)
+    moments = encoded[0].with_format("torch")[:]["target_moments"]
+    mean, logvar = moments.chunk(2, dim=1)
+    drawn = [[] for _ in range(6)]
+    for step in range(400):
+        for sample, latents in zip(stream.samples_of_step(step), stream[step]["target_latents"]):
+            drawn[sample].append(latents)
+    for sample in range(6):
+        draws = torch.stack(drawn[sample]) / 0.5
+        std = torch.exp(0.5 * logvar[sample])
+        assert ((draws.mean(0) - mean[sample]).abs() < 5 * std / 400**0.5).all()
+        assert 0.9 < (draws.std(0) / std).mean() < 1.1
+
+
+def test_dropout_drops_text_image_and_both_equally_often(encoded):
+    uniform = torch.rand(300_000, generator=torch.Generator().manual_seed(0))
+    drop_text, drop_image = conditioning_dropout(uniform, 0.05)
+    for dropped in (drop_text & ~drop_image, drop_text & drop_image, ~drop_text & drop_image):
+        assert abs(dropped.float().mean() - 0.05) < 0.003
+    assert not torch.cat(conditioning_dropout(uniform, 0.0)).any()
+
+    _, embeddings, _ = encoded
+    empty = embeddings.with_format("torch")[list(embeddings["prompt"]).index("")]["embedding"]
+    all_dropped = batches(encoded, conditioning_dropout_prob=1 / 3, train_batch_size=6, max_train_steps=50)
+    kinds = set()
+    for step in range(50):
+        batch = all_dropped[step]
+        for image_latents, embedding in zip(batch["image_latents"], batch["prompt_embeds"]):
+            kinds.add((bool((image_latents == 0).all()), torch.equal(embedding, empty)))
+    assert kinds == {(True, False), (False, True), (True, True)}

@@ -1,0 +1,248 @@
+"""The demo's base model: its directory, its tokenizer, its recipe, and the trained one in the repository."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.dataset import TASK_TEMPLATES, UserError, plain_template
+from data.sthv2_dataset_hf import build_prompt
+from demo.make_model import (
+    DEFAULT_OUTPUT_DIR, build_pipeline, build_tokenizer, check_output_dir, count_parameters, save_pipeline,
+)
+from demo.pretraining_clips import CLIP_SEED, NUM_HELD_OUT_CLIPS, choose_frames, render_frames
+from tests.conftest import PROJECT, run
+
+UNTRAINED = ("--vae_train_steps", 0, "--unet_train_steps", 0)
+BASE_MODEL = PROJECT / DEFAULT_OUTPUT_DIR
+MEGABYTE = 10**6
+
+
+def load(directory: Path) -> StableDiffusionInstructPix2PixPipeline:
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(directory, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tree_hash(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "untrained"
+    run("python", "-m", "demo.make_model", "--output_dir", directory, *UNTRAINED)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+# The directory.
+
+
+def test_stock_diffusers_loads_it_in_float32_and_predicts(untrained):
+    pipeline = load(untrained)
+    assert {model.dtype for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    assert pipeline.unet.config.in_channels == 8
+    assert pipeline.vae_scale_factor == 8
+    for side in (96, 128):
+        frame = Image.new("RGB", (side, side))
+        picture = pipeline("pushing a cup", image=frame, num_inference_steps=2).images[0]
+        assert picture.size == (side, side)
+
+
+def test_it_is_small_and_holds_no_pickles(untrained):
+    assert count_parameters(load(untrained)) < 10_000_000
+    names = tree_hash(untrained)
+    assert sum((untrained / name).stat().st_size for name in names) <= 20 * MEGABYTE
+    assert {Path(name).suffix for name in names} <= {".json", ".txt", ".safetensors"}
+    assert not list(untrained.parent.glob(".*"))  # no temporary folder is left
+
+
+def test_the_scheduler_is_stable_diffusions(untrained):
+    scheduler = load(untrained).scheduler
+    assert type(scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    config = scheduler.config
+    assert (config.beta_schedule, config.beta_start, config.beta_end) == ("scaled_linear", 0.00085, 0.012)
+    assert config.prediction_type == "epsilon"
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_weights(untrained, tmp_path):
+    torch.rand(3)  # the global generator's state must not matter, nor be disturbed
+    state = torch.get_rng_state()
+    save_pipeline(build_pipeline(seed=0), tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tree_hash(tmp_path / "again") == tree_hash(untrained)
+    other = build_pipeline(seed=1)
+    assert not torch.equal(other.unet.conv_in.weight, build_pipeline(seed=0).unet.conv_in.weight)
+
+
+def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run("python", "-m", "demo.make_model", "--output_dir", tmp_path, *UNTRAINED, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_model_or_an_empty_folder_may_be_replaced_but_a_file_may_not(untrained, tmp_path):
+    check_output_dir(untrained)
+    check_output_dir(tmp_path)
+    check_output_dir(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError):
+        check_output_dir(tmp_path / "file")
+
+
+def test_an_initial_model_that_is_none_is_one_clear_line(tmp_path):
+    out = tmp_path / "out"
+    options = ("--output_dir", out, "--initial_model", tmp_path)
+    done = run("python", "-m", "demo.make_model", *options, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --initial_model {tmp_path} is not a model directory")
+    assert not out.exists()
+
+
+# The tokenizer.
+
+
+def expected_text(tokenizer, text: str) -> str:
+    """`text` by CLIP's own rule: normal form, lower case; white space separates words and is not kept."""
+    return re.sub(r"\s", "", tokenizer.backend_tokenizer.normalizer.normalize_str(text))
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=40))
+def test_any_text_can_be_read_back_from_its_tokens(text):
+    tokenizer = TOKENIZER
+    for word in ("<|startoftext|>", "<|endoftext|>", "</w>"):
+        text = text.replace(word, "")
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.unk_token_id not in ids[1:-1]
+    decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert re.sub(r"\s", "", decoded) == expected_text(tokenizer, text)
+
+
+TOKENIZER = build_tokenizer()
+
+
+@pytest.mark.parametrize("text", ["推杯子 🥤👋🏽", "a\x00b\x07", "naïve Ünïcödé", "", "   ", "zzz" * 60])
+def test_a_saved_tokenizer_gives_the_same_ids(tokenizer, untrained, text):
+    reloaded = load(untrained).tokenizer
+    assert reloaded(text).input_ids == tokenizer(text).input_ids
+    limit = reloaded.model_max_length
+    padded = reloaded(text, padding="max_length", truncation=True, max_length=limit).input_ids
+    assert len(padded) == limit == 77
+
+
+def test_words_of_a_prompt_in_another_order_or_another_percentage_are_other_tokens(tokenizer):
+    prompts = [
+        build_prompt(f"pushing a cup from {one} to {other}", progress)
+        for one, other in (("left", "right"), ("right", "left")) for progress in (None, 50, 60)
+    ]
+    assert len({tuple(tokenizer(prompt).input_ids) for prompt in prompts}) == len(prompts)
+
+
+def test_every_template_in_a_prompt_stays_far_below_77_tokens(tokenizer):
+    labels = [
+        plain_template(template).lower().replace("something", "a light blue piece of paper")
+        for templates in TASK_TEMPLATES.values() for template in templates
+    ]
+    lengths = {label: len(tokenizer(build_prompt(label, 60)).input_ids) for label in labels}
+    assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
+
+
+# The recipe.
+
+
+def test_training_frames_are_in_the_clip_and_pairs_cover_the_horizons():
+    for index in range(50):
+        for num_frames in (24, 43, 72):
+            chosen = choose_frames(index, num_frames)
+            assert chosen == sorted(set(chosen)) and 0 <= chosen[0] and chosen[-1] < num_frames
+            gaps = {b - a for a in chosen for b in chosen}
+            assert {1, 2, 3, 4, 5, 7, 8, 9, 10} <= gaps
+
+
+def test_a_clip_is_rendered_once_for_all_sizes_and_never_of_make_clips_own_seed():
+    small, large = render_frames(3, (96, 128))
+    assert (small.resolution, large.resolution) == (96, 128)
+    assert small.frames.dtype == np.uint8 and small.frames.shape == (len(small.indices), 96, 96, 3)
+    assert small.indices == large.indices and small.label == large.label
+    assert CLIP_SEED != 42
+
+
+def test_training_steps_are_functions_of_the_seed_and_the_step():
+    from demo.pretrain import EncodedClip, drop_conditions, pair_batch, step_generator, vae_batch
+
+    clips = render_frames(30, (96, 128)) + render_frames(31, (96, 128))
+    by_size = {96: clips[0::2], 128: clips[1::2]}
+    assert np.array_equal(vae_batch(by_size, 7, 0, cropped=True), vae_batch(by_size, 7, 0, cropped=True))
+    assert not np.array_equal(vae_batch(by_size, 7, 0, cropped=True), vae_batch(by_size, 8, 0, cropped=True))
+    assert {vae_batch(by_size, step, 0, cropped=False).shape[1] for step in range(20)} == {96, 128}
+
+    encoded = [
+        EncodedClip(clip.label, clip.num_frames, clip.indices, torch.randn(len(clip.indices), 8, 12, 12))
+        for clip in by_size[96]
+    ]
+    batch, again = (pair_batch({12: encoded}, 7, 0, scaling_factor=2.0) for _ in range(2))
+    assert torch.equal(batch.targets, again.targets) and batch.prompts == again.prompts
+    assert not torch.equal(batch.targets, pair_batch({12: encoded}, 8, 0, scaling_factor=2.0).targets)
+    assert any("% of the action" in prompt for prompt in batch.prompts)
+    assert any("% of the action" not in prompt for prompt in batch.prompts)
+
+    dropped = [drop_conditions(batch, step_generator(0, "test", step)) for step in range(400)]
+    no_text = torch.tensor([[prompt == "" for prompt in one.prompts] for one in dropped])
+    no_image = torch.stack([one.inputs.flatten(1).abs().sum(dim=1) == 0 for one in dropped])
+    for share in (no_text & ~no_image, no_text & no_image, ~no_text & no_image):
+        assert share.float().mean().item() == pytest.approx(0.05, abs=0.01)
+
+
+def test_a_short_training_changes_every_model_and_reports_its_figures(untrained, tmp_path):
+    steps = ("--vae_train_steps", 1, "--unet_train_steps", 1, "--num_clips", 2)
+    done = run("python", "-m", "demo.make_model", "--output_dir", tmp_path / "trained", *steps)
+    assert re.search(r"VAE at 96 pixels, \d+ held-out clips: [\d.]+ dB", done.stdout)
+    assert "held-out loss" in done.stdout and re.search(r"on cpu .*VAE \d+ s", done.stdout)
+    before, after = load(untrained), load(tmp_path / "trained")
+    for name in ("unet", "vae", "text_encoder"):
+        pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters())
+        assert any(not torch.equal(a, b) for a, b in pairs), name
+    assert after.vae.config.scaling_factor != before.vae.config.scaling_factor
+
+
+# The trained model in the repository.
+
+needs_base_model = pytest.mark.skipif(
+    not (BASE_MODEL / "model_index.json").is_file(), reason=f"no trained model in {DEFAULT_OUTPUT_DIR}"
+)
+
+
+@needs_base_model
+def test_the_committed_model_is_small_and_its_tokenizer_is_this_codes():
+    size = sum(path.stat().st_size for path in BASE_MODEL.rglob("*") if path.is_file())
+    assert size <= 20 * MEGABYTE
+    text = build_prompt("pushing a light blue cup from left to right", 60)
+    assert load(BASE_MODEL).tokenizer(text).input_ids == TOKENIZER(text).input_ids
+
+
+@needs_base_model
+def test_the_committed_vae_restores_frames_of_clips_it_never_saw():
+    from demo.pretrain import reconstruction_psnr
+
+    vae = load(BASE_MODEL).vae
+    held_out = range(NUM_HELD_OUT_CLIPS - 4, NUM_HELD_OUT_CLIPS)
+    rendered = [render_frames(index, (96, 128)) for index in held_out]
+    for size_index, size in enumerate((96, 128)):
+        assert reconstruction_psnr(vae, [clips[size_index] for clips in rendered]) >= 30, f"{size} pixels"

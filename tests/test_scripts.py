@@ -1,0 +1,135 @@
+"""The shell scripts, run as users run them, and the README's promises about them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from data.dataset import filtered_annotations_path, frames_dir
+from tests.conftest import PROJECT, SHARED, SIDE, run
+
+SCRIPTS = ("train_instruct_pix2pix.sh", "test_train_instruct_pix2pix.sh", "sample_from_pix2pix.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_variable_at_the_top_comes_from_the_environment_too(script):
+    text = (PROJECT / script).read_text()
+    assert "set -euo pipefail" in text
+    top = re.findall(r"^([A-Z_0-9]+)=(.*)$", text, flags=re.MULTILINE)
+    assert len(top) > 5
+    for name, value in top:
+        assert value.startswith(f"${{{name}:-"), f"{name} in {script}"
+
+
+def test_defaults_of_the_scripts_are_the_documented_ones():
+    def defaults(script: str) -> dict[str, str]:
+        return dict(re.findall(r"^([A-Z_0-9]+)=\$\{\1:-([^}]*)\}", (PROJECT / script).read_text(), flags=re.MULTILINE))
+
+    training = defaults("train_instruct_pix2pix.sh")
+    expected = {"RESOLUTION": "128", "BATCH_SIZE": "8", "GRADIENT_ACCUM": "2", "EPOCHS": "20", "LEARNING_RATE": "5e-6"}
+    expected |= {"MIXED_PRECISION": "fp16", "PROGRESS": "False", "INPUT_FRAME_IDX": "20", "TARGET_FRAME_IDX": "21"}
+    expected |= {"OUTPUT_DIR": "outputs/instruct_pix2pix_128", "VALIDATION_EPOCHS": "5", "NUM_PROCESSES": "1"}
+    assert {name: training[name] for name in expected} == expected
+    sampling = defaults("sample_from_pix2pix.sh")
+    expected = {"MODEL_DIR": "outputs/instruct_pix2pix_128", "FRAMES_DIR": "data/sthv2/frames_128x128"}
+    expected |= {"VAL_ANNOTATIONS": "data/sthv2/annotations/val_filtered.json", "OUTPUT_DIR": "test_result/baseline"}
+    expected |= {"INPUT_FRAME_IDX": "20", "TARGET_FRAME_IDX": "21", "NUM_SAMPLES": "3", "SEED": "42"}
+    expected |= {"NUM_INFERENCE_STEPS": "20", "IMAGE_GUIDANCE_SCALE": "1.5"}
+    assert {name: sampling[name] for name in expected} == expected
+
+
+def test_readme_table_of_sampling_variables_is_the_script():
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `([^`]*)` \|", (PROJECT / "README.md").read_text(), flags=re.MULTILINE)
+    script = (PROJECT / "sample_from_pix2pix.sh").read_text()
+    assert dict(rows) == dict(re.findall(r"^([A-Z_]+)=\$\{\1:-([^}]*)\}", script, flags=re.MULTILINE))
+
+
+def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, tiny_model, tmp_path):
+    variables = {
+        "PRETRAINED_MODEL": tiny_model,
+        "DATA_DIR": data_dir,
+        "RESOLUTION": SIDE,
+        "OUTPUT_DIR": tmp_path / "model",
+        "MAX_TRAIN_STEPS": 2,
+        "NUM_VALIDATION_IMAGES": 0,
+        "PROGRESS": "True",
+        "HF_ENDPOINT": "http://localhost:9",
+    }
+    script = PROJECT / "train_instruct_pix2pix.sh"
+    done = run("bash", "-c", f"cd {tmp_path} && bash {script}", **variables)
+    assert "training on the CPU without mixed precision" in done.stdout
+    assert "models come from http://localhost:9" in done.stdout
+    log = (tmp_path / "model" / "train.log").read_text()
+    assert "training on 6 frame pairs" in log and "the trained pipeline is in" in log
+    arguments = json.loads((tmp_path / "model" / "training_config.json").read_text())["arguments"]
+    assert (arguments["add_progress"], arguments["gradient_accumulation_steps"]) == (True, 2)
+    assert arguments["learning_rate"] == 5e-6
+
+    variables = {
+        "MODEL_DIR": tmp_path / "model",
+        "FRAMES_DIR": frames_dir(data_dir, SIDE),
+        "VAL_ANNOTATIONS": filtered_annotations_path(data_dir, "val"),
+        "OUTPUT_DIR": tmp_path / "samples",
+        "NUM_INFERENCE_STEPS": 1,
+    }
+    run("bash", "-c", f"cd {tmp_path} && bash {PROJECT / 'sample_from_pix2pix.sh'}", **variables)
+    assert json.loads((tmp_path / "samples" / "metrics.json").read_text())["summary"]["num_samples"] >= 2
+
+
+def test_failed_training_makes_the_script_fail(data_dir, tmp_path):
+    variables = {"DATA_DIR": data_dir, "RESOLUTION": 64, "OUTPUT_DIR": tmp_path / "model"}
+    done = run("bash", "train_instruct_pix2pix.sh", check=False, **variables)
+    assert done.returncode != 0
+    assert "python -m data.video_loader" in (tmp_path / "model" / "train.log").read_text()
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_quick_test_runs_on_the_embedded_default(tmp_path):
+    """The README's first command, with fewer clips and steps."""
+    variables = {
+        "DEMO_DIR": tmp_path / "demo",
+        "TEST_OUTPUT": tmp_path / "output",
+        "NUM_TRAIN_CLIPS": 9,
+        "NUM_VAL_CLIPS": 6,
+        "MAX_TRAIN_STEPS": 2,
+        "BATCH_SIZE": 2,
+        "NUM_SAMPLES": 2,
+        "OMP_NUM_THREADS": 2,
+    }
+    done = run("bash", "test_train_instruct_pix2pix.sh", **variables)
+    assert "data: the embedded default" in done.stdout
+    output = tmp_path / "output"
+    assert json.loads((output / "samples" / "metrics.json").read_text())["summary"]["psnr"]["copy"] > 15
+    assert (output / "samples" / "overview.png").is_file()
+    assert list((output / "model" / "validation").glob("*.png"))
+    assert list((output / "model" / "logs").rglob("events*"))
+    assert "the quick test is done" in done.stdout
+
+
+@pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="the real clips of ../shared are not here")
+def test_real_clips_pass_through_the_whole_pipeline(tiny_model, tmp_path):
+    data_dir = tmp_path / "clips"
+    shutil.copytree(SHARED / "clips", data_dir)
+    subprocess.run(["chmod", "-R", "u+w", str(data_dir)], check=True)
+    run("python", "-m", "data.dataset", "--data_dir", data_dir)
+    run("python", "-m", "data.video_loader", "--data_dir", data_dir, "--resolutions", 96)
+    variables = {"DATA_DIR": data_dir, "PRETRAINED_MODEL": tiny_model, "TEST_OUTPUT": tmp_path, "RESOLUTION": 96}
+    variables |= {"MAX_TRAIN_STEPS": 4, "PROGRESS": "True", "NUM_SAMPLES": "all", "NUM_INFERENCE_STEPS": 2}
+    done = run("bash", "test_train_instruct_pix2pix.sh", **variables)
+    assert f"data: {data_dir}" in done.stdout
+    assert "1 too short: 19 frames, frame 20 is wanted (30011)" in done.stdout
+    metrics = json.loads((tmp_path / "samples" / "metrics.json").read_text())
+    assert all(row["prompt"].endswith("% of the action has been completed.") for row in metrics["samples"])
+    assert metrics["summary"]["num_samples"] == 3
+
+
+def test_ci_runs_the_readmes_test_command():
+    ci, readme = (PROJECT / ".ci" / "run").read_text(), (PROJECT / "README.md").read_text()
+    command = "pip install -r requirements.txt && python -m pytest"
+    assert command in readme
+    assert command in ci.replace("--quiet ", "")
+    assert "pip install -r requirements.txt && bash test_train_instruct_pix2pix.sh" in readme
+    assert os.access(PROJECT / ".ci" / "run", os.X_OK)

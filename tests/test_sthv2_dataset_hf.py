@@ -1,0 +1,132 @@
+"""Frame pairs and prompts."""
+
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.dataset import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
+from data.sthv2_dataset_hf import (
+    action_progress,
+    build_prompt,
+    derive_seed,
+    describe_left_out,
+    find_frame_pairs,
+    frame_pairs_dataset,
+    load_frame_pairs,
+    swap_left_and_right,
+)
+from tests.conftest import SIDE, make_data_dir, run
+
+
+def test_prompts_are_the_published_sentences():
+    assert build_prompt("moving a cup up") == "Generate a future frame of this action: moving a cup up"
+    assert build_prompt("moving a cup up", 60) == (
+        "Generate a future frame of this action: moving a cup up. And 60% of the action has been completed."
+    )
+    assert build_prompt("moving a cup up", 0).endswith("And 0% of the action has been completed.")
+
+
+@given(st.integers(1, 10_000), st.data())
+def test_progress_is_a_tenth_below_the_share_that_has_passed(num_frames, data):
+    input_frame_idx = data.draw(st.integers(0, num_frames - 1))
+    progress = action_progress(input_frame_idx, num_frames)
+    assert progress in range(0, 100, 10)
+    assert progress == int((input_frame_idx / num_frames) * 10) * 10
+
+
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("pushing a cup from left to right", "pushing a cup from right to left"),
+        ("Left, RIGHT", "Right, LEFT"),
+        ("putting a bottle upright next to leftovers", "putting a bottle upright next to leftovers"),
+    ],
+)
+def test_mirroring_swaps_whole_words_only(text, mirrored):
+    assert swap_left_and_right(text) == mirrored
+    assert swap_left_and_right(mirrored) == text
+
+
+def test_derived_seeds_differ_by_every_argument():
+    seeds = {derive_seed(seed, name, step) for seed in (0, 1) for name in ("order", "step") for step in range(50)}
+    assert len(seeds) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_dataset_has_the_promised_columns_and_pictures(data_dir):
+    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, add_progress=True)
+    dataset = frame_pairs_dataset(pairs)
+    assert dataset.column_names == ["input_image", "edited_image", "edit_prompt", "video_id", "task", "num_frames"]
+    assert list(dataset["video_id"]) == [f"train{number}" for number in range(6)]
+    row = dataset[1]
+    assert row["task"] == "drop_object"
+    assert row["num_frames"] == 40
+    assert row["edit_prompt"].endswith("dropping a ball onto a table. And 50% of the action has been completed.")
+    input_image, edited_image = (np.asarray(row[name]) for name in ("input_image", "edited_image"))
+    assert input_image.shape == (SIDE, SIDE, 3)
+    assert (np.roll(input_image[8:16], 1, axis=1) == edited_image[8:16]).mean() > 0.9  # the square moved by a pixel
+    assert left_out == [("train_short", "too short: 21 frames, frame 21 is wanted")]
+
+
+def test_any_frame_pair_can_be_asked_for(data_dir):
+    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, input_frame_idx=22, target_frame_idx=19)
+    assert len(pairs) == 6
+    assert pairs[0]["input_image"].endswith("00022.png")
+    assert pairs[0]["edited_image"].endswith("00019.png")
+    with pytest.raises(UserError, match="start at 0"):
+        load_frame_pairs(data_dir, "train", SIDE, input_frame_idx=-1)
+    assert len(left_out) == 1
+
+
+def test_videos_without_a_frame_are_named_with_the_reason(tmp_path):
+    data_dir = make_data_dir(tmp_path)
+    frames = frames_dir(data_dir, SIDE)
+    shutil.rmtree(frames / "train0")
+    (frames / "train1" / "00021.png").unlink()
+    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE)
+    assert len(pairs) == 4
+    assert dict(left_out) == {
+        "train0": "no frames were extracted",
+        "train1": "frame 21 is missing",
+        "train_short": "too short: 21 frames, frame 21 is wanted",
+    }
+    assert "train0" in describe_left_out(left_out)
+    assert describe_left_out([]) == ""
+
+
+def test_target_may_be_missing_where_it_is_only_predicted(data_dir):
+    entries = read_annotations(filtered_annotations_path(data_dir, "val"))
+    pairs, left_out = find_frame_pairs(entries, frames_dir(data_dir, SIDE), target_required=False)
+    assert left_out == []
+    assert [pair["video_id"] for pair in pairs if pair["edited_image"] is None] == ["val_short"]
+    assert frame_pairs_dataset(pairs)[3]["edited_image"] is None
+
+
+def test_progress_without_num_frames_says_what_to_run(tmp_path):
+    data_dir = make_data_dir(tmp_path)
+    path = filtered_annotations_path(data_dir, "train")
+    entries = read_annotations(path)
+    del entries[2]["num_frames"]
+    write_annotations(path, entries)
+    with pytest.raises(UserError, match="train2 lack; run .*video_loader.* after the filtering"):
+        load_frame_pairs(data_dir, "train", SIDE, add_progress=True)
+    assert len(load_frame_pairs(data_dir, "train", SIDE)[0]) == 6
+
+
+def test_missing_preparation_names_the_command(tmp_path, data_dir):
+    with pytest.raises(UserError, match=r"python -m data\.dataset --data_dir"):
+        load_frame_pairs(tmp_path, "train", SIDE)
+    with pytest.raises(UserError, match=r"python -m data\.video_loader --data_dir .* --resolutions 64"):
+        load_frame_pairs(data_dir, "train", 64)
+
+
+def test_module_shows_what_training_would_see(data_dir):
+    command = ("python", "-m", "data.sthv2_dataset_hf", "--data_dir", data_dir, "--resolution", SIDE)
+    shown = run(*command, "--add_progress", "--num_prompts", 1).stdout
+    assert "train: 6 frame pairs, frame 20 -> 21" in shown
+    assert "val: 3 frame pairs" in shown
+    assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 2
+    assert "1 too short: 21 frames, frame 21 is wanted: train_short" in shown

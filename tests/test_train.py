@@ -1,0 +1,286 @@
+"""Training, through the command users run; the loss and its parts as functions."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data.dataset import UserError
+from tests.conftest import PROJECT, SIDE, make_data_dir, make_tiny_pipeline, run, scalars
+from train_instruct_pix2pix import (
+    add_image_channels,
+    check_args,
+    create_lr_scheduler,
+    diffusion_loss,
+    parse_args,
+)
+
+STEPS = 8
+
+
+def command_line(data_dir: Path, model: Path, output_dir: Path, *extra: object, processes: int = 1) -> list[str]:
+    """One process runs without `accelerate launch`, which saves each test its start-up; the script tests use it."""
+    command = ["python", "train_instruct_pix2pix.py"]
+    if processes > 1:
+        command = ["accelerate", "launch", "--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"]
+        command += ["--multi_gpu", "--num_processes", processes, "train_instruct_pix2pix.py"]
+    command += ["--train_data_dir", data_dir, "--output_dir", output_dir, "--pretrained_model_name_or_path", model]
+    command += ["--resolution", SIDE, "--max_train_steps", STEPS, "--train_batch_size", 4 // processes]
+    command += ["--checkpointing_steps", 3, "--learning_rate", 1e-3]
+    return [str(word) for word in command + list(extra)]
+
+
+def train(*arguments: object, check: bool = True, processes: int = 1) -> subprocess.CompletedProcess:
+    return run(*command_line(*arguments, processes=processes), check=check, ACCELERATE_USE_CPU="true")
+
+
+def final_weights(output_dir: Path) -> bytes:
+    return (output_dir / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tiny_model, tmp_path_factory):
+    """An undisturbed run with progress prompts: its output directory and what it printed."""
+    output_dir = tmp_path_factory.mktemp("trained")
+    options = ("--add_progress", "--validation_epochs", 2, "--num_validation_images", 3, "--checkpoints_total_limit", 1)
+    return output_dir, train(data_dir, tiny_model, output_dir, *options).stdout
+
+
+def test_result_is_a_pipeline_that_stock_diffusers_loads(trained, tiny_model):
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    output_dir, printed = trained
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir)
+    before = StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_model)
+    assert not torch.equal(pipeline.unet.conv_in.weight, before.unet.conv_in.weight)
+    assert torch.equal(pipeline.vae.encoder.conv_in.weight, before.vae.encoder.conv_in.weight)
+    image = Image.new("RGB", (SIDE, SIDE), "gray")
+    assert pipeline("a cup", image=image, num_inference_steps=2).images[0].size == (SIDE, SIDE)
+    assert f"MODEL_DIR={output_dir} bash sample_from_pix2pix.sh" in printed
+    assert not list(output_dir.rglob("*.bin.index*")) and not list(output_dir.glob(".*"))
+
+
+def test_config_records_arguments_and_versions(trained):
+    config = json.loads((trained[0] / "training_config.json").read_text())
+    arguments = config["arguments"]
+    assert (arguments["resolution"], arguments["add_progress"], arguments["seed"]) == (SIDE, True, 42)
+    assert (arguments["input_frame_idx"], arguments["target_frame_idx"]) == (20, 21)
+    assert "hub_token" not in arguments
+    assert config["library_versions"]["torch"] == torch.__version__
+
+
+def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = trained[0] / "logs"
+    for name in ("loss", "learning_rate", "grad_norm", "samples_per_second"):
+        assert sorted(scalars(logs, f"train/{name}")) == list(range(1, STEPS + 1)), name
+    assert list(scalars(logs, "train/learning_rate").values()) == pytest.approx([1e-3] * STEPS)
+    for metric in ("psnr", "ssim"):
+        for name in ("prediction", "copy"):
+            # 6 samples, 4 a step: two epochs end with step 3, four with step 6.
+            assert sorted(scalars(logs, f"validation/{metric}_{name}")) == [3, 6, 8]
+    copies = scalars(logs, "validation/psnr_copy")
+    assert copies[3] == copies[8] > scalars(logs, "validation/psnr_prediction")[8]
+    events = EventAccumulator(str(next(logs.rglob("events*"))), size_guidance={"images": 0})
+    events.Reload()
+    assert sorted(events.Tags()["images"]) == [f"validation/val{number}" for number in range(3)]
+    assert [event.step for event in events.Images("validation/val0")] == [3, 6, 8]
+
+
+def test_validation_pictures_are_saved(trained):
+    names = sorted(path.name for path in (trained[0] / "validation").iterdir())
+    assert names == [f"step-{step:06}_val{number}.png" for step in (3, 6, 8) for number in range(3)]
+    with Image.open(trained[0] / "validation" / names[0]) as picture:
+        assert picture.width > 3 * 256
+
+
+def test_old_checkpoints_are_removed_and_short_videos_named(trained):
+    output_dir, printed = trained
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert "1 too short: 21 frames, frame 21 is wanted (train_short)" in printed
+    assert "training on 6 frame pairs" in printed
+
+
+def test_killed_and_resumed_run_ends_with_the_same_bits(trained, data_dir, tiny_model, tmp_path):
+    options = ("--add_progress", "--num_validation_images", 0, "--resume_from_checkpoint", "latest")
+    command = [sys.executable, *command_line(data_dir, tiny_model, tmp_path, *options)[1:]]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    killed = subprocess.Popen(
+        command, cwd=PROJECT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while killed.poll() is None:
+        if (tmp_path / "checkpoint-3").is_dir():
+            os.killpg(killed.pid, signal.SIGKILL)
+            break
+    killed.wait()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "model_index.json").exists()
+    resumed = train(data_dir, tiny_model, tmp_path, *options)
+    assert f"resuming from {tmp_path / 'checkpoint-'}" in resumed.stdout
+    assert final_weights(tmp_path) == final_weights(trained[0])
+
+    refused = train(data_dir, tiny_model, tmp_path, *options, "--seed", 7, "--train_batch_size", 2, check=False)
+    assert refused.returncode != 0
+    assert "seed was 42, is 7" in refused.stderr
+    assert "global_batch_size was 4, is 2" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_two_processes_give_the_losses_of_one(trained, data_dir, tiny_model, tmp_path):
+    train(data_dir, tiny_model, tmp_path, "--add_progress", "--num_validation_images", 0, processes=2)
+    one, two = (scalars(output_dir / "logs", "train/loss") for output_dir in (trained[0], tmp_path))
+    assert sorted(two) == list(range(1, STEPS + 1))
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_options_work_together(data_dir, tmp_path):
+    """A plain 4-channel model, EMA, accumulation, mirrored pairs, a schedule with warm-up, bfloat16, workers, …"""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    model = tmp_path / "model"
+    make_tiny_pipeline(in_channels=4, prediction_type="v_prediction").save_pretrained(model)
+    options = "--use_ema --random_flip --gradient_accumulation_steps 2 --lr_scheduler constant --lr_warmup_steps 4"
+    options += " --snr_gamma 5 --gradient_checkpointing --scale_lr --mixed_precision bf16 --allow_tf32 --max_train_samples 3"
+    options += " --dataloader_num_workers 1 --num_validation_images 1 --learning_rate 1e-4 --use_ema --hub_token hf_secret"
+    output_dir = tmp_path / "output"
+    done = train(data_dir, model, output_dir, *options.split())
+    assert "training on 3 frame pairs" in done.stdout
+    rates = scalars(output_dir / "logs", "train/learning_rate")
+    assert rates == pytest.approx({step: 8e-4 * min(1, (step - 1) / 4) for step in range(1, STEPS + 1)})
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir)
+    assert pipeline.unet.config.in_channels == 8
+    checkpoint = StableDiffusionInstructPix2PixPipeline.from_pretrained(model).unet
+    assert not torch.equal(pipeline.unet.conv_out.weight, checkpoint.conv_out.weight)
+    texts = [path.read_bytes() for path in output_dir.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert not any(b"hf_secret" in text for text in texts)
+
+
+def test_compiled_training_gives_the_same_losses(trained, data_dir, tiny_model, tmp_path):
+    options = ("--add_progress", "--num_validation_images", 0, "--compile", "--report_to", "tensorboard")
+    train(data_dir, tiny_model, tmp_path, *options)
+    plain, compiled = (scalars(output_dir / "logs", "train/loss") for output_dir in (trained[0], tmp_path))
+    assert compiled == pytest.approx(plain, abs=1e-3)
+
+
+def test_loss_that_is_not_finite_stops_the_run(data_dir, tiny_model, tmp_path):
+    options = ("--learning_rate", 1e30, "--report_to", "none", "--checkpointing_steps", 1)
+    done = train(data_dir, tiny_model, tmp_path, *options, check=False)
+    assert done.returncode != 0
+    assert "error: the loss of step 2 is" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (tmp_path / "model_index.json").exists()
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--resolution 100", "multiple of 8"),
+        ("--train_batch_size 0", "at least 1"),
+        ("--conditioning_dropout_prob 0.5", "1/3"),
+        ("--use_8bit_adam", "pip install bitsandbytes"),
+        ("--enable_xformers_memory_efficient_attention", "pip install xformers"),
+    ],
+)
+def test_unusable_arguments_are_refused_at_once(options, message):
+    with pytest.raises(UserError, match=message):
+        check_args(parse_args(options.split()))
+
+
+def test_mistakes_get_one_line(data_dir, tiny_model, tmp_path):
+    def message(*arguments: object) -> str:
+        done = run("python", "train_instruct_pix2pix.py", "--output_dir", tmp_path / "output", *arguments, check=False)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert "python -m data.dataset --data_dir" in message("--train_data_dir", tmp_path)
+    here = ("--train_data_dir", data_dir, "--resolution")
+    assert "python -m data.video_loader --data_dir" in message(*here, 64)
+    assert "no training video" in message(*here, SIDE, "--target_frame_idx", 90)
+    assert not (tmp_path / "output").exists()
+    nowhere = message(*here, SIDE, "--pretrained_model_name_or_path", "nobody/nothing")
+    assert "HF_ENDPOINT" in nowhere and "nobody/nothing" in nowhere
+    assert "no model_index.json" in message(*here, SIDE, "--pretrained_model_name_or_path", tmp_path)
+    resumed = ("--pretrained_model_name_or_path", tiny_model, "--resume_from_checkpoint", "checkpoint-77")
+    assert "there is no checkpoint checkpoint-77" in message(*here, SIDE, *resumed)
+
+
+# The loss and its parts
+
+
+class FixedPrediction(torch.nn.Module):
+    def __init__(self, prediction: torch.Tensor) -> None:
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, unet_input, timesteps, prompt_embeds, return_dict):
+        self.unet_input = unet_input
+        return (self.prediction,)
+
+
+def random_batch(size: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents, image_latents, noise = torch.randn(3, size, 4, 4, 4, generator=generator)
+    timesteps = torch.tensor([10, 300, 600, 990])[:size]
+    return {
+        "target_latents": latents,
+        "image_latents": image_latents,
+        "noise": noise,
+        "timesteps": timesteps,
+        "prompt_embeds": torch.zeros(size, 77, 16),
+    }
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_loss_is_the_weighted_error_of_the_target(prediction_type, snr_gamma):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
+    batch = random_batch()
+    alpha = scheduler.alphas_cumprod[batch["timesteps"]]
+    signal, sigma = (part.sqrt()[:, None, None, None] for part in (alpha, 1 - alpha))
+    latents, noise = batch["target_latents"], batch["noise"]
+    velocity = prediction_type == "v_prediction"
+    target = signal * noise - sigma * latents if velocity else noise
+    snr = alpha / (1 - alpha)
+    weights = torch.ones(4) if snr_gamma is None else snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+
+    unet = FixedPrediction(target + 0.5)
+    assert diffusion_loss(unet, scheduler, batch, snr_gamma).item() == pytest.approx(0.25 * weights.mean().item(), rel=1e-4)
+    torch.testing.assert_close(unet.unet_input[:, :4], signal * latents + sigma * noise)
+    torch.testing.assert_close(unet.unet_input[:, 4:], batch["image_latents"])
+
+
+def test_added_image_channels_change_nothing_at_first():
+    unet = make_tiny_pipeline(in_channels=4).unet
+    noisy, embeds = torch.randn(2, 4, 4, 4), torch.randn(2, 77, 16)
+    with torch.no_grad():
+        before = unet(noisy, 10, embeds).sample
+        add_image_channels(unet)
+        after = unet(torch.cat([noisy, torch.randn(2, 4, 4, 4)], dim=1), 10, embeds).sample
+    torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"])
+def test_every_schedule_honours_its_warm_up(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    args = argparse.Namespace(lr_scheduler=name, lr_warmup_steps=10)
+    scheduler = create_lr_scheduler(optimizer, args, 100)
+    rates = []
+    for _ in range(20):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:11] == pytest.approx([step / 10 for step in range(11)])
+    assert all(rate > 0.85 for rate in rates[11:])

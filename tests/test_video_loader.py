@@ -1,0 +1,439 @@
+"""Frame extraction: the command, the frames and annotations it writes, bad videos, and interruptions."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import dataset, video_decoder, video_loader
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared"
+COMMAND = [sys.executable, "-m", "data.video_loader", "--data_dir"]
+
+
+def extract(data_dir, *options):
+    command = [*COMMAND, str(data_dir), *map(str, options)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def write_video(path, num_frames=12, size=(64, 48), fourcc="VP90", suffix=".webm", seed=0):
+    """A clip of moving noise. The codec's container is chosen by `suffix`; the file is then named `path`."""
+    written = path.with_name(f"{path.stem}_new{suffix}")
+    writer = cv2.VideoWriter(str(written), cv2.VideoWriter_fourcc(*fourcc), 12, size)
+    assert writer.isOpened()
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for index in range(num_frames):
+        writer.write(np.roll(noise, index, axis=1))
+    writer.release()
+    os.replace(written, path)
+
+
+def make_data_dir(folder, ids, val_ids=()):
+    (folder / "videos").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for split, split_ids in (("train", ids), ("val", val_ids)):
+        entries = [
+            {
+                "id": video_id,
+                "label": "moving a cup up",
+                "template": "Moving [something] up",
+                "task": "move_object",
+            }
+            for video_id in split_ids
+        ]
+        dataset.write_annotations(dataset.filtered_annotations_path(folder, split), entries)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Six good clips of different lengths; copied by the tests that change them."""
+    folder = make_data_dir(tmp_path_factory.mktemp("clips") / "data", ["1", "2", "3", "4"], ["5", "6"])
+    for index in range(1, 7):
+        write_video(folder / "videos" / f"{index}.webm", num_frames=8 + 3 * index, seed=index)
+    return folder
+
+
+@pytest.fixture
+def data_dir(clips, tmp_path):
+    return Path(shutil.copytree(clips, tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clips, tmp_path_factory):
+    """The clips after one undisturbed extraction."""
+    folder = Path(shutil.copytree(clips, tmp_path_factory.mktemp("undisturbed") / "data"))
+    result = extract(folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def tree_hashes(folder):
+    """{relative path: hash} of every file, and the empty folders."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+def num_frames_of(data_dir):
+    found = {}
+    for split in dataset.SPLITS:
+        for entry in dataset.read_annotations(dataset.filtered_annotations_path(data_dir, split)):
+            found[entry["id"]] = entry.get("num_frames")
+    return found
+
+
+def log_of(data_dir):
+    return (data_dir / "frames_extraction.log").read_text()
+
+
+# What is written.
+
+
+def test_frames_are_the_resized_video(undisturbed):
+    capture = cv2.VideoCapture(str(undisturbed / "videos" / "2.webm"))
+    for index in range(14):
+        decoded, image = capture.read()
+        assert decoded
+        for resolution in (96, 128):
+            path = dataset.frame_path(dataset.frames_dir(undisturbed, resolution), "2", index)
+            with Image.open(path) as png:
+                assert (png.format, png.mode, png.size) == ("PNG", "RGB", (resolution, resolution))
+                written = np.asarray(png)
+            expected = cv2.resize(image, (resolution, resolution), interpolation=cv2.INTER_AREA)
+            assert np.array_equal(written, expected[:, :, ::-1])
+    assert not capture.read()[0]
+    assert len(list(dataset.frames_dir(undisturbed, 96).joinpath("2").iterdir())) == 14
+
+
+def test_num_frames_and_summary(undisturbed):
+    assert num_frames_of(undisturbed) == {str(index): 8 + 3 * index for index in range(1, 7)}
+    assert log_of(undisturbed) == "6 videos selected: 6 have all their frames, 0 failed\n"
+    assert sorted(path.name for path in dataset.frames_dir(undisturbed, 128).iterdir()) == list("123456")
+
+
+def test_second_run_does_nothing(undisturbed):
+    before = tree_hashes(undisturbed)
+    times = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.png")}
+    result = extract(undisturbed)
+    assert "0 videos extracted, 6 were there already" in result.stdout
+    assert tree_hashes(undisturbed) == before
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.png")} == times
+
+
+def test_filtering_again_only_restores_num_frames(undisturbed, tmp_path):
+    data_dir = Path(shutil.copytree(undisturbed, tmp_path / "data"))
+    for split in dataset.SPLITS:
+        path = dataset.filtered_annotations_path(data_dir, split)
+        entries = dataset.read_annotations(path)
+        dataset.write_annotations(
+            path, [{k: v for k, v in entry.items() if k != "num_frames"} for entry in entries]
+        )
+    shutil.rmtree(data_dir / "videos")  # nothing is decoded again
+    assert extract(data_dir).returncode == 0
+    assert num_frames_of(data_dir) == num_frames_of(undisturbed)
+
+
+def test_only_what_is_missing_or_inconsistent_is_written(undisturbed, tmp_path):
+    data_dir = Path(shutil.copytree(undisturbed, tmp_path / "data"))
+    frames_96, frames_128 = (dataset.frames_dir(data_dir, resolution) for resolution in (96, 128))
+    shutil.rmtree(frames_96 / "1")
+    dataset.frame_path(frames_96, "2", 3).unlink()  # a hole
+    dataset.frame_path(frames_128, "3", 16).unlink()  # the last frame
+    shutil.copytree(frames_96 / "6", frames_96 / ".6.partial")  # a killed run's
+    result = extract(data_dir)
+    assert "3 videos extracted, 3 were there already" in result.stdout
+    assert tree_hashes(data_dir) == tree_hashes(undisturbed)
+
+
+def test_one_more_size_from_another_video_rewrites_all_sizes(data_dir):
+    extract(data_dir, "--resolutions", 16, "--limit", 1)
+    write_video(data_dir / "videos" / "1.webm", num_frames=5)
+    extract(data_dir, "--resolutions", 16, 24, "--limit", 1)
+    for resolution in (16, 24):
+        assert len(list((dataset.frames_dir(data_dir, resolution) / "1").iterdir())) == 5
+    assert num_frames_of(data_dir)["1"] == 5
+
+
+def test_limit_resolutions_and_workers(data_dir):
+    result = extract(data_dir, "--resolutions", 17, "--limit", 1, "--num_workers", 1)
+    assert result.returncode == 0
+    assert sorted(path.name for path in data_dir.glob("frames_*x*/*")) == ["1", "5"]
+    with Image.open(dataset.frame_path(dataset.frames_dir(data_dir, 17), "1", 0)) as png:
+        assert png.size == (17, 17)
+    assert {video_id for video_id, count in num_frames_of(data_dir).items() if count} == {"1", "5"}
+
+
+@pytest.mark.parametrize(
+    "options", [["--resolutions", "0"], ["--resolutions", "9999"], ["--num_workers", "-1"]]
+)
+def test_impossible_options(data_dir, options):
+    result = extract(data_dir, *options)
+    assert result.returncode == 2 and "must be at" in result.stderr
+    assert not list(data_dir.glob("frames_*"))
+
+
+@pytest.mark.parametrize(
+    "fourcc, suffix, size",
+    [("VP80", ".webm", (64, 48)), ("MJPG", ".avi", (35, 21)), ("mp4v", ".mp4", (8, 4))],
+)
+def test_other_codecs_containers_and_odd_sizes(tmp_path, fourcc, suffix, size):
+    data_dir = make_data_dir(tmp_path / "data", ["1"])
+    write_video(data_dir / "videos" / "1.webm", 7, size, fourcc, suffix)
+    extract(data_dir, "--resolutions", 32)
+    assert num_frames_of(data_dir) == {"1": 7}
+
+
+# Bad videos.
+
+
+def test_bad_videos_are_named_and_stop_nobody(clips, tmp_path):
+    good = (clips / "videos" / "6.webm").read_bytes()
+    bad = {
+        "empty": (b"", "empty"),
+        "cut": (good[: len(good) // 2], "truncated"),
+        "lastframe": (good[: int(len(good) * 0.97)], "truncated"),
+        "zeros": (good[: len(good) // 2] + bytes(len(good) // 2), "truncated"),
+        "header": (good[:200], "not a video"),
+        "random": (random.Random(0).randbytes(20_000), "not a video"),
+        "text": (b"hello\n" * 1000, "not a video"),
+        "playlist": (b"ffconcat version 1.0\nfile '1.webm'\n", "not a video"),
+        "picture": (cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes(), "not a video"),
+    }
+    others = {
+        "folder": "not a file",
+        "pipe": "not a file",
+        "link": "missing",
+        "absent": "missing",
+        "mp4": "misnamed",
+    }
+    others |= {"UPPER": "misnamed", "twice": "misnamed", "nostream": "not a video"}
+    data_dir = make_data_dir(tmp_path / "data", ["1", *bad, *others, "2"])
+    videos = data_dir / "videos"
+    for video_id in ("1", "2"):
+        (videos / f"{video_id}.webm").write_bytes((clips / "videos" / f"{video_id}.webm").read_bytes())
+    for video_id, (content, _) in bad.items():
+        (videos / f"{video_id}.webm").write_bytes(content)
+    (videos / "folder.webm").mkdir()
+    os.mkfifo(videos / "pipe.webm")
+    (videos / "link.webm").symlink_to("nowhere.webm")
+    for name in ("mp4.mp4", "upper.WEBM", "twice.webm.webm"):
+        (videos / name).write_bytes(good)
+    cv2.VideoWriter(str(videos / "nostream.webm"), cv2.VideoWriter_fourcc(*"VP90"), 12, (64, 48)).release()
+
+    result = extract(data_dir, "--resolutions", 16)
+    assert result.returncode == 0
+    assert "frames_extraction.log" in result.stdout
+    expected = {video_id: kind for video_id, (_, kind) in bad.items()} | others
+    reported = dict(re.findall(r"^(\w+): ([a-z ]+): .+$", log_of(data_dir), re.MULTILINE))
+    assert reported == expected
+    assert "mv 'mp4.mp4' 'mp4.webm'" in log_of(data_dir)
+    assert f"2 have all their frames, {len(expected)} failed" in result.stdout
+    assert {video_id: count for video_id, count in num_frames_of(data_dir).items() if count} == {
+        "1": 11,
+        "2": 14,
+    }
+    assert sorted(path.name for path in dataset.frames_dir(data_dir, 16).iterdir()) == ["1", "2"]
+
+    # Repaired files are picked up, and a failure's stale num_frames goes.
+    (videos / "cut.webm").write_bytes(good)
+    (videos / "mp4.mp4").rename(videos / "mp4.webm")
+    shutil.rmtree(dataset.frames_dir(data_dir, 16) / "1")
+    (videos / "1.webm").write_bytes(b"")
+    extract(data_dir, "--resolutions", 16)
+    counts = {video_id: count for video_id, count in num_frames_of(data_dir).items() if count}
+    assert counts == {"2": 14, "cut": 26, "mp4": 26}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind root")
+def test_unreadable_video(data_dir):
+    (data_dir / "videos" / "1.webm").chmod(0)
+    extract(data_dir, "--resolutions", 16)
+    assert "1: unreadable: the file cannot be read: Permission denied" in log_of(data_dir)
+
+
+@pytest.mark.parametrize(
+    "times, claim, fps, cut_short, truncated",
+    [
+        ([i / 12 for i in range(43)], 43, 12, False, False),
+        ([i / 12 for i in range(42)], 43, 12, False, False),  # a container that claims one frame too many
+        ([i / 12 for i in range(42)], 43, 12, True, True),  # the same, in a file that was cut
+        ([i / 12 for i in range(43)], 43, 12, True, False),  # only the index is cut off
+        ([i / 12 for i in range(20)], 43, 12, False, True),
+        ([0, 0.1, 0.2, 1.2, 2.2], 40, 12, False, False),  # varying frame rate, long last frame
+        ([0, 0.1], -1e17, 12, False, False),  # no duration stated
+    ],
+)
+def test_what_counts_as_truncated(times, claim, fps, cut_short, truncated):
+    if truncated:
+        with pytest.raises(video_decoder.VideoError, match="frames end at"):
+            video_decoder.check_duration(times, claim, fps, cut_short)
+    else:
+        video_decoder.check_duration(times, claim, fps, cut_short)
+
+
+def test_a_webm_file_states_its_length(clips):
+    for path in (clips / "videos").iterdir():
+        assert video_decoder.webm_length(path.read_bytes()[:64]) == path.stat().st_size
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=80) | st.binary(max_size=40).map(lambda tail: b"\x1a\x45\xdf\xa3" + tail))
+def test_any_beginning_of_a_file_has_a_stated_length(head):
+    assert video_decoder.webm_length(head) >= 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30), max_size=5
+    )
+)
+def test_any_file_names_beside_the_videos(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("names")
+    job = video_loader.Job("12", folder, (16,), (16,), None)
+    (folder / "videos").mkdir()
+    (folder / "videos" / "other.txt").touch()
+    for name in names:
+        if name not in (".", "..") and len(name.encode()) < 200:
+            (folder / "videos" / name).touch()
+    present, missing = video_loader.find_missing([job], folder)
+    assert len(present) + len(missing) == 1
+    assert bool(present) == (folder / "videos" / "12.webm").exists()
+
+
+# Errors of the whole run.
+
+
+def test_annotations_must_be_filtered_first(tmp_path):
+    result = extract(tmp_path)
+    assert result.returncode == 1
+    assert f"python -m data.dataset --data_dir {tmp_path}" in result.stderr
+
+
+def test_no_videos_at_all_is_one_line(data_dir):
+    shutil.rmtree(data_dir / "videos")
+    result = extract(data_dir)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: no videos in .*\n", result.stderr)
+
+
+def test_a_second_extraction_at_once_is_refused(data_dir):
+    with video_loader.only_run(data_dir):
+        result = extract(data_dir)
+    assert result.returncode == 1 and "another extraction is running" in result.stderr
+
+
+def test_a_file_in_place_of_the_frames_folder(data_dir):
+    (data_dir / "frames_96x96").touch()
+    result = extract(data_dir)
+    assert result.returncode == 1
+    assert re.match(r"error: cannot write .*frames_96x96: ", result.stderr)
+
+
+# Interruptions. The moments are spread over the first run's output, so no timing is assumed.
+
+
+def start_and_wait_for(data_dir, num_entries):
+    """Start an extraction and return its process once `num_entries` files and folders of frames exist."""
+    process = subprocess.Popen(
+        [*COMMAND, str(data_dir)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while process.poll() is None and count_entries(data_dir) < num_entries:
+        pass
+    return process
+
+
+def count_entries(data_dir):
+    """The number of files and folders of frames; os.walk does not mind folders that vanish meanwhile."""
+    walks = (os.walk(folder) for folder in data_dir.glob("frames_*x*"))
+    return sum(len(files) + len(folders) for walk in walks for _, folders, files in walk)
+
+
+def workers_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    command_lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [pid for pid, command_line in command_lines.items() if b"spawn_main" in command_line]
+
+
+def test_killed_at_any_moment_then_completed_to_the_same_bytes(data_dir, undisturbed):
+    moments = random.Random(1)
+    for _ in range(6):
+        process = start_and_wait_for(data_dir, moments.randrange(0, 240))
+        process.kill()
+        process.communicate()
+    for folder in data_dir.glob("frames_*/[!.]*"):
+        assert tree_hashes(folder) == tree_hashes(undisturbed / folder.relative_to(data_dir))
+    assert extract(data_dir).returncode == 0
+    assert tree_hashes(data_dir) == tree_hashes(undisturbed)
+
+
+def test_ctrl_c_keeps_what_is_done(data_dir, undisturbed):
+    for index in range(10, 60):  # enough work that it cannot end before the signal
+        shutil.copy(data_dir / "videos" / "6.webm", data_dir / "videos" / f"{index}.webm")
+    path = dataset.filtered_annotations_path(data_dir, "train")
+    entries = dataset.read_annotations(path)
+    dataset.write_annotations(path, entries + [{**entries[0], "id": str(index)} for index in range(10, 60)])
+    process = start_and_wait_for(data_dir, 200)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted: run the same command again" in errors and b"Traceback" not in errors
+    counts = num_frames_of(data_dir)
+    assert any(counts.values()) and not all(counts.values())
+    assert "not done yet" in log_of(data_dir)
+    assert not list(data_dir.glob("frames_*/.*"))
+    assert extract(data_dir).returncode == 0
+    assert all(num_frames_of(data_dir).values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds worker processes through /proc")
+def test_a_killed_worker_costs_nothing(data_dir, undisturbed):
+    process = start_and_wait_for(data_dir, 10)
+    for worker in workers_of(process)[:1]:
+        os.kill(worker, signal.SIGKILL)
+    assert process.communicate(timeout=60) and process.returncode == 0
+    assert tree_hashes(data_dir) == tree_hashes(undisturbed)
+
+
+# Real clips.
+
+
+@pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="../shared/clips is not here")
+def test_shared_clips(tmp_path):
+    data_dir = tmp_path / "clips"
+    for part in ("annotations", "videos"):
+        shutil.copytree(SHARED / "clips" / part, data_dir / part, copy_function=shutil.copyfile)
+        (data_dir / part).chmod(0o755)
+    filtering = [sys.executable, "-m", "data.dataset", "--data_dir", str(data_dir)]
+    subprocess.run(filtering, cwd=ROOT, check=True, capture_output=True)
+    result = extract(data_dir, "--resolutions", 32)
+    assert "12 videos selected: 12 have all their frames, 0 failed" in result.stdout
+    assert num_frames_of(data_dir)["30011"] == 19
+    assert sum(num_frames_of(data_dir).values()) == 531
+    original = json.loads((SHARED / "clips" / "annotations" / "validation.json").read_text())
+    filtered = dataset.read_annotations(dataset.filtered_annotations_path(data_dir, "val"))
+    assert {entry["id"] for entry in filtered} == {entry["id"] for entry in original}
