@@ -101,7 +101,8 @@ def load_pipeline(
         raise UserError(
             f"there is no directory {name}, and no such model could be fetched from"
             f" {os.environ.get('HF_ENDPOINT', 'the hub')}: set HF_ENDPOINT to a mirror you can reach, or name a"
-            f" directory that holds a model (demo/base_model, or your own training's output). Reason: {reason}"
+            f" directory that holds a model (your own training's output, or one made by `python -m demo.make_model`)."
+            f" Reason: {reason}"
         ) from error
     in_channels = pipeline.unet.config.in_channels
     if in_channels not in (4, 8):
@@ -284,14 +285,17 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summary = mean_scores(results)
     summary["num_without_target"] = len(results) - summary["num_samples"]
     tasks = sorted({result["task"] for result in results})
-    summary["per_task"] = {task: mean_scores([result for result in results if result["task"] == task]) for task in tasks}
+    summary["per_task"] = {
+        task: mean_scores([result for result in results if result["task"] == task]) for task in tasks
+    }
     return summary
 
 
 def format_table(summary: dict[str, Any]) -> str:
     """The summary as text: a row per task and one for all."""
-    header = f"{'':14}{'samples':>8}" + "".join(f"{metric + ' ' + name:>17}" for metric in ("PSNR", "SSIM") for name in
-                                                 ("prediction", "copy", "ceiling"))
+    header = f"{'':14}{'samples':>8}" + "".join(
+        f"{metric + ' ' + name:>17}" for metric in ("PSNR", "SSIM") for name in ("prediction", "copy", "ceiling")
+    )
     lines = [header]
     for task, scores in [*summary["per_task"].items(), ("all", summary)]:
         line = f"{task:14}{scores['num_samples']:>8}"
@@ -326,7 +330,9 @@ def comparison_picture(result: dict[str, Any], note: str = "") -> np.ndarray:
     gap, line_height = 6, 18
     width = 3 * size + 4 * gap
     font = ImageFont.load_default(size=13)
-    lines = wrap_text(result["prompt"], font, width - 2 * gap) + wrap_text(describe_scores(result), font, width - 2 * gap)
+    lines = wrap_text(result["prompt"], font, width - 2 * gap) + wrap_text(
+        describe_scores(result), font, width - 2 * gap
+    )
     if note:
         lines += wrap_text(note, font, width - 2 * gap)
     picture = Image.new("RGB", (width, size + (len(lines) + 1) * line_height + 3 * gap), "white")
@@ -465,7 +471,9 @@ def main() -> None:
     print(format_table(summary))
     if summary["num_without_target"]:
         print(f"{summary['num_without_target']} samples have no frame {args.target_frame_idx}: predicted, not scored")
-    print(f"pictures: {args.output_dir}/overview.png and {args.output_dir}/samples/   scores: {args.output_dir}/metrics.json")
+    print(
+        f"pictures: {args.output_dir}/overview.png, {args.output_dir}/samples/; scores: {args.output_dir}/metrics.json"
+    )
 
 
 def warn_about_resolution(frame: str, trained_resolution: int | None, model_dir: str) -> None:

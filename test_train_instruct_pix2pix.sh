@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 DATA_DIR=${DATA_DIR:-}                  # empty: data/sthv2 if it is prepared, else the embedded default
-PRETRAINED_MODEL=${PRETRAINED_MODEL:-}  # empty: timbrooks/instruct-pix2pix, or demo/base_model for the embedded default
+PRETRAINED_MODEL=${PRETRAINED_MODEL:-}  # empty: timbrooks/instruct-pix2pix, or the demo's own for the embedded default
 DEMO_DIR=${DEMO_DIR:-data/demo}         # where the embedded default's clips go
 NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-240}
 NUM_VAL_CLIPS=${NUM_VAL_CLIPS:-60}
@@ -23,7 +23,7 @@ sthv2_is_prepared() {
 
 if [[ -z $DATA_DIR ]] && sthv2_is_prepared; then DATA_DIR=data/sthv2; fi
 if [[ -n $DATA_DIR ]]; then
-  echo "data: $DATA_DIR (DATA_DIR=$DEMO_DIR PRETRAINED_MODEL=demo/base_model for the embedded default)"
+  echo "data: $DATA_DIR (DATA_DIR=$DEMO_DIR PRETRAINED_MODEL=$DEMO_DIR/base_model for the embedded default)"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}
   default_steps=20
   default_learning_rate=5e-6
@@ -33,7 +33,10 @@ else
   python -m demo.make_clips --output_dir "$DATA_DIR" --num_train_clips "$NUM_TRAIN_CLIPS" --num_val_clips "$NUM_VAL_CLIPS"
   python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
   python -m data.video_loader --data_dir "$DATA_DIR"
-  PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
+  if [[ -z $PRETRAINED_MODEL ]]; then
+    PRETRAINED_MODEL=$DEMO_DIR/base_model
+    if [[ ! -f $PRETRAINED_MODEL/model_index.json ]]; then python -m demo.make_model --output_dir "$PRETRAINED_MODEL"; fi
+  fi
   default_steps=300
   default_learning_rate=1e-4
 fi

@@ -10,24 +10,20 @@ several processes equal one. Both are the work of data/encoded_pairs.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.dataset import DEFAULT_DATA_DIR, UserError, run_command
-from data.sthv2_dataset_hf import (
-    DEFAULT_INPUT_FRAME_IDX,
-    DEFAULT_TARGET_FRAME_IDX,
-    describe_left_out,
-    load_frame_pairs,
-)
+from data.dataset import DEFAULT_DATA_DIR, UserError, run_command, write_file
+from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, describe_left_out, load_frame_pairs
 from sample_from_pix2pix import (
     TRAINING_CONFIG,
     choose_samples,
@@ -60,7 +56,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; flags that diffusers' training examples have mean the same here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     model = parser.add_argument_group("model").add_argument
-    model("--pretrained_model_name_or_path", default="timbrooks/instruct-pix2pix", help="hub id or directory (%(default)s)")
+    model(
+        "--pretrained_model_name_or_path",
+        default="timbrooks/instruct-pix2pix",
+        help="hub id or directory (%(default)s)",
+    )
     model("--revision", help="revision of a model on the hub")
     model("--variant", help="variant of the model's weight files, such as fp16")
     model("--cache_dir", help="where models from the hub are kept")
@@ -81,7 +81,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     steps("--num_train_epochs", type=int, default=20, help="(%(default)s)")
     steps("--max_train_steps", type=int, help="optimiser steps, overrides --num_train_epochs")
     steps("--seed", type=int, default=42, help="order, noise, timesteps and dropout follow from it (%(default)s)")
-    steps("--conditioning_dropout_prob", type=float, default=0.05, help="for text, image, and both; 0 is off (%(default)s)")
+    steps(
+        "--conditioning_dropout_prob",
+        type=float,
+        default=0.05,
+        help="for text, image, and both; 0 is off (%(default)s)",
+    )
     steps("--snr_gamma", type=float, help="min-SNR weighting of the loss (Hang et al., 2023), 5.0 is usual")
 
     optimizer = parser.add_argument_group("optimiser").add_argument
@@ -116,7 +121,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     output("--checkpoints_total_limit", type=int, help="keep only this many checkpoints, the newest")
     output("--resume_from_checkpoint", help="a checkpoint's directory, or 'latest'")
     output("--validation_epochs", type=int, default=5, help="epochs between validations (%(default)s)")
-    output("--num_validation_images", type=int, default=4, help="validation entries to predict, 0 for none (%(default)s)")
+    output(
+        "--num_validation_images", type=int, default=4, help="validation entries to predict, 0 for none (%(default)s)"
+    )
     output("--push_to_hub", action="store_true", help="upload the trained pipeline")
     output("--hub_model_id", help="repository to upload to (the output directory's name)")
     output("--hub_token", help="token for the upload (what `hf auth login` stored); never logged")
@@ -143,7 +150,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.use_8bit_adam and not find_spec("bitsandbytes"):
         raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out")
     if args.enable_xformers_memory_efficient_attention and not find_spec("xformers"):
-        raise UserError("xformers is not installed: pip install xformers, or leave the flag out for PyTorch's attention")
+        raise UserError(
+            "xformers is not installed: pip install xformers, or leave the flag out for PyTorch's attention"
+        )
 
 
 # Training
@@ -222,9 +231,7 @@ def create_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespa
     name = args.lr_scheduler
     if name == "constant" and args.lr_warmup_steps:
         name = "constant_with_warmup"
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
-    )
+    return get_scheduler(name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps)
 
 
 class StepLog:
@@ -293,7 +300,7 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: in
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(unfinished / TRAINING_CONFIG, config)
+        write_file(unfinished / TRAINING_CONFIG, json.dumps(config, indent=1) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(unfinished, final)
         steps = checkpoint_steps(args.output_dir)
@@ -320,7 +327,9 @@ def resume(accelerator: Accelerator, checkpoint: Path, config: dict[str, Any]) -
     """Loads a checkpoint; returns the number of steps done. Refuses one of another experiment."""
     saved = json.loads((checkpoint / TRAINING_CONFIG).read_text(encoding="utf-8"))["arguments"]
     now = config["arguments"]
-    changed = [f"{name} was {saved.get(name)}, is {now[name]}" for name in FROZEN_FOR_RESUME if saved.get(name) != now[name]]
+    changed = [
+        f"{name} was {saved.get(name)}, is {now[name]}" for name in FROZEN_FOR_RESUME if saved.get(name) != now[name]
+    ]
     if changed:
         raise UserError(
             f"{checkpoint} belongs to other settings ({'; '.join(changed)}); resume with the same ones, or train into"
@@ -328,12 +337,6 @@ def resume(accelerator: Accelerator, checkpoint: Path, config: dict[str, Any]) -
         )
     accelerator.load_state(str(checkpoint))
     return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
@@ -418,14 +421,12 @@ def validate(
     )
 
 
-def save_pipeline(
-    pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, config: dict[str, Any]
-) -> None:
+def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, config: dict[str, Any]) -> None:
     """Puts the whole pipeline and its training config into the output directory, model_index.json last."""
     unfinished = output_dir / ".pipeline.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.to("cpu").save_pretrained(unfinished, safe_serialization=True)
-    write_json(unfinished / TRAINING_CONFIG, config)
+    write_file(unfinished / TRAINING_CONFIG, json.dumps(config, indent=1) + "\n")
     (output_dir / "model_index.json").unlink(missing_ok=True)
     for part in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
         if (output_dir / part.name).is_dir():
@@ -434,15 +435,26 @@ def save_pipeline(
     unfinished.rmdir()
 
 
-def upload(args: argparse.Namespace) -> str:
-    """Uploads the trained pipeline, without checkpoints and logs; returns the repository's name."""
+def create_hub_repository(args: argparse.Namespace) -> str:
+    """Makes the repository to upload to, or finds it; returns its full name. Done before training, to fail early."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=args.hub_token)
-    repository = api.create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True).repo_id
+    name = args.hub_model_id or args.output_dir.name
+    try:
+        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+    except (OSError, ValueError) as error:  # the library's own errors are of these kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"cannot upload to {name}: {reason}; log in with `hf auth login`, or leave --push_to_hub out"
+        ) from error
+
+
+def upload(args: argparse.Namespace, repository: str) -> None:
+    """Uploads the trained pipeline, without checkpoints and logs."""
+    from huggingface_hub import HfApi
+
     ignored = ["checkpoint-*/**", f"{args.logging_dir}/**", ".*", "train.log"]
-    api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
-    return repository
+    HfApi(token=args.hub_token).upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
 
 
 # The run
@@ -468,10 +480,12 @@ def find_training_pairs(args: argparse.Namespace) -> tuple[list[dict[str, Any]],
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType
     from accelerate.utils import ProjectConfiguration
 
-    project = ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir))
+    project = ProjectConfiguration(
+        project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+    )
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -479,6 +493,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         project_config=project,
     )
     args.mixed_precision = accelerator.mixed_precision
+    if args.use_ema and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            "--use_ema needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
+        )
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed takes it from the DataLoader that is prepared; ours divides its batches itself.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -498,6 +516,8 @@ def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validatio
 
     accelerator = create_accelerator(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.push_to_hub and accelerator.is_main_process:
+        repository = create_hub_repository(args)
 
     hub_options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     pipeline = load_pipeline(args.pretrained_model_name_or_path, **hub_options)
@@ -539,61 +559,42 @@ def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validatio
     if args.report_to != "none":
         accelerator.init_trackers(PROJECT_NAME, {name: str(value) for name, value in config["arguments"].items()})
 
-    num_epochs = math.ceil(max_train_steps * batches.global_batch_size / batches.num_samples)
-    validation_steps = {
-        batches.steps_after_epochs(epoch) for epoch in range(args.validation_epochs, num_epochs + 1, args.validation_epochs)
-    } | {max_train_steps}
-    print_plan(accelerator, args, batches, num_epochs)
+    validation_steps = steps_to_validate_after(batches, args.validation_epochs) if validation_pairs else set()
+    print_plan(accelerator, args, batches)
 
-    model = torch.compile(unet) if args.compile else unet
-    passes = args.gradient_accumulation_steps
-    loader = iter(
-        torch.utils.data.DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(first_step * passes, max_train_steps * passes),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-    )
+    # With its layout optimisation on, torch 2.13 compiles an upsampling whose gradient is zero (seen on the CPU).
+    model = torch.compile(unet, options={"layout_optimization": False}) if args.compile else unet
+    loader = load_batches(batches, first_step, accelerator, args)
     step_log = StepLog(accelerator, batches.global_batch_size)
-    progress_bar = tqdm(
-        total=max_train_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_local_main_process
-    )
-    for step in range(first_step + 1, max_train_steps + 1):
-        losses = []
-        for _ in range(passes):
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(loader).items()}
-            with accelerator.accumulate(model):
-                loss = diffusion_loss(model, noise_scheduler, batch, args.snr_gamma)
-                accelerator.backward(loss)
-                losses.append(loss.detach())
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        step_log.add(step, torch.stack(losses).mean(), grad_norm, lr_scheduler.get_last_lr()[0])
-        lr_scheduler.step()
-        if ema:
-            ema.step(unet.parameters())
-        progress_bar.update()
+    with tqdm(
+        total=max_train_steps,
+        initial=first_step,
+        desc="Training",
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    ) as progress_bar:
+        for step in range(first_step + 1, max_train_steps + 1):
+            loss, grad_norm = optimisation_step(accelerator, model, optimizer, noise_scheduler, loader, args)
+            step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            lr_scheduler.step()
+            if ema:
+                ema.step(unet.parameters())
+            progress_bar.update()
 
-        save_now = step % args.checkpointing_steps == 0
-        validate_now = step in validation_steps and bool(validation_pairs)
-        if step % LOG_EVERY == 0 or save_now or validate_now or step == max_train_steps:
-            figures = step_log.flush()
-            progress_bar.set_postfix(loss=f"{figures['train/loss']:.4f}")
-        if save_now:
-            save_checkpoint(accelerator, args, step, config)
-        if validate_now:
-            with AveragedWeights(ema, unet):
-                current = whole_unet(accelerator, unet)
-                if accelerator.is_main_process:
-                    validate(pipeline, current, validation_pairs, args, accelerator, step)
-            accelerator.wait_for_everyone()
-        if save_now or validate_now:
-            step_log.restart_clock()
-    progress_bar.close()
+            save_now, validate_now = step % args.checkpointing_steps == 0, step in validation_steps
+            if step % LOG_EVERY == 0 or save_now or validate_now or step == max_train_steps:
+                figures = step_log.flush()
+                progress_bar.set_postfix(loss=f"{figures['train/loss']:.4f}")
+            if save_now:
+                save_checkpoint(accelerator, args, step, config)
+            if validate_now:
+                with AveragedWeights(ema, unet):
+                    current = whole_unet(accelerator, unet)
+                    if accelerator.is_main_process:
+                        validate(pipeline, current, validation_pairs, args, accelerator, step)
+                accelerator.wait_for_everyone()
+            if save_now or validate_now:
+                step_log.restart_clock()
 
     if ema:
         ema.copy_to(unet.parameters())
@@ -603,15 +604,65 @@ def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validatio
         print(f"the trained pipeline is in {args.output_dir}; sample from it with:")
         print(f"  MODEL_DIR={args.output_dir} bash sample_from_pix2pix.sh")
         if args.push_to_hub:
-            print(f"uploaded to {upload(args)}")
+            upload(args, repository)
+            print(f"uploaded to {repository}")
     accelerator.end_training()
 
 
-def print_plan(accelerator: Accelerator, args: argparse.Namespace, batches: TrainingBatches, num_epochs: int) -> None:
+def steps_to_validate_after(batches: TrainingBatches, validation_epochs: int) -> set[int]:
+    """The optimiser steps that end every `validation_epochs`-th epoch, and the last one."""
+    last = batches.max_train_steps
+    ends = (batches.steps_after_epochs(epoch) for epoch in itertools.count(validation_epochs, validation_epochs))
+    return {*itertools.takewhile(lambda step: step < last, ends), last}
+
+
+def load_batches(
+    batches: TrainingBatches, first_step: int, accelerator: Accelerator, args: argparse.Namespace
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's micro-batches from optimiser step `first_step` (counted from 0) to the end, on its device."""
+    import torch
+
+    first = first_step * args.gradient_accumulation_steps
+    loader = torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, len(batches)),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    for batch in loader:
+        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def optimisation_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    noise_scheduler: Any,
+    loader: Iterator[dict[str, torch.Tensor]],
+    args: argparse.Namespace,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update of the weights from all its passes; returns this process's mean loss and the gradient's norm."""
+    losses = []
+    for batch in itertools.islice(loader, args.gradient_accumulation_steps):
+        with accelerator.accumulate(model):
+            loss = diffusion_loss(model, noise_scheduler, batch, args.snr_gamma)
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return sum(losses) / len(losses), grad_norm
+
+
+def print_plan(accelerator: Accelerator, args: argparse.Namespace, batches: TrainingBatches) -> None:
+    num_epochs = batches.max_train_steps * batches.global_batch_size / batches.num_samples
     accelerator.print(
         f"training on {batches.num_samples} frame pairs ({args.input_frame_idx} -> {args.target_frame_idx},"
-        f" {args.resolution}x{args.resolution}) for {batches.max_train_steps} steps of {batches.global_batch_size} samples,"
-        f" {num_epochs} epochs, on {accelerator.num_processes} x {accelerator.device.type},"
+        f" {args.resolution}x{args.resolution}) for {batches.max_train_steps} steps of"
+        f" {batches.global_batch_size} samples,"
+        f" {num_epochs:.3g} epochs, on {accelerator.num_processes} x {accelerator.device.type},"
         f" mixed precision {accelerator.mixed_precision}"
     )
 
@@ -622,7 +673,10 @@ def main() -> None:
     train_pairs, validation_pairs = find_training_pairs(args)
     if args.num_validation_images and not validation_pairs:
         warn(f"no validation video of {args.train_data_dir} has both frames; training goes on without validation")
-    train(args, train_pairs, validation_pairs)
+    try:
+        train(args, train_pairs, validation_pairs)
+    except KeyboardInterrupt:
+        raise UserError("interrupted; continue from the last checkpoint with --resume_from_checkpoint latest") from None
 
 
 if __name__ == "__main__":

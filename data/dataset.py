@@ -191,18 +191,14 @@ def _load_json(path: Path) -> object:
             raise UserError(f"{path}: the file is empty; copy it again from where it came from")
         content = json.loads(text)
         if "\\ud" in text or "\\uD" in text:
-            json.dumps(
-                content, ensure_ascii=False
-            ).encode()  # an escaped half of a character cannot be written again
+            json.dumps(content, ensure_ascii=False).encode()  # an escaped half of a character cannot be written again
         return content
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); copy it again from where it came from"
-        ) from None
+        raise UserError(f"{path} is not valid JSON ({error}); copy it again from where it came from") from None
 
 
 def _json_type(value: object) -> str:
@@ -271,9 +267,7 @@ def write_file(path: Path | str, text: str) -> None:
 def match_tasks(entries: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
     """The entries of each task, with `task` added as a key: {task: entries}, in the order of `entries`."""
     task_of_template = {template: task for task in tasks for template in TASK_TEMPLATES[task]}
-    task_of_raw: dict[
-        str, str | None
-    ] = {}  # a few hundred distinct strings; saves removing brackets 220,000 times
+    task_of_raw: dict[str, str | None] = {}  # a few hundred distinct strings; saves removing brackets 220,000 times
     matched: dict[str, list[dict]] = {task: [] for task in tasks}
     for entry in entries:
         raw = entry["template"]
@@ -336,15 +330,11 @@ def keep_existing(
     if videos is None:
         return matched, f"No videos in {folder} yet: sampled from all matching entries."
     available = {
-        split: {
-            task: [entry for entry in found if f"{entry['id']}.webm" in videos]
-            for task, found in by_task.items()
-        }
+        split: {task: [entry for entry in found if f"{entry['id']}.webm" in videos] for task, found in by_task.items()}
         for split, by_task in matched.items()
     }
     num_matched, num_available = (
-        sum(len(found) for by_task in stage.values() for found in by_task.values())
-        for stage in (matched, available)
+        sum(len(found) for by_task in stage.values() for found in by_task.values()) for stage in (matched, available)
     )
     if num_available == 0:
         example = next(found[0]["id"] for found in matched["train"].values() if found)
@@ -392,9 +382,7 @@ def main() -> None:
 
     sources = {split: _source_annotations_path(args.data_dir, split) for split in SPLITS}
     entries = {split: read_annotations(sources[split]) for split in SPLITS}
-    entries["train"], entries["val"], num_shared = drop_shared_ids(
-        entries["train"], entries["val"], args.seed
-    )
+    entries["train"], entries["val"], num_shared = drop_shared_ids(entries["train"], entries["val"], args.seed)
     matched = {split: match_tasks(entries[split], tasks) for split in SPLITS}
     if not any(matched["train"].values()):
         raise UserError(f"{sources['train']}: no entry has a template of {', '.join(tasks)}")
@@ -415,9 +403,7 @@ def main() -> None:
     for split in SPLITS:
         for task in tasks:
             if len(sampled[split][task]) < counts[split]:
-                notes.append(
-                    f"{task}, {split}: asked for {counts[split]}, took all {len(sampled[split][task])}."
-                )
+                notes.append(f"{task}, {split}: asked for {counts[split]}, took all {len(sampled[split][task])}.")
 
     # Nothing is written before everything is known to be good. The shuffled order mixes the tasks, so that
     # the first N entries (--limit of the extraction) are a fair sample of the whole.
@@ -428,9 +414,7 @@ def main() -> None:
         )
     report = "\n".join([_task_table(tasks, matched, available, sampled), *notes])
     log_path = args.data_dir / "annotations" / "filter.log"
-    write_file(
-        log_path, f"seed {args.seed}\n{report}\n\n{_template_table(tasks, matched, available, sampled)}\n"
-    )
+    write_file(log_path, f"seed {args.seed}\n{report}\n\n{_template_table(tasks, matched, available, sampled)}\n")
     print(report)
     print(f"Wrote {' and '.join(str(filtered_annotations_path(args.data_dir, split)) for split in SPLITS)}.")
     print(f"Counts per template: {log_path}. Next: python -m data.video_loader --data_dir {args.data_dir}")
@@ -451,9 +435,7 @@ def _template_table(tasks: list[str], *stages: dict[str, dict[str, list[dict]]])
     lines = ["split  task          matched  with video  sampled  template"]
     for split in SPLITS:
         for task in tasks:
-            counters = [
-                Counter(plain_template(entry["template"]) for entry in stage[split][task]) for stage in stages
-            ]
+            counters = [Counter(plain_template(entry["template"]) for entry in stage[split][task]) for stage in stages]
             for template in TASK_TEMPLATES[task]:
                 matched, available, sampled = (counter[template] for counter in counters)
                 lines.append(f"{split:<7}{task:<14}{matched:>7}{available:>12}{sampled:>9}  {template}")

@@ -32,7 +32,9 @@ def digest(parts: Iterable[bytes]) -> str:
 
 def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
     """Everything that determines what a frozen model computes: its configuration and its weights."""
-    yield json.dumps(dict(getattr(module.config, "to_dict", lambda: module.config)()), sort_keys=True, default=str).encode()
+    yield json.dumps(
+        dict(getattr(module.config, "to_dict", lambda: module.config)()), sort_keys=True, default=str
+    ).encode()
     for name, tensor in sorted(module.state_dict().items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
@@ -86,12 +88,18 @@ def encode_once(
 def tokenize(pipeline: StableDiffusionInstructPix2PixPipeline, prompts: Sequence[str]) -> torch.Tensor:
     """Token ids (B, 77), as the pipeline makes them when it samples."""
     length = pipeline.tokenizer.model_max_length
-    tokens = pipeline.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    tokens = pipeline.tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
     return tokens.input_ids
 
 
 def encode_frames(
-    pipeline: StableDiffusionInstructPix2PixPipeline, frames: Dataset, cache_file: Path, key: str, accelerator: Accelerator
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    frames: Dataset,
+    cache_file: Path,
+    key: str,
+    accelerator: Accelerator,
 ) -> Dataset:
     vae = pipeline.vae
     side = frames[0]["input_image"].height // pipeline.vae_scale_factor

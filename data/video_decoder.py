@@ -61,9 +61,7 @@ def import_cv2():
 def extract_video(job: Job) -> Result:
     """Decode one video and publish its folders of frames. Failures of the video are returned, not raised."""
     folders = {resolution: frames_dir(job.data_dir, resolution) for resolution in job.resolutions}
-    partials = {
-        resolution: folder / f".{job.video_id}{PARTIAL_SUFFIX}" for resolution, folder in folders.items()
-    }
+    partials = {resolution: folder / f".{job.video_id}{PARTIAL_SUFFIX}" for resolution, folder in folders.items()}
     try:
         for partial in partials.values():
             shutil.rmtree(partial, ignore_errors=True)
@@ -113,9 +111,7 @@ def write_frames(path: Path, folders: dict[int, Path]) -> int:
                     file.write(png)
             times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
         if not times:
-            raise VideoError(
-                "no frames", "the file opens as a video, but not one frame decodes; download it again"
-            )
+            raise VideoError("no frames", "the file opens as a video, but not one frame decodes; download it again")
         check_duration(times, capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS), cut_short)
         return len(times)
     except cv2.error as error:
@@ -161,9 +157,7 @@ def webm_length(head: bytes) -> int:
     return element_end(header_end, b"\x18\x53\x80\x67") if header_end else 0
 
 
-def check_duration(
-    times: list[float], claimed_frames: float, frames_per_second: float, cut_short: bool
-) -> None:
+def check_duration(times: list[float], claimed_frames: float, frames_per_second: float, cut_short: bool) -> None:
     """Raise VideoError if the frames end clearly before the container's duration does.
 
     times: when each decoded frame is shown, in seconds. The container's duration is `claimed_frames /
@@ -182,8 +176,7 @@ def check_duration(
     end, duration = times[-1] + interval, claimed_frames * interval
     if duration - end > tolerance:
         raise VideoError(
-            "truncated",
-            f"frames end at {end:.2f} s of {duration:.2f} s ({len(times)} frames); download it again",
+            "truncated", f"frames end at {end:.2f} s of {duration:.2f} s ({len(times)} frames); download it again"
         )
 
 

@@ -259,18 +259,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument(
-        "--resolutions",
-        type=_resolution,
-        nargs="+",
-        default=[96, 128],
-        help="sizes in pixels (default: 96 128)",
+        "--resolutions", type=_resolution, nargs="+", default=[96, 128], help="sizes in pixels (default: 96 128)"
     )
-    parser.add_argument(
-        "--num_workers", type=_positive, default=None, help="processes (default: one per core)"
-    )
-    parser.add_argument(
-        "--limit", type=_positive, default=None, help="only the first N entries of each split"
-    )
+    parser.add_argument("--num_workers", type=_positive, default=None, help="processes (default: one per core)")
+    parser.add_argument("--limit", type=_positive, default=None, help="only the first N entries of each split")
     return parser
 
 
@@ -323,9 +315,7 @@ def extract(data_dir: Path, entries: list[dict], resolutions: tuple[int, ...], n
             for result in finished:
                 results.append(result)
                 num_frames += result.num_frames or 0
-                bar.set_postfix_str(
-                    f"{num_frames / (time.perf_counter() - start):.0f} frames/s", refresh=False
-                )
+                bar.set_postfix_str(f"{num_frames / (time.perf_counter() - start):.0f} frames/s", refresh=False)
                 bar.update()
     finally:
         remove_leftovers(data_dir, resolutions)

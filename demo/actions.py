@@ -214,9 +214,7 @@ def _landing(d: Director, where: str, spec: ObjectSpec) -> Landing:
         return Landing(x, y, 0.14 * other.height, [d.still(other, x, y)])
     if where == "next to":
         y, gap = d.between(160, 195), (spec.width + other.width) / 2 + d.between(6, 14)
-        return Landing(
-            x + d.side * gap / 2, y, 0.0, [d.still(other, x - d.side * gap / 2, y - d.between(0, 6))]
-        )
+        return Landing(x + d.side * gap / 2, y, 0.0, [d.still(other, x - d.side * gap / 2, y - d.between(0, 6))])
     apart = d.between(34, 42) + spec.depth * 0.15
     y, shift = d.between(152, 164), d.between(6, 18) * d.side
     if where == "in front of":
@@ -258,9 +256,7 @@ def float_down(d: Director) -> list[Actor]:
         share = float(np.clip((u - release) / (rest - release), 0, 1))
         calm = min(1.0, 4 * (1 - share))
         swing = 2 * np.pi * swings * share
-        return Pose(
-            x + sway * np.sin(swing), y, height * (1 - share), turn * np.cos(swing) * np.sign(sway) * calm
-        )
+        return Pose(x + sway * np.sin(swing), y, height * (1 - share), turn * np.cos(swing) * np.sign(sway) * calm)
 
     def grip(u: float) -> Point:
         return x + d.side * spec.width * 0.45, y, height + 6
@@ -311,10 +307,7 @@ def throw_up(d: Director) -> list[Actor]:
         )
         flight = rising + np.sqrt(2 * apex / d.gravity)
         return Pose(
-            x + drift * min(since / flight, 1.0),
-            y,
-            z,
-            angle=2 * drift * np.sin(np.pi * min(since / flight, 1)),
+            x + drift * min(since / flight, 1.0), y, z, angle=2 * drift * np.sin(np.pi * min(since / flight, 1))
         )
 
     def grip(u: float) -> Point:
@@ -388,9 +381,7 @@ def cover(d: Director) -> list[Actor]:
     def pose(u: float) -> Pose:
         away = 1 - minimum_jerk((u + 0.1) / 0.62)
         above = 1 - minimum_jerk((u - down_from) / (stop - down_from))
-        return Pose(
-            x + away * carry, y + 3, above * clearance, -9 * d.side * away, 1 - 0.36 * above, 1 + 0.14 * above
-        )
+        return Pose(x + away * carry, y + 3, above * clearance, -9 * d.side * away, 1 - 0.36 * above, 1 + 0.14 * above)
 
     def grip(u: float) -> Point:
         p = pose(u)

@@ -49,12 +49,8 @@ def draw_hands(
     `sleeve_start` is where the sleeve begins, in picture pixels from the gripping point, at most 150.
     """
     light_across = -light_x if mirrored else light_x
-    x = (
-        np.arange(-_HAND_LEFT * SUPERSAMPLING, _HAND_LEFT * SUPERSAMPLING, dtype=np.float32) + 0.5
-    ) / SUPERSAMPLING
-    y = (
-        np.arange(-_HAND_TOP * SUPERSAMPLING, _ARM_LENGTH * SUPERSAMPLING, dtype=np.float32) + 0.5
-    ) / SUPERSAMPLING
+    x = (np.arange(-_HAND_LEFT * SUPERSAMPLING, _HAND_LEFT * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
+    y = (np.arange(-_HAND_TOP * SUPERSAMPLING, _ARM_LENGTH * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
     first = int(np.searchsorted(y, sleeve_start))
     cloth = _draw_sleeve(x[None, :], y[first:, None], sleeve, sleeve_start, light_across)
     skin_rows = int(np.searchsorted(y, sleeve_start + 12))

@@ -37,17 +37,7 @@ from tqdm import tqdm
 from data.dataset import UserError, run_command, video_path, write_annotations
 from demo.actions import Director
 from demo.hand import SKIN_TONES, draw_hands
-from demo.scene import (
-    FPS,
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
-    Actor,
-    Light,
-    Pose,
-    draw_background,
-    make_stage,
-    render_frame,
-)
+from demo.scene import FPS, FRAME_HEIGHT, FRAME_WIDTH, Actor, Light, Pose, draw_background, make_stage, render_frame
 from demo.sprites import COLOURS, KINDS, ObjectSpec, draw_object
 from demo.templates import ACTIONS, Action
 
@@ -55,11 +45,7 @@ RENDERER_VERSION = 1  # raised whenever the pictures change, so that old and new
 MIN_FRAMES, TYPICAL_FRAMES, MAX_FRAMES = 24, 43, 72  # SSv2's median is 41 to 47
 OTHER_EVERY = 20  # one clip in this many is of a template that belongs to no task
 TASKS = ("move_object", "drop_object", "cover_object")
-SPLIT_CODES = {
-    "train": 1,
-    "val": 2,
-    "pretrain": 3,
-}  # first digit of the ids; "pretrain" is never written to disk
+SPLIT_CODES = {"train": 1, "val": 2, "pretrain": 3}  # first digit of the ids; "pretrain" is never written to disk
 ANNOTATION_NAMES = {"train": "train.json", "val": "validation.json"}
 SETTINGS_NAME = "rendered_clips.json"
 NAMES = {"paper": "piece of paper"}  # kinds whose name in a sentence differs
@@ -129,13 +115,7 @@ def _choose_objects(rng: np.random.Generator, action: Action) -> list[ObjectSpec
         if rng.random() < 0.5:
             words = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
         objects.append(
-            ObjectSpec(
-                kind_name,
-                _vary_colour(rng, COLOURS[colour_name]),
-                float(size),
-                int(rng.integers(2**31)),
-                words,
-            )
+            ObjectSpec(kind_name, _vary_colour(rng, COLOURS[colour_name]), float(size), int(rng.integers(2**31)), words)
         )
     return objects
 
@@ -164,9 +144,7 @@ def _render(plan: ClipPlan, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Sets the stage, draws the sprites, and yields the frames one by one."""
     elevation = rng.uniform(0.5, 0.72)
     slant = rng.uniform(0.25, 0.6) * (1 if rng.random() < 0.5 else -1)
-    light = Light(
-        -np.sign(slant) * rng.uniform(0.5, 0.9), slant, rng.uniform(-0.12, 0.25), rng.uniform(0.3, 0.5)
-    )
+    light = Light(-np.sign(slant) * rng.uniform(0.5, 0.9), slant, rng.uniform(-0.12, 0.25), rng.uniform(0.3, 0.5))
     skin = SKIN_TONES[rng.integers(len(SKIN_TONES))]
     sleeve = _vary_colour(rng, list(COLOURS.values())[rng.integers(len(COLOURS))])
     sleeve_start, mirrored = rng.uniform(104, 150), bool(rng.random() < 0.5)
@@ -196,9 +174,7 @@ def _clutter(rng: np.random.Generator, plan: ClipPlan, director: Director, table
     for side in rng.permutation([-1, 1])[: rng.integers(0, 3)]:
         kind_name = str(rng.choice(kinds))
         colour = _vary_colour(rng, COLOURS[str(rng.choice(KINDS[kind_name].colours))])
-        spec = ObjectSpec(
-            kind_name, colour, float(rng.uniform(0.85, 1.05)), int(rng.integers(2**31)), kind_name
-        )
+        spec = ObjectSpec(kind_name, colour, float(rng.uniform(0.85, 1.05)), int(rng.integers(2**31)), kind_name)
         x, y = 160 + side * rng.uniform(95, 150), rng.uniform(max(table_back + 24, 70), 118)
         sprite = draw_object(spec, director.elevation, director.light.direction_x)
         props.append(Actor(sprite, lambda u, x=x, y=y: Pose(x, y)))
@@ -213,13 +189,7 @@ def write_video(path: Path, frames: Iterator[np.ndarray]) -> None:
     import av  # here, because only the worker processes need it
 
     partial = path.with_name(f".{path.name}.partial")
-    options = {
-        "deadline": "realtime",
-        "cpu-used": "8",
-        "crf": "26",
-        "lag-in-frames": "0",
-        "flags": "+bitexact",
-    }
+    options = {"deadline": "realtime", "cpu-used": "8", "crf": "26", "lag-in-frames": "0", "flags": "+bitexact"}
     with av.open(str(partial), "w", format="webm", container_options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libvpx-vp9", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = FRAME_WIDTH, FRAME_HEIGHT, "yuv420p"
@@ -251,9 +221,7 @@ def _render_to_file(output_dir: Path, seed: int, split: str, index: int) -> int:
     return num_frames
 
 
-def make_clips(
-    output_dir: Path, num_train_clips: int, num_val_clips: int, seed: int, num_workers: int
-) -> None:
+def make_clips(output_dir: Path, num_train_clips: int, num_val_clips: int, seed: int, num_workers: int) -> None:
     """Renders the clips that are missing in `output_dir`, then writes the annotations of all asked for."""
     _claim_folder(output_dir, seed)
     wanted = [
@@ -261,11 +229,7 @@ def make_clips(
         for split, count in (("train", num_train_clips), ("val", num_val_clips))
         for index in range(count)
     ]
-    missing = [
-        (split, index)
-        for split, index in wanted
-        if not video_path(output_dir, clip_id(split, index)).is_file()
-    ]
+    missing = [(split, index) for split, index in wanted if not video_path(output_dir, clip_id(split, index)).is_file()]
     with tqdm(total=len(missing), desc="rendering", unit="clip", disable=not missing) as bar:
         frames = 0
         for num_frames in _render_all(output_dir, seed, missing, num_workers):
@@ -313,9 +277,7 @@ def _claim_folder(output_dir: Path, seed: int) -> None:
         except ValueError:
             found = None
         if found != settings:
-            raise UserError(
-                f"{output_dir} holds clips of other settings ({found}; asked for {settings}): {way_out}"
-            )
+            raise UserError(f"{output_dir} holds clips of other settings ({found}; asked for {settings}): {way_out}")
     elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} exists and was not made by this command: {way_out}")
     for folder in ("annotations", "videos"):
@@ -339,9 +301,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_train_clips", type=int, default=240, help="number of training clips")
     parser.add_argument("--num_val_clips", type=int, default=60, help="number of validation clips")
     parser.add_argument("--seed", type=int, default=42, help="other seeds give other clips")
-    parser.add_argument(
-        "--num_workers", type=int, default=cores, help="processes that render (default: one per core)"
-    )
+    parser.add_argument("--num_workers", type=int, default=cores, help="processes that render (default: one per core)")
     arguments = parser.parse_args()
     for name, least, most in (
         ("num_train_clips", 0, 999_999),
@@ -358,11 +318,7 @@ def main() -> None:
     """Runs the command."""
     arguments = parse_arguments()
     make_clips(
-        arguments.output_dir,
-        arguments.num_train_clips,
-        arguments.num_val_clips,
-        arguments.seed,
-        arguments.num_workers,
+        arguments.output_dir, arguments.num_train_clips, arguments.num_val_clips, arguments.seed, arguments.num_workers
     )
 
 

@@ -1,13 +1,12 @@
 """Make the demo's base model: a small InstructPix2Pix that any machine can fine-tune.
 
-    python -m demo.make_model --output_dir demo/base_model
+    python -m demo.make_model --output_dir data/demo/base_model
 
 writes a directory that stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet with
 8 input channels, a VAE, a CLIP text encoder with its tokenizer, and a scheduler, together under 10 million
 parameters. It stands in for `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`. The weights come
-from `--seed`; `demo.pretrain` then trains them, first the VAE, then text encoder and UNet.
-`--vae_train_steps 0 --unet_train_steps 0` writes the untrained model in seconds. The two stages may be run
-one by one: `--initial_model DIR` goes on from the weights of a model written before.
+from `--seed` and take seconds. With `--vae_train_steps` and `--unet_train_steps` `demo.pretrain` trains them,
+first the VAE, then text encoder and UNet; `--initial_model DIR` goes on from a model written before.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-DEFAULT_OUTPUT_DIR = Path("demo/base_model")
+DEFAULT_OUTPUT_DIR = Path("data/demo/base_model")
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 DEFAULT_SEED = 0
-DEFAULT_VAE_STEPS, DEFAULT_UNET_STEPS, DEFAULT_NUM_CLIPS = 12_000, 9_000, 1_500
+DEFAULT_NUM_CLIPS = 1500
 MAX_TOKENS = 77  # CLIP's context length, which every Stable Diffusion pipeline expects
 VOCABULARY_SIZE = 1024
 TEXT_WIDTH = 128
@@ -211,16 +210,28 @@ def parse_args() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT_DIR, help="default: %(default)s")
-    parser.add_argument("--initial_model", type=Path,
-                        help="a model directory to start from instead of random weights")
-    parser.add_argument("--vae_train_steps", type=int, default=DEFAULT_VAE_STEPS,
-                        help="0 leaves the VAE as it is; default: %(default)s")
-    parser.add_argument("--unet_train_steps", type=int, default=DEFAULT_UNET_STEPS,
-                        help="0 leaves UNet and text encoder as they are; default: %(default)s")
-    parser.add_argument("--num_clips", type=int, default=DEFAULT_NUM_CLIPS,
-                        help="how many clips to render for training; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED,
-                        help="of the weights and of training, not of the clips; default: %(default)s")
+    parser.add_argument("--initial_model", type=Path, help="a model directory to start from instead of random weights")
+    parser.add_argument(
+        "--vae_train_steps", type=int, default=0, help="0 leaves the VAE as it is; default: %(default)s"
+    )
+    parser.add_argument(
+        "--unet_train_steps",
+        type=int,
+        default=0,
+        help="0 leaves UNet and text encoder as they are; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num_clips",
+        type=int,
+        default=DEFAULT_NUM_CLIPS,
+        help="how many clips to render for training; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=DEFAULT_SEED,
+        help="of the weights and of training, not of the clips; default: %(default)s",
+    )
     args = parser.parse_args()
     if min(args.vae_train_steps, args.unet_train_steps) < 0 or args.num_clips < 1:
         parser.error("steps must be 0 or more, and --num_clips 1 or more")

@@ -36,6 +36,7 @@ EMA_DECAY = 0.998
 @dataclass
 class EncodedClip:
     """`moments`: the VAE's posterior (len(indices), 8, R / 8, R / 8), means and log variances, unscaled."""
+
     label: str
     num_frames: int
     indices: list[int]
@@ -61,9 +62,7 @@ def autocast(device: torch.device) -> AbstractContextManager:
 # The VAE.
 
 
-def vae_batch(
-    clips_by_resolution: dict[int, list[ClipFrames]], step: int, seed: int, cropped: bool
-) -> np.ndarray:
+def vae_batch(clips_by_resolution: dict[int, list[ClipFrames]], step: int, seed: int, cropped: bool) -> np.ndarray:
     """Frames of one resolution, mirrored at random, cropped to VAE_CROP if `cropped`: uint8 (B, H, W, 3)."""
     rng = np.random.default_rng(derive_seed(seed, "vae batch", step))
     clips = clips_by_resolution[_pick_resolution(clips_by_resolution, rng)]
@@ -88,9 +87,7 @@ def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor, generator: torch.Genera
     return (squared_error + 1e-5).log().mean() + KL_WEIGHT * divergence
 
 
-def train_vae(
-    vae: AutoencoderKL, clips: list[ClipFrames], steps: int, seed: int, device: torch.device
-) -> None:
+def train_vae(vae: AutoencoderKL, clips: list[ClipFrames], steps: int, seed: int, device: torch.device) -> None:
     """Trains the VAE in place (AdamW, cosine learning rate)."""
     vae.to(device, memory_format=torch.channels_last).train()
     parameters = list(vae.parameters())
@@ -143,6 +140,7 @@ def latent_scaling_factor(encoded: Sequence[EncodedClip]) -> float:
 @dataclass
 class PairBatch:
     """`targets`: scaled latents (B, 4, h, w); `inputs`: unscaled latents, same shape; `prompts`: B texts."""
+
     targets: torch.Tensor
     inputs: torch.Tensor
     prompts: list[str]
@@ -191,7 +189,10 @@ def denoising_loss(
     timesteps = torch.randint(0, num_timesteps, (len(batch.targets),), generator=generator)
     noisy = scheduler.add_noise(batch.targets, noise, timesteps)
     tokens = pipeline.tokenizer(
-        batch.prompts, padding="max_length", truncation=True, max_length=pipeline.tokenizer.model_max_length,
+        batch.prompts,
+        padding="max_length",
+        truncation=True,
+        max_length=pipeline.tokenizer.model_max_length,
         return_tensors="pt",
     )
     text = pipeline.text_encoder(tokens.input_ids.to(device))[0]
@@ -236,9 +237,7 @@ def train_unet(
 
 
 @torch.no_grad()
-def validation_loss(
-    pipeline: StableDiffusionInstructPix2PixPipeline, clips: list[EncodedClip], seed: int
-) -> float:
+def validation_loss(pipeline: StableDiffusionInstructPix2PixPipeline, clips: list[EncodedClip], seed: int) -> float:
     """The plain loss over 20 batches of held-out pairs; pairs, noise and timesteps follow from the seed."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     clips_by_resolution = group_by_resolution(clips)
@@ -254,11 +253,7 @@ def validation_loss(
 
 
 def pretrain(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    vae_steps: int,
-    unet_steps: int,
-    num_clips: int,
-    seed: int,
+    pipeline: StableDiffusionInstructPix2PixPipeline, vae_steps: int, unet_steps: int, num_clips: int, seed: int
 ) -> None:
     """Renders `num_clips` clips, trains the pipeline's models in place, and prints figures and seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -321,8 +316,9 @@ def _training_steps(steps: int, description: str) -> Iterator[tuple[int, Callabl
             yield step, lambda text: bar.set_postfix_str(text, refresh=False)
 
 
-def _update(loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: object,
-            parameters: list[torch.nn.Parameter]) -> None:
+def _update(
+    loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: object, parameters: list[torch.nn.Parameter]
+) -> None:
     """One optimizer step with gradients clipped to norm 1."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)

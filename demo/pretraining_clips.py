@@ -32,6 +32,7 @@ RULERS_PER_CLIP = 2
 @dataclass
 class ClipFrames:
     """Some frames of one clip: `frames` is uint8 RGB (len(indices), R, R, 3), in the order of `indices`."""
+
     label: str
     num_frames: int
     indices: list[int]
@@ -78,9 +79,7 @@ def render_training_clips(count: int) -> list[ClipFrames]:
     return _render_all(indices, sizes, "rendering training clips")
 
 
-def _render_all(
-    indices: Sequence[int], resolutions: Sequence[tuple[int, ...]], description: str
-) -> list[ClipFrames]:
+def _render_all(indices: Sequence[int], resolutions: Sequence[tuple[int, ...]], description: str) -> list[ClipFrames]:
     """`render_frames` of each index at its sizes, in worker processes, one per core."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         rendered = pool.map(render_frames, indices, resolutions, chunksize=4)

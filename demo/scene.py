@@ -77,10 +77,7 @@ class Stage:
 
 
 def draw_background(
-    rng: np.random.Generator,
-    table_back: float,
-    table_side: float | None,
-    falls_right: bool,
+    rng: np.random.Generator, table_back: float, table_side: float | None, falls_right: bool
 ) -> np.ndarray:
     """Wall, floor and table as one RGB picture with margins.
 
@@ -93,9 +90,7 @@ def draw_background(
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     if table_side is not None:
         floor_top = max(back + 8, 12)
-        picture[floor_top:] = (
-            _table_texture(rng, height - floor_top, width, ("carpet", "tiles", "plain"))[:] * 0.72
-        )
+        picture[floor_top:] = _table_texture(rng, height - floor_top, width, ("carpet", "tiles", "plain"))[:] * 0.72
         picture[floor_top - 3 : floor_top] *= 0.8
     back = max(back, 0)
     table = _table_texture(rng, height - back, width, ("wood", "wood", "cloth", "speckle", "marble", "plain"))
@@ -111,9 +106,7 @@ def draw_background(
     inside[:back] = 0
     slab = np.clip(sign * (edge - x) + 9.5, 0, 1)
     slab[: back + 4] = 0
-    shade = np.clip(
-        1 - 0.45 * np.exp(-np.clip(sign * (x - edge), 0, None) / 26), 0, 1
-    )  # the table's own shadow
+    shade = np.clip(1 - 0.45 * np.exp(-np.clip(sign * (x - edge), 0, None) / 26), 0, 1)  # the table's own shadow
     shade[:back] = 1
     picture *= shade[:, :, None]
     full_table = np.zeros_like(picture)
@@ -127,24 +120,15 @@ def draw_background(
 def _wall(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """An out-of-focus wall: plaster, perhaps with a picture, a window, a curtain or a cupboard."""
     base = np.array(
-        [
-            (206, 200, 188),
-            (178, 190, 198),
-            (190, 178, 160),
-            (150, 156, 150),
-            (216, 210, 204),
-            (170, 150, 140),
-        ][rng.integers(6)],
+        [(206, 200, 188), (178, 190, 198), (190, 178, 160), (150, 156, 150), (216, 210, 204), (170, 150, 140)][
+            rng.integers(6)
+        ],
         np.float32,
     ) * rng.uniform(0.7, 1.0)
     plaster = 1 + 0.02 * smooth_noise(rng, height, width, 14) + 0.06 * smooth_noise(rng, height, width, 120)
     wall = plaster[:, :, None] * base
     for _ in range(rng.integers(0, 3)):
-        left, span, bottom = (
-            int(rng.integers(-30, width)),
-            int(rng.integers(30, 110)),
-            int(rng.integers(20, 90)),
-        )
+        left, span, bottom = (int(rng.integers(-30, width)), int(rng.integers(30, 110)), int(rng.integers(20, 90)))
         tone = base * rng.uniform(0.45, 1.25) + rng.uniform(-22, 22, 3)
         wall[:bottom, max(left, 0) : max(left + span, 0)] = tone
         wall[: max(bottom - 6, 0), max(left + 5, 0) : max(left + span - 5, 0)] = tone * rng.uniform(0.8, 1.15)
@@ -164,15 +148,11 @@ def _table_texture(rng: np.random.Generator, height: int, width: int, choices: t
         "tiles": ((176, 168, 156), (140, 132, 124)),
         "plain": ((200, 196, 188), (132, 140, 146), (96, 90, 88), (172, 158, 140), (62, 68, 78)),
     }[name]
-    base = np.array(tones[rng.integers(len(tones))], np.float32) * rng.uniform(0.8, 1.1) + rng.uniform(
-        -10, 10, 3
-    )
+    base = np.array(tones[rng.integers(len(tones))], np.float32) * rng.uniform(0.8, 1.1) + rng.uniform(-10, 10, 3)
     value = 1 + 0.05 * smooth_noise(rng, rows, columns, 90)
     y, x = np.mgrid[0:rows, 0:columns].astype(np.float32)
     if name == "wood":
-        value += 0.055 * smooth_noise(rng, rows, columns, 9, 12) + 0.03 * smooth_noise(
-            rng, rows, columns, 4, 30
-        )
+        value += 0.055 * smooth_noise(rng, rows, columns, 9, 12) + 0.03 * smooth_noise(rng, rows, columns, 4, 30)
         plank = rng.uniform(70, 130)
         index = np.floor(y / plank).astype(int)
         value += rng.uniform(-0.07, 0.07, index.max() + 1)[index] - 0.14 * np.exp(-(((y % plank) / 1.6) ** 2))
@@ -194,23 +174,17 @@ def _table_texture(rng: np.random.Generator, height: int, width: int, choices: t
     texture = value[:, :, None] * base
     texture[:, :, 2] *= tint
     inset = 0.2 * columns * rng.uniform(0.5, 1.0)
-    source = np.float32(
-        [(inset * 0.2, 0), (columns - inset * 0.2, 0), (columns - inset, rows), (inset, rows)]
-    )
+    source = np.float32([(inset * 0.2, 0), (columns - inset * 0.2, 0), (columns - inset, rows), (inset, rows)])
     target = np.float32([(0, 0), (width, 0), (width, height), (0, height)])
     matrix = cv2.getPerspectiveTransform(source, target)
-    warped = cv2.warpPerspective(
-        texture, matrix, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT
-    )
+    warped = cv2.warpPerspective(texture, matrix, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
     return cv2.GaussianBlur(warped, (0, 0), 0.8)
 
 
 def make_stage(rng: np.random.Generator, num_frames: int, background: np.ndarray, light: Light) -> Stage:
     """Adds light, camera path and sensor noise, all drawn from `rng`, to a background."""
     y, x = np.mgrid[-1 : 1 : FRAME_HEIGHT * 1j, -1 : 1 : FRAME_WIDTH * 1j].astype(np.float32)
-    vignette = (
-        1 - rng.uniform(0.05, 0.2) * (x**2 + y**2) / 2 + rng.uniform(0.02, 0.12) * light.direction_x * x
-    )
+    vignette = 1 - rng.uniform(0.05, 0.2) * (x**2 + y**2) / 2 + rng.uniform(0.02, 0.12) * light.direction_x * x
     warmth = rng.uniform(-0.06, 0.06)
     tint = np.array((1 + warmth, 1.0, 1 - warmth), np.float32) * rng.uniform(0.82, 1.08)
     gain = np.clip(vignette[:, :, None] * tint * 200, 0, 255).astype(np.uint8)
@@ -243,9 +217,7 @@ def render_frame(stage: Stage, actors: list[Actor], frame_index: int, progress: 
     """One uint8 RGB frame (240, 320, 3): all shadows, then all sprites from far to near, then the camera."""
     canvas = stage.background.copy()
     _paint_actors(canvas, actors, progress, stage)
-    frame = cv2.warpAffine(
-        canvas, stage.camera(frame_index), (FRAME_WIDTH, FRAME_HEIGHT), flags=cv2.INTER_LINEAR
-    )
+    frame = cv2.warpAffine(canvas, stage.camera(frame_index), (FRAME_WIDTH, FRAME_HEIGHT), flags=cv2.INTER_LINEAR)
     frame = cv2.GaussianBlur(frame, (3, 3), 0.55)
     frame = cv2.multiply(frame, stage.gain, scale=1 / 200)
     row, column = stage.noise_offsets[frame_index]
@@ -287,9 +259,7 @@ def _sprite_matrix(sprite: Sprite, pose: Pose, stage: Stage) -> np.ndarray:
     pivot_x, pivot_y = sprite.anchor[0], sprite.anchor[1] - sprite.pivot_height * SUPERSAMPLING
     place_x = pose.x + MARGIN
     place_y = pose.y - pose.z - sprite.pivot_height * scale * SUPERSAMPLING + MARGIN
-    return np.array(
-        [[xx, xy, place_x - xx * pivot_x - xy * pivot_y], [yx, yy, place_y - yx * pivot_x - yy * pivot_y]]
-    )
+    return np.array([[xx, xy, place_x - xx * pivot_x - xy * pivot_y], [yx, yy, place_y - yx * pivot_x - yy * pivot_y]])
 
 
 def _region(matrix: np.ndarray, picture: np.ndarray, canvas: np.ndarray) -> tuple[int, int, int, int] | None:
@@ -341,9 +311,7 @@ def _cast_shadow(canvas: np.ndarray, actor: Actor, pose: Pose, stage: Stage) -> 
     """The sprite's outline laid onto the table along the light, and a darker spot where it touches."""
     sprite, light = actor.sprite, stage.light
     strength = light.strength * float(np.exp(-max(pose.z, 0) / 160))
-    to_sprite = np.array(
-        [[4.0, 0, -32], [0, 4, -32], [0, 0, 1]]
-    )  # the outline is a quarter of the sprite, padded
+    to_sprite = np.array([[4.0, 0, -32], [0, 4, -32], [0, 0, 1]])  # the outline is a quarter of the sprite, padded
     if actor.is_hand:
         matrix = _sprite_matrix(sprite, pose, stage) @ to_sprite
         matrix[:, 2] += (light.slant_x * (pose.z + 14), 8 + (light.slant_y + 0.25) * pose.z)
@@ -353,9 +321,7 @@ def _cast_shadow(canvas: np.ndarray, actor: Actor, pose: Pose, stage: Stage) -> 
         return
     scale = stage.perspective(pose.y) / SUPERSAMPLING
     flatness = light.slant_y if abs(light.slant_y) > 0.12 else 0.12
-    linear = scale * np.array(
-        [[pose.stretch_x, -light.slant_x * pose.stretch_y], [0, -flatness * pose.stretch_y]]
-    )
+    linear = scale * np.array([[pose.stretch_x, -light.slant_x * pose.stretch_y], [0, -flatness * pose.stretch_y]])
     ground = np.array((pose.x + light.slant_x * pose.z, pose.y + light.slant_y * pose.z)) + MARGIN
     matrix = np.column_stack([linear, ground - linear @ sprite.anchor]) @ to_sprite
     _darken(canvas, sprite.shadow, matrix, strength)
@@ -363,9 +329,9 @@ def _cast_shadow(canvas: np.ndarray, actor: Actor, pose: Pose, stage: Stage) -> 
         _contact_shadow(canvas, sprite, pose, stage)
 
 
-_BLOB = np.clip(
-    255 * np.exp(-3.2 * (np.mgrid[-1.5:1.5:48j, -1.5:1.5:48j] ** 2).sum(axis=0)) - 3, 0, 255
-).astype(np.uint8)
+_BLOB = np.clip(255 * np.exp(-3.2 * (np.mgrid[-1.5:1.5:48j, -1.5:1.5:48j] ** 2).sum(axis=0)) - 3, 0, 255).astype(
+    np.uint8
+)
 
 
 def _contact_shadow(canvas: np.ndarray, sprite: Sprite, pose: Pose, stage: Stage) -> None:

@@ -67,16 +67,12 @@ KINDS: dict[str, Kind] = {
         ("green", "blue", "brown", "light blue", "white"),
         (0.96, 1, 1, 1, 1, 0.95, 0.6, 0.4, 0.36, 0.4),
     ),
-    "jar": Kind(
-        "can", 42, 42, 50, 0.15, ("light blue", "green", "brown", "orange"), (0.95, 1, 1, 1, 0.98, 0.85, 0.85)
-    ),
+    "jar": Kind("can", 42, 42, 50, 0.15, ("light blue", "green", "brown", "orange"), (0.95, 1, 1, 1, 0.98, 0.85, 0.85)),
     "ball": Kind("ball", 44, 44, 44, 0.5, ("red", "blue", "green", "yellow", "orange", "white", "purple")),
     "apple": Kind(width=38, height=36, colours=("red", "green"), **_FRUIT),
     "lemon": Kind(width=44, height=32, colours=("yellow",), **_FRUIT),
     "tomato": Kind(width=40, height=34, colours=("red",), **_FRUIT),
-    "bowl": Kind(
-        "open", 88, 88, 38, 0.1, ("white", "blue", "red", "green", "brown"), (0.45, 0.7, 0.86, 0.95, 1.0)
-    ),
+    "bowl": Kind("open", 88, 88, 38, 0.1, ("white", "blue", "red", "green", "brown"), (0.45, 0.7, 0.86, 0.95, 1.0)),
     "pot": Kind("open", 84, 84, 44, 0.1, ("grey", "black", "red", "blue"), (0.92, 1, 1, 1, 1.0)),
     "basket": Kind("open", 92, 92, 40, 0.1, ("brown", "yellow", "white"), (0.8, 0.86, 0.92, 0.96, 1.0)),
     "paper": Kind("sheet", 58, 46, 3, 0.0, ("white", "yellow", "pink", "light blue")),
@@ -138,9 +134,7 @@ class Sprite:
         self.shadow = cv2.GaussianBlur(small, (0, 0), 1.6)
 
 
-def smooth_noise(
-    rng: np.random.Generator, height: int, width: int, cell: float, stretch: float = 1.0
-) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float, stretch: float = 1.0) -> np.ndarray:
     """Band-limited noise, float32 (height, width), mean about 0 and deviation about 1.
 
     `cell` is the vertical distance in pixels between independent values; horizontally it is cell * stretch.
@@ -218,15 +212,10 @@ def _draw_box(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random
         colour[:] = colour * (1 - mask[:, :, None]) + mask[:, :, None] * shade[:, :, None] * rgb
         np.maximum(alpha, mask, out=alpha)
 
-    def patch(
-        origin: np.ndarray, across: np.ndarray, along: np.ndarray, inset: tuple[float, ...]
-    ) -> np.ndarray:
+    def patch(origin: np.ndarray, across: np.ndarray, along: np.ndarray, inset: tuple[float, ...]) -> np.ndarray:
         left, right, low, high = inset
         return np.array(
-            [
-                origin + a * across + b * along
-                for a, b in ((left, low), (right, low), (right, high), (left, high))
-            ]
+            [origin + a * across + b * along for a, b in ((left, low), (right, low), (right, high), (left, high))]
         )
 
     body = np.array(spec.colour, np.float32)
@@ -242,11 +231,7 @@ def _draw_box(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random
         label = COLOURS[("white", "yellow", "light blue", "black")[rng.integers(4)]]
         low, high = (0.0, 1.0) if spec.kind_name == "eraser" else (0.25, 0.75)
         left, right = sorted(rng.uniform((0.08, 0.6), (0.35, 0.95)))
-        paint(
-            patch(base[3], base[2] - base[3], top[3] - base[3], (left, right, low, high)),
-            np.array(label),
-            0.78,
-        )
+        paint(patch(base[3], base[2] - base[3], top[3] - base[3], (left, right, low, high)), np.array(label), 0.78)
     paint(top, body, 1.0)
     across, along = top[1] - top[0], top[3] - top[0]
     if spec.kind_name == "phone":
@@ -271,9 +256,7 @@ def _draw_round(spec: ObjectSpec, elevation: float, light_x: float, rng: np.rand
     radius_max, height = spec.width / 2, spec.height
     levels = np.linspace(0, 1, len(spec.kind.profile))
     handle_room = radius_max * 1.1 if spec.kind_name in ("cup", "pot") else 0
-    x, y, anchor = _grid(
-        spec.width + 2 * handle_room, height * upright + radius_max * flat, radius_max * flat
-    )
+    x, y, anchor = _grid(spec.width + 2 * handle_room, height * upright + radius_max * flat, radius_max * flat)
     shape = x.shape
     body_mask = np.zeros(shape, np.uint8)
     local_radius = np.full(shape[0], radius_max, np.float32)
@@ -377,9 +360,7 @@ def _draw_ball(spec: ObjectSpec, elevation: float, light_x: float, rng: np.rando
     surface = np.broadcast_to(body, (*x.shape, 3)).copy()
     if spec.kind_name == "ball":
         tilt = rng.uniform(-0.9, 0.9)
-        stripe = coverage(
-            (0.16 - np.abs(u * np.sin(tilt) + v * np.cos(tilt) + 0.35 * depth - 0.2)) * half_width
-        )
+        stripe = coverage((0.16 - np.abs(u * np.sin(tilt) + v * np.cos(tilt) + 0.35 * depth - 0.2)) * half_width)
         other = np.array(COLOURS["white" if sum(spec.colour) < 560 else "blue"], np.float32)
         surface += stripe[:, :, None] * (other - body)
     else:
@@ -388,9 +369,7 @@ def _draw_ball(spec: ObjectSpec, elevation: float, light_x: float, rng: np.rando
     colour += 85 * np.exp(-(((u - 0.35 * light_x) / 0.2) ** 2 + ((v + 0.42) / 0.17) ** 2))[:, :, None]
     alpha = coverage((1 - np.sqrt(u**2 + v**2)) * half_height)
     if spec.kind_name in ("apple", "tomato"):
-        stalk = coverage(
-            np.minimum(1.6 - np.abs(x - 1), np.minimum(y + spec.height + 3, -spec.height + 8 - y))
-        )
+        stalk = coverage(np.minimum(1.6 - np.abs(x - 1), np.minimum(y + spec.height + 3, -spec.height + 8 - y)))
         colour = colour * (1 - stalk[:, :, None]) + stalk[:, :, None] * np.array((70, 84, 40), np.float32)
         alpha = np.maximum(alpha, stalk)
     return Sprite(finish(colour, alpha), anchor, half_height)

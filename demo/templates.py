@@ -49,16 +49,8 @@ ACTIONS: dict[str, tuple[Action, ...]] = {
         Action("Pushing [something] from right to left", (SLIDING,), lambda d: slide(d, -1, True)),
         Action("Pulling [something] from left to right", (SLIDING,), lambda d: slide(d, 1, False)),
         Action("Moving [something] down", (CARRIED,), lambda d: raise_or_lower(d, False)),
-        Action(
-            "Moving [something] closer to [something]",
-            (SLIDING, SLIDING),
-            lambda d: change_distance(d, True),
-        ),
-        Action(
-            "Moving [something] away from [something]",
-            (SLIDING, SLIDING),
-            lambda d: change_distance(d, False),
-        ),
+        Action("Moving [something] closer to [something]", (SLIDING, SLIDING), lambda d: change_distance(d, True)),
+        Action("Moving [something] away from [something]", (SLIDING, SLIDING), lambda d: change_distance(d, False)),
     ),
     "drop_object": (
         Action("Dropping [something] onto [something]", (SMALL, SUPPORTS), lambda d: drop(d, "onto")),
@@ -73,11 +65,7 @@ ACTIONS: dict[str, tuple[Action, ...]] = {
         ),
         Action("[Something] falling like a feather or paper", (LIGHT_THINGS,), float_down),
         Action("Dropping [something] next to [something]", (CARRIED, SLIDING), lambda d: drop(d, "next to")),
-        Action(
-            "Dropping [something] in front of [something]",
-            (SMALL, SLIDING),
-            lambda d: drop(d, "in front of"),
-        ),
+        Action("Dropping [something] in front of [something]", (SMALL, SLIDING), lambda d: drop(d, "in front of")),
         Action("Throwing [something] in the air and letting it fall", (SMALL,), throw_up),
         Action(
             "Dropping [something] behind [something]",
@@ -87,20 +75,12 @@ ACTIONS: dict[str, tuple[Action, ...]] = {
     ),
     "cover_object": (
         Action("Covering [something] with [something]", (SMALL + ("cup", "phone", "candle"), DRAPES), cover),
-        Action(
-            "Putting [something] onto [something]",
-            (SMALL + ("cup", "can"), SUPPORTS),
-            lambda d: put(d, "onto"),
-        ),
+        Action("Putting [something] onto [something]", (SMALL + ("cup", "can"), SUPPORTS), lambda d: put(d, "onto")),
         Action("Putting [something] next to [something]", (CARRIED, SLIDING), lambda d: put(d, "next to")),
         Action("Putting [something] into [something]", (SMALL, CONTAINERS), lambda d: put(d, "into")),
         Action("Putting [something] on a surface", (CARRIED,), lambda d: put(d, "surface")),
-        Action(
-            "Covering [something] with [something]", (SMALL + ("jar", "sponge", "matchbox"), DRAPES), cover
-        ),
-        Action(
-            "Putting [something] in front of [something]", (SMALL, SLIDING), lambda d: put(d, "in front of")
-        ),
+        Action("Covering [something] with [something]", (SMALL + ("jar", "sponge", "matchbox"), DRAPES), cover),
+        Action("Putting [something] in front of [something]", (SMALL, SLIDING), lambda d: put(d, "in front of")),
         Action(
             "Putting [something] behind [something]",
             (SMALL + ("can", "cup"), UPRIGHT + ("box", "bowl")),

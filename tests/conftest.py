@@ -126,7 +126,11 @@ def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon"):
         scaling_factor=0.5,
     )
     scheduler = EulerAncestralDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        steps_offset=1,
     )
     kind = StableDiffusionInstructPix2PixPipeline if in_channels == 8 else StableDiffusionPipeline
     return kind(vae, CLIPTextModel(text_config), tokenizer, unet, scheduler, None, None, requires_safety_checker=False)

@@ -38,12 +38,7 @@ def make_entries(first_id, per_template):
         "Pretending to put something onto something",
     ]
     return [
-        {
-            "id": str(first_id + index),
-            "label": f"label {index}",
-            "template": bracketed(template),
-            "placeholders": [],
-        }
+        {"id": str(first_id + index), "label": f"label {index}", "template": bracketed(template), "placeholders": []}
         for index, template in enumerate(templates * per_template)
     ]
 
@@ -90,9 +85,7 @@ def test_no_template_is_listed_twice():
 def test_no_pretended_failed_or_falling_placement():
     for task, templates in dataset.TASK_TEMPLATES.items():
         for template in templates:
-            assert not re.search(
-                r"pretend|fail|almost|camera|collid|spin|part of|one end", template, re.IGNORECASE
-            )
+            assert not re.search(r"pretend|fail|almost|camera|collid|spin|part of|one end", template, re.IGNORECASE)
             assert task == "drop_object" or not re.search(r"so it (falls|slides)|falls (down|off)", template)
 
 
@@ -191,8 +184,7 @@ def test_published_file_names(data_dir):
 def test_unusual_labels_survive(data_dir):
     labels = ["把杯子往上移", "moving a 🧸 up", "x" * 10_000_000, 'quote " and \\ and\nnewline']
     train = [
-        {"id": f"v-{i}_a.b", "label": label, "template": "Moving [something] up"}
-        for i, label in enumerate(labels)
+        {"id": f"v-{i}_a.b", "label": label, "template": "Moving [something] up"} for i, label in enumerate(labels)
     ]
     write_sources(data_dir, train, [])
     assert run_filter(data_dir).returncode == 0
@@ -265,9 +257,7 @@ def test_an_error_touches_no_output(data_dir):
     result = run_filter(data_dir)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert re.fullmatch(
-        r'error: .*validation\.json: entry 2: the id "1" occurs twice in this file\n', result.stderr
-    )
+    assert re.fullmatch(r'error: .*validation\.json: entry 2: the id "1" occurs twice in this file\n', result.stderr)
     assert {path: path.read_bytes() for path in (data_dir / "annotations").iterdir()} == files
 
 
@@ -331,9 +321,7 @@ def test_any_json_is_read_back_or_refused_in_one_line(content):
         assert json.dumps(dataset.read_annotations(path)) == json.dumps(chosen)
 
 
-@given(
-    st.integers(0, 30), st.integers(), st.lists(st.integers(0, 1000), unique=True, max_size=30), st.randoms()
-)
+@given(st.integers(0, 30), st.integers(), st.lists(st.integers(0, 1000), unique=True, max_size=30), st.randoms())
 def test_sampling_depends_on_seed_and_ids_only(count, seed, numbers, random):
     entries = [{"id": str(number)} for number in numbers]
     sampled = dataset.sample_entries(entries, count, seed)

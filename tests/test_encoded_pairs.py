@@ -58,7 +58,9 @@ def batches(encoded, num_processes=1, process_index=0, **changes):
 def test_latents_and_embeddings_are_what_the_models_give(pipeline, encoded, data_dir):
     latents, embeddings, _ = encoded
     assert len(latents) == 6
-    frames = [cv2.imread(str(frame_path(frames_dir(data_dir, SIDE), "train2", index)))[:, :, ::-1] for index in (20, 21)]
+    frames = [
+        cv2.imread(str(frame_path(frames_dir(data_dir, SIDE), "train2", index)))[:, :, ::-1] for index in (20, 21)
+    ]
     pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         posterior = pipeline.vae.encode(pixels).latent_dist

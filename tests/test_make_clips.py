@@ -26,11 +26,7 @@ def run_make_clips(output_dir: Path, *options: str) -> subprocess.CompletedProce
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +83,7 @@ def test_the_filter_takes_all_tasks_and_leaves_out_the_rest(clips_dir: Path) -> 
 
 
 def test_more_clips_and_another_order_give_the_same_bytes(clips_dir: Path, tmp_path: Path) -> None:
-    result = run_make_clips(
-        tmp_path / "few", "--num_train_clips", "4", "--num_val_clips", "2", "--num_workers", "1"
-    )
+    result = run_make_clips(tmp_path / "few", "--num_train_clips", "4", "--num_val_clips", "2", "--num_workers", "1")
     assert result.returncode == 0, result.stderr
     few, many = file_bytes(tmp_path / "few" / "videos"), file_bytes(clips_dir / "videos")
     assert len(few) == 6
@@ -141,9 +135,7 @@ def test_plans_are_balanced_unique_and_worded_as_in_sthv2() -> None:
         entry = plan.annotation
         assert entry["id"].isdigit()
         parts = entry["template"].lower().split("[something]")
-        expected = "".join(
-            part + phrase for part, phrase in zip(parts, entry["placeholders"] + [""], strict=True)
-        )
+        expected = "".join(part + phrase for part, phrase in zip(parts, entry["placeholders"] + [""], strict=True))
         assert entry["label"] == expected and "[" not in expected
         assert len({spec.kind_name for spec in plan.objects}) == len(plan.objects)
         task = task_of.get(plain_template(entry["template"]))
@@ -158,11 +150,7 @@ def test_plans_are_balanced_unique_and_worded_as_in_sthv2() -> None:
 def test_every_action_belongs_to_the_task_it_is_listed_under() -> None:
     for task, actions in ACTIONS.items():
         for action in actions:
-            names = [
-                name
-                for name, templates in TASK_TEMPLATES.items()
-                if plain_template(action.template) in templates
-            ]
+            names = [name for name, templates in TASK_TEMPLATES.items() if plain_template(action.template) in templates]
             assert names == ([] if task == "other" else [task]), action.template
 
 

@@ -1,4 +1,4 @@
-"""The demo's base model: its directory, its tokenizer, its recipe, and the trained one in the repository."""
+"""The demo's base model: its directory, its tokenizer and its recipe."""
 
 import hashlib
 import re
@@ -14,14 +14,10 @@ from PIL import Image
 
 from data.dataset import TASK_TEMPLATES, UserError, plain_template
 from data.sthv2_dataset_hf import build_prompt
-from demo.make_model import (
-    DEFAULT_OUTPUT_DIR, build_pipeline, build_tokenizer, check_output_dir, count_parameters, save_pipeline,
-)
-from demo.pretraining_clips import CLIP_SEED, NUM_HELD_OUT_CLIPS, choose_frames, render_frames
-from tests.conftest import PROJECT, run
+from demo.make_model import build_pipeline, build_tokenizer, check_output_dir, count_parameters, save_pipeline
+from demo.pretraining_clips import CLIP_SEED, choose_frames, render_frames
+from tests.conftest import run
 
-UNTRAINED = ("--vae_train_steps", 0, "--unet_train_steps", 0)
-BASE_MODEL = PROJECT / DEFAULT_OUTPUT_DIR
 MEGABYTE = 10**6
 
 
@@ -39,7 +35,7 @@ def tree_hash(directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "untrained"
-    run("python", "-m", "demo.make_model", "--output_dir", directory, *UNTRAINED)
+    run("python", "-m", "demo.make_model", "--output_dir", directory)
     return directory
 
 
@@ -90,7 +86,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_weights(untra
 
 def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    done = run("python", "-m", "demo.make_model", "--output_dir", tmp_path, *UNTRAINED, check=False)
+    done = run("python", "-m", "demo.make_model", "--output_dir", tmp_path, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -150,7 +146,8 @@ def test_a_saved_tokenizer_gives_the_same_ids(tokenizer, untrained, text):
 def test_words_of_a_prompt_in_another_order_or_another_percentage_are_other_tokens(tokenizer):
     prompts = [
         build_prompt(f"pushing a cup from {one} to {other}", progress)
-        for one, other in (("left", "right"), ("right", "left")) for progress in (None, 50, 60)
+        for one, other in (("left", "right"), ("right", "left"))
+        for progress in (None, 50, 60)
     ]
     assert len({tuple(tokenizer(prompt).input_ids) for prompt in prompts}) == len(prompts)
 
@@ -158,7 +155,8 @@ def test_words_of_a_prompt_in_another_order_or_another_percentage_are_other_toke
 def test_every_template_in_a_prompt_stays_far_below_77_tokens(tokenizer):
     labels = [
         plain_template(template).lower().replace("something", "a light blue piece of paper")
-        for templates in TASK_TEMPLATES.values() for template in templates
+        for templates in TASK_TEMPLATES.values()
+        for template in templates
     ]
     lengths = {label: len(tokenizer(build_prompt(label, 60)).input_ids) for label in labels}
     assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
@@ -220,29 +218,3 @@ def test_a_short_training_changes_every_model_and_reports_its_figures(untrained,
         pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters())
         assert any(not torch.equal(a, b) for a, b in pairs), name
     assert after.vae.config.scaling_factor != before.vae.config.scaling_factor
-
-
-# The trained model in the repository.
-
-needs_base_model = pytest.mark.skipif(
-    not (BASE_MODEL / "model_index.json").is_file(), reason=f"no trained model in {DEFAULT_OUTPUT_DIR}"
-)
-
-
-@needs_base_model
-def test_the_committed_model_is_small_and_its_tokenizer_is_this_codes():
-    size = sum(path.stat().st_size for path in BASE_MODEL.rglob("*") if path.is_file())
-    assert size <= 20 * MEGABYTE
-    text = build_prompt("pushing a light blue cup from left to right", 60)
-    assert load(BASE_MODEL).tokenizer(text).input_ids == TOKENIZER(text).input_ids
-
-
-@needs_base_model
-def test_the_committed_vae_restores_frames_of_clips_it_never_saw():
-    from demo.pretrain import reconstruction_psnr
-
-    vae = load(BASE_MODEL).vae
-    held_out = range(NUM_HELD_OUT_CLIPS - 4, NUM_HELD_OUT_CLIPS)
-    rendered = [render_frames(index, (96, 128)) for index in held_out]
-    for size_index, size in enumerate((96, 128)):
-        assert reconstruction_psnr(vae, [clips[size_index] for clips in rendered]) >= 30, f"{size} pixels"

@@ -177,8 +177,10 @@ def test_reconstruction_is_the_decoded_mode():
 
 
 def test_comparison_shows_all_three_frames_and_the_words():
-    frames = {name: np.full((SIDE, SIDE, 3), level, np.uint8) for name, level in
-              (("input", 50), ("prediction", 100), ("target", 150))}
+    frames = {
+        name: np.full((SIDE, SIDE, 3), level, np.uint8)
+        for name, level in (("input", 50), ("prediction", 100), ("target", 150))
+    }
     scores = {"psnr": dict.fromkeys(("prediction", "copy", "vae_ceiling"), 20.0)}
     scores["ssim"] = scores["psnr"]
     result = frames | scores | {"prompt": "moving a cup up " * 20}

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 from data.dataset import UserError
-from tests.conftest import PROJECT, SIDE, make_data_dir, make_tiny_pipeline, run, scalars
+from tests.conftest import PROJECT, SIDE, make_tiny_pipeline, run, scalars
 from train_instruct_pix2pix import (
     add_image_channels,
     check_args,
+    create_hub_repository,
     create_lr_scheduler,
     diffusion_loss,
     parse_args,
+    upload,
 )
 
 STEPS = 8
@@ -114,7 +116,12 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(trained, data_dir, tiny_
     command = [sys.executable, *command_line(data_dir, tiny_model, tmp_path, *options)[1:]]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     killed = subprocess.Popen(
-        command, cwd=PROJECT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=PROJECT,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while killed.poll() is None:
         if (tmp_path / "checkpoint-3").is_dir():
@@ -148,8 +155,12 @@ def test_options_work_together(data_dir, tmp_path):
     model = tmp_path / "model"
     make_tiny_pipeline(in_channels=4, prediction_type="v_prediction").save_pretrained(model)
     options = "--use_ema --random_flip --gradient_accumulation_steps 2 --lr_scheduler constant --lr_warmup_steps 4"
-    options += " --snr_gamma 5 --gradient_checkpointing --scale_lr --mixed_precision bf16 --allow_tf32 --max_train_samples 3"
-    options += " --dataloader_num_workers 1 --num_validation_images 1 --learning_rate 1e-4 --use_ema --hub_token hf_secret"
+    options += (
+        " --snr_gamma 5 --gradient_checkpointing --scale_lr --mixed_precision bf16 --allow_tf32 --max_train_samples 3"
+    )
+    options += (
+        " --dataloader_num_workers 1 --num_validation_images 1 --learning_rate 1e-4 --use_ema --hub_token hf_secret"
+    )
     output_dir = tmp_path / "output"
     done = train(data_dir, model, output_dir, *options.split())
     assert "training on 3 frame pairs" in done.stdout
@@ -164,10 +175,38 @@ def test_options_work_together(data_dir, tmp_path):
 
 
 def test_compiled_training_gives_the_same_losses(trained, data_dir, tiny_model, tmp_path):
+    """Also a guard against wrong gradients: torch 2.13's default compilation of the UNet has them."""
     options = ("--add_progress", "--num_validation_images", 0, "--compile", "--report_to", "tensorboard")
     train(data_dir, tiny_model, tmp_path, *options)
     plain, compiled = (scalars(output_dir / "logs", "train/loss") for output_dir in (trained[0], tmp_path))
     assert compiled == pytest.approx(plain, abs=1e-3)
+
+
+def test_upload_leaves_out_checkpoints_and_never_names_the_token(monkeypatch, tmp_path):
+    calls = []
+
+    class Hub:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, name, exist_ok):
+            if name == "taken/name":
+                raise OSError("403 Forbidden")
+            return argparse.Namespace(repo_id=f"user/{name}")
+
+        def upload_folder(self, **options):
+            calls.append(("upload", options))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    args = parse_args(["--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_token", "hf_secret"])
+    upload(args, create_hub_repository(args))
+    assert calls[0] == calls[1] == ("token", "hf_secret")
+    assert calls[2][1]["repo_id"] == "user/run"
+    assert {"checkpoint-*/**", "train.log", "logs/**"} <= set(calls[2][1]["ignore_patterns"])
+    args.hub_model_id = "taken/name"
+    with pytest.raises(UserError, match="cannot upload to taken/name: 403 Forbidden") as refusal:
+        create_hub_repository(args)
+    assert "hf_secret" not in str(refusal.value)
 
 
 def test_loss_that_is_not_finite_stops_the_run(data_dir, tiny_model, tmp_path):
@@ -257,7 +296,9 @@ def test_loss_is_the_weighted_error_of_the_target(prediction_type, snr_gamma):
     weights = torch.ones(4) if snr_gamma is None else snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
 
     unet = FixedPrediction(target + 0.5)
-    assert diffusion_loss(unet, scheduler, batch, snr_gamma).item() == pytest.approx(0.25 * weights.mean().item(), rel=1e-4)
+    assert diffusion_loss(unet, scheduler, batch, snr_gamma).item() == pytest.approx(
+        0.25 * weights.mean().item(), rel=1e-4
+    )
     torch.testing.assert_close(unet.unet_input[:, :4], signal * latents + sigma * noise)
     torch.testing.assert_close(unet.unet_input[:, 4:], batch["image_latents"])
 

@@ -49,12 +49,7 @@ def make_data_dir(folder, ids, val_ids=()):
     (folder / "annotations").mkdir()
     for split, split_ids in (("train", ids), ("val", val_ids)):
         entries = [
-            {
-                "id": video_id,
-                "label": "moving a cup up",
-                "template": "Moving [something] up",
-                "task": "move_object",
-            }
+            {"id": video_id, "label": "moving a cup up", "template": "Moving [something] up", "task": "move_object"}
             for video_id in split_ids
         ]
         dataset.write_annotations(dataset.filtered_annotations_path(folder, split), entries)
@@ -87,9 +82,7 @@ def undisturbed(clips, tmp_path_factory):
 def tree_hashes(folder):
     """{relative path: hash} of every file, and the empty folders."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else "folder"
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in folder.rglob("*")
     }
 
@@ -145,9 +138,7 @@ def test_filtering_again_only_restores_num_frames(undisturbed, tmp_path):
     for split in dataset.SPLITS:
         path = dataset.filtered_annotations_path(data_dir, split)
         entries = dataset.read_annotations(path)
-        dataset.write_annotations(
-            path, [{k: v for k, v in entry.items() if k != "num_frames"} for entry in entries]
-        )
+        dataset.write_annotations(path, [{k: v for k, v in entry.items() if k != "num_frames"} for entry in entries])
     shutil.rmtree(data_dir / "videos")  # nothing is decoded again
     assert extract(data_dir).returncode == 0
     assert num_frames_of(data_dir) == num_frames_of(undisturbed)
@@ -183,9 +174,7 @@ def test_limit_resolutions_and_workers(data_dir):
     assert {video_id for video_id, count in num_frames_of(data_dir).items() if count} == {"1", "5"}
 
 
-@pytest.mark.parametrize(
-    "options", [["--resolutions", "0"], ["--resolutions", "9999"], ["--num_workers", "-1"]]
-)
+@pytest.mark.parametrize("options", [["--resolutions", "0"], ["--resolutions", "9999"], ["--num_workers", "-1"]])
 def test_impossible_options(data_dir, options):
     result = extract(data_dir, *options)
     assert result.returncode == 2 and "must be at" in result.stderr
@@ -193,8 +182,7 @@ def test_impossible_options(data_dir, options):
 
 
 @pytest.mark.parametrize(
-    "fourcc, suffix, size",
-    [("VP80", ".webm", (64, 48)), ("MJPG", ".avi", (35, 21)), ("mp4v", ".mp4", (8, 4))],
+    "fourcc, suffix, size", [("VP80", ".webm", (64, 48)), ("MJPG", ".avi", (35, 21)), ("mp4v", ".mp4", (8, 4))]
 )
 def test_other_codecs_containers_and_odd_sizes(tmp_path, fourcc, suffix, size):
     data_dir = make_data_dir(tmp_path / "data", ["1"])
@@ -219,13 +207,7 @@ def test_bad_videos_are_named_and_stop_nobody(clips, tmp_path):
         "playlist": (b"ffconcat version 1.0\nfile '1.webm'\n", "not a video"),
         "picture": (cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes(), "not a video"),
     }
-    others = {
-        "folder": "not a file",
-        "pipe": "not a file",
-        "link": "missing",
-        "absent": "missing",
-        "mp4": "misnamed",
-    }
+    others = {"folder": "not a file", "pipe": "not a file", "link": "missing", "absent": "missing", "mp4": "misnamed"}
     others |= {"UPPER": "misnamed", "twice": "misnamed", "nostream": "not a video"}
     data_dir = make_data_dir(tmp_path / "data", ["1", *bad, *others, "2"])
     videos = data_dir / "videos"
@@ -248,10 +230,7 @@ def test_bad_videos_are_named_and_stop_nobody(clips, tmp_path):
     assert reported == expected
     assert "mv 'mp4.mp4' 'mp4.webm'" in log_of(data_dir)
     assert f"2 have all their frames, {len(expected)} failed" in result.stdout
-    assert {video_id: count for video_id, count in num_frames_of(data_dir).items() if count} == {
-        "1": 11,
-        "2": 14,
-    }
+    assert {video_id: count for video_id, count in num_frames_of(data_dir).items() if count} == {"1": 11, "2": 14}
     assert sorted(path.name for path in dataset.frames_dir(data_dir, 16).iterdir()) == ["1", "2"]
 
     # Repaired files are picked up, and a failure's stale num_frames goes.
@@ -303,11 +282,7 @@ def test_any_beginning_of_a_file_has_a_stated_length(head):
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30), max_size=5
-    )
-)
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30), max_size=5))
 def test_any_file_names_beside_the_videos(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("names")
     job = video_loader.Job("12", folder, (16,), (16,), None)
@@ -356,11 +331,7 @@ def test_a_file_in_place_of_the_frames_folder(data_dir):
 def start_and_wait_for(data_dir, num_entries):
     """Start an extraction and return its process once `num_entries` files and folders of frames exist."""
     process = subprocess.Popen(
-        [*COMMAND, str(data_dir)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
+        [*COMMAND, str(data_dir)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     while process.poll() is None and count_entries(data_dir) < num_entries:
         pass
