@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Array2D, Array3D, Dataset, Features, Value, concatenate_datasets
+from datasets import Array2D, Array3D, Dataset, Features
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import ImageOps
 
@@ -61,15 +61,10 @@ def encode_once(
     The cache, `<train_data_dir>/encoded_cache/`, is keyed by all that determines its content: weights, precision,
     prompts and the bytes of the frames.
     """
-    frames = frame_pairs_dataset(pairs).select_columns(["input_image", "edited_image", "edit_prompt"])
-    frames = frames.add_column("mirrored", [False] * len(frames))
-    if args.random_flip:
-        mirrored = {"edit_prompt": [swap_left_and_right(prompt) for prompt in frames["edit_prompt"]]}
-        mirrored["mirrored"] = [True] * len(frames)
-        flipped = frames.remove_columns(list(mirrored))
-        for name, column in mirrored.items():
-            flipped = flipped.add_column(name, column)
-        frames = concatenate_datasets([frames, flipped])
+    mirrored_pairs = [pair | {"edit_prompt": swap_left_and_right(pair["edit_prompt"])} for pair in pairs]
+    rows = [*pairs, *(mirrored_pairs if args.random_flip else [])]
+    frames = frame_pairs_dataset(rows).select_columns(["input_image", "edited_image", "edit_prompt"])
+    frames = frames.add_column("mirrored", [row >= len(pairs) for row in range(len(rows))])
     prompts = sorted({"", *frames["edit_prompt"]})
     token_ids = tokenize(pipeline, prompts)
 
@@ -80,8 +75,10 @@ def encode_once(
     with accelerator.main_process_first():
         cache.mkdir(exist_ok=True)
         latents = encode_frames(pipeline, frames, cache / f"frames-{frames_key}.arrow", frames_key, accelerator)
-        latents = latents.add_column("edit_prompt", list(frames["edit_prompt"]))  # not cached: the key is the frames'
         embeddings = encode_prompts(pipeline, prompts, cache / f"prompts-{prompts_key}.arrow", prompts_key, accelerator)
+    # The words are not in the cache: its keys know nothing of them but their tokens.
+    latents = latents.add_column("edit_prompt", list(frames["edit_prompt"]))
+    embeddings = embeddings.add_column("prompt", prompts)
     return latents, embeddings, f"{frames_key}-{prompts_key}"
 
 
@@ -158,7 +155,8 @@ def encode_prompts(
         encode,
         batched=True,
         batch_size=ENCODING_BATCH,
-        features=Features(prompt=Value("string"), embedding=Array2D(shape, "float32")),
+        remove_columns=["prompt"],
+        features=Features(embedding=Array2D(shape, "float32")),
         cache_file_name=str(cache_file),
         new_fingerprint=key,
         desc="Encoding prompts",

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dataset import frame_path, frames_dir
+from data.dataset import filtered_annotations_path, frame_path, frames_dir, read_annotations, write_annotations
 from data.encoded_pairs import TrainingBatches, conditioning_dropout, encode_once
 from data.sthv2_dataset_hf import load_frame_pairs
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline
@@ -106,6 +106,14 @@ def test_changed_inputs_never_meet_the_old_cache(pipeline, tmp_path):
     keys.add(key)
     assert latents[0]["edit_prompt"].endswith("And 50% of the action has been completed.")
     assert len(keys) == 6
+    annotations = filtered_annotations_path(data_dir, "train")
+    write_annotations(
+        annotations, [entry | {"label": entry["label"].upper()} for entry in read_annotations(annotations)]
+    )
+    latents, embeddings, _ = encode(pipeline, data_dir)  # CLIP's tokens do not know capitals
+    assert latents[0]["edit_prompt"].endswith("FROM LEFT TO RIGHT") and set(latents["edit_prompt"]) < set(
+        embeddings["prompt"]
+    )
 
 
 def test_mirrored_pairs_have_mirrored_frames_and_prompts(pipeline, encoded_with_flip, encoded):
