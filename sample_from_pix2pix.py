@@ -50,7 +50,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_samples", type=number_of_samples, default=3, help="how many entries to predict, or 'all' (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the entries and their noise (%(default)s)")
     add("--num_inference_steps", type=int, default=20, help="denoising steps (%(default)s)")
-    add("--guidance_scale", type=float, default=7.5, help="guidance by the text (%(default)s)")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=7.5,
+        help="guidance by the text; at 1 there is none at all (%(default)s)",
+    )
     add("--image_guidance_scale", type=float, default=1.5, help="guidance by the input frame, >= 1 (%(default)s)")
     add("--batch_size", type=int, default=8, help="frames predicted at once (%(default)s)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
@@ -121,9 +126,16 @@ def quiet_libraries() -> None:
     diffusers_logging.disable_progress_bar()
 
 
-def read_training_config(model_dir: str) -> dict[str, Any]:
-    """The arguments a model was trained with; empty for models that have no such record."""
+def read_training_config(model_dir: str, **hub_options: str | None) -> dict[str, Any]:
+    """The arguments a model, in a directory or on the hub, was trained with; empty where there is no such record."""
     path = Path(model_dir) / TRAINING_CONFIG
+    if not os.path.isdir(model_dir):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(model_dir, TRAINING_CONFIG, **hub_options))
+        except (OSError, ValueError):  # no such file there, or no such model: loading the model will say which
+            return {}
     if not path.is_file():
         return {}
     try:
@@ -414,6 +426,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.image_guidance_scale < 1:
         raise UserError(f"--image_guidance_scale must be at least 1, not {args.image_guidance_scale}")
+    if args.guidance_scale <= 1:
+        warn("with a guidance scale of 1 or less the pipeline uses no guidance, neither by the text nor by the image")
     if not args.val_annotations.is_file():
         raise UserError(f"there is no {args.val_annotations}; make it with: python -m data.dataset")
 
@@ -436,7 +450,7 @@ def place_pipeline(args: argparse.Namespace) -> StableDiffusionInstructPix2PixPi
 def main() -> None:
     args = parse_args()
     check_args(args)
-    trained = read_training_config(args.model_dir)
+    trained = read_training_config(args.model_dir, revision=args.revision, cache_dir=args.cache_dir)
     settle_frame_indices(args, trained, args.model_dir)
     add_progress = trained.get("add_progress", False)
     if args.frames_dir is None:
@@ -454,7 +468,7 @@ def main() -> None:
     if not pairs:
         raise UserError(f"no video of {args.val_annotations} has frame {args.input_frame_idx} in {args.frames_dir}")
     pairs = choose_samples(pairs, args.num_samples, args.seed)
-    warn_about_resolution(pairs[0]["input_image"], trained.get("resolution"), args.model_dir)
+    check_frame_size(pairs[0]["input_image"], trained.get("resolution"), args.model_dir)
     pipeline = place_pipeline(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = predict_and_score(
@@ -476,12 +490,15 @@ def main() -> None:
     )
 
 
-def warn_about_resolution(frame: str, trained_resolution: int | None, model_dir: str) -> None:
+def check_frame_size(frame: str, trained_resolution: int | None, model_dir: str) -> None:
     from PIL import Image
 
     with Image.open(frame) as image:
-        if trained_resolution is not None and image.width != trained_resolution:
-            warn(f"the frames are {image.width} pixels wide, but {model_dir} was trained on {trained_resolution}")
+        side = image.width
+    if side % 8:
+        raise UserError(f"{frame} is {side} pixels wide; the model needs a multiple of 8")
+    if trained_resolution is not None and side != trained_resolution:
+        warn(f"the frames are {side} pixels wide, but {model_dir} was trained on {trained_resolution}")
 
 
 if __name__ == "__main__":

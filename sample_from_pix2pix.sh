@@ -18,7 +18,7 @@ IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1.5}
 GUIDANCE_SCALE=${GUIDANCE_SCALE:-7.5}                 # of the text
 BATCH_SIZE=${BATCH_SIZE:-8}
 
-export HF_HOME=${HF_HOME:-$PWD/.cache/huggingface}
+export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 if [[ -n ${HF_ENDPOINT:-} ]]; then export HF_ENDPOINT; fi
 
 python sample_from_pix2pix.py \

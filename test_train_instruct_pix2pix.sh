@@ -18,12 +18,14 @@ SEED=${SEED:-42}
 export INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20} TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21} RESOLUTION SEED
 
 sthv2_is_prepared() {
-  [[ -s data/sthv2/annotations/train_filtered.json && -d data/sthv2/frames_${RESOLUTION}x${RESOLUTION} ]]
+  [[ -d data/sthv2/frames_${RESOLUTION}x${RESOLUTION} ]] &&
+    grep -qs '"num_frames"' data/sthv2/annotations/train_filtered.json &&
+    grep -qs '"num_frames"' data/sthv2/annotations/val_filtered.json
 }
 
 if [[ -z $DATA_DIR ]] && sthv2_is_prepared; then DATA_DIR=data/sthv2; fi
-if [[ -n $DATA_DIR ]]; then
-  echo "data: $DATA_DIR (DATA_DIR=$DEMO_DIR PRETRAINED_MODEL=$DEMO_DIR/base_model for the embedded default)"
+if [[ -n $DATA_DIR && $DATA_DIR != "$DEMO_DIR" ]]; then
+  echo "data: $DATA_DIR (DATA_DIR=$DEMO_DIR chooses the embedded default)"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}
   default_steps=20
   default_learning_rate=5e-6
@@ -32,7 +34,7 @@ else
   echo "data: the embedded default in $DATA_DIR (set DATA_DIR, or prepare data/sthv2, to use your own)"
   python -m demo.make_clips --output_dir "$DATA_DIR" --num_train_clips "$NUM_TRAIN_CLIPS" --num_val_clips "$NUM_VAL_CLIPS"
   python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
-  python -m data.video_loader --data_dir "$DATA_DIR"
+  python -m data.video_loader --data_dir "$DATA_DIR" --resolutions "$RESOLUTION"
   if [[ -z $PRETRAINED_MODEL ]]; then
     PRETRAINED_MODEL=$DEMO_DIR/base_model
     if [[ ! -f $PRETRAINED_MODEL/model_index.json ]]; then python -m demo.make_model --output_dir "$PRETRAINED_MODEL"; fi
@@ -42,13 +44,14 @@ else
 fi
 echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 
+rm -rf "$TEST_OUTPUT/model"  # of an earlier quick test
 export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-$default_steps} LEARNING_RATE=${LEARNING_RATE:-$default_learning_rate}
-DATA_DIR=$DATA_DIR PRETRAINED_MODEL=$PRETRAINED_MODEL OUTPUT_DIR=$TEST_OUTPUT/model GRADIENT_ACCUM=${GRADIENT_ACCUM:-1} \
-  bash train_instruct_pix2pix.sh
+env DATA_DIR="$DATA_DIR" PRETRAINED_MODEL="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/model" \
+  GRADIENT_ACCUM="${GRADIENT_ACCUM:-1}" bash train_instruct_pix2pix.sh
 
-MODEL_DIR=$TEST_OUTPUT/model OUTPUT_DIR=$TEST_OUTPUT/samples NUM_SAMPLES=$NUM_SAMPLES \
-  FRAMES_DIR=$DATA_DIR/frames_${RESOLUTION}x${RESOLUTION} VAL_ANNOTATIONS=$DATA_DIR/annotations/val_filtered.json \
-  bash sample_from_pix2pix.sh
+env MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" NUM_SAMPLES="$NUM_SAMPLES" \
+  FRAMES_DIR="$DATA_DIR/frames_${RESOLUTION}x${RESOLUTION}" \
+  VAL_ANNOTATIONS="$DATA_DIR/annotations/val_filtered.json" bash sample_from_pix2pix.sh
 
 echo
 echo "the quick test is done; look at"

@@ -10,19 +10,22 @@ several processes equal one. Both are the work of data/encoded_pairs.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.dataset import DEFAULT_DATA_DIR, UserError, run_command, write_file
+from data.dataset import DEFAULT_DATA_DIR, UserError, filtered_annotations_path, frames_dir, run_command, write_file
 from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, describe_left_out, load_frame_pairs
 from sample_from_pix2pix import (
     TRAINING_CONFIG,
@@ -40,15 +43,20 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
 
     from data.encoded_pairs import TrainingBatches
 
 PROJECT_NAME = "instruct_pix2pix"
+HOW_TO_KEEP_FINITE = (
+    "training stopped, earlier checkpoints are untouched. Lower LEARNING_RATE, or use bf16 or no mixed precision"
+)
 LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
 FROZEN_FOR_RESUME = (
     "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
-    " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size encoded_data"
+    " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
+    " schedule_length encoded_data"
 ).split()
 
 
@@ -116,7 +124,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     output = parser.add_argument_group("output").add_argument
     output("--output_dir", type=Path, default=Path("outputs/instruct_pix2pix_128"), help="(%(default)s)")
     output("--logging_dir", default="logs", help="for TensorBoard, inside the output directory (%(default)s)")
-    output("--report_to", default="tensorboard", help="tensorboard, wandb, all or none (%(default)s)")
+    output("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="(%(default)s)")
     output("--checkpointing_steps", type=int, default=500, help="optimiser steps between checkpoints (%(default)s)")
     output("--checkpoints_total_limit", type=int, help="keep only this many checkpoints, the newest")
     output("--resume_from_checkpoint", help="a checkpoint's directory, or 'latest'")
@@ -147,6 +155,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--resolution must be a multiple of 8, not {args.resolution}")
     if not 0 <= args.conditioning_dropout_prob <= 1 / 3:
         raise UserError(f"--conditioning_dropout_prob must lie in [0, 1/3], not {args.conditioning_dropout_prob}")
+    if args.report_to == "wandb" and not find_spec("wandb"):
+        raise UserError("--report_to wandb needs wandb: pip install wandb, or use tensorboard")
     if args.use_8bit_adam and not find_spec("bitsandbytes"):
         raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out")
     if args.enable_xformers_memory_efficient_attention and not find_spec("xformers"):
@@ -250,7 +260,7 @@ class StepLog:
         """Leaves out of the samples per second what was not training."""
         self.started = time.perf_counter()
 
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float) -> None:
         self.pending.append((step, loss, grad_norm, learning_rate))
 
     def flush(self) -> dict[str, float]:
@@ -260,7 +270,8 @@ class StepLog:
         if not self.pending:
             return {}
         losses = self.accelerator.reduce(torch.stack([loss for _, loss, _, _ in self.pending]), "mean").tolist()
-        grad_norms = torch.stack([grad_norm for _, _, grad_norm, _ in self.pending]).tolist()
+        # DeepSpeed gives a number or nothing in place of a tensor.
+        grad_norms = [math.nan if norm is None else float(norm) for _, _, norm, _ in self.pending]
         samples_per_second = len(self.pending) * self.samples_per_step / (time.perf_counter() - self.started)
         figures: dict[str, float] = {}
         for (step, _, _, learning_rate), loss, grad_norm in zip(self.pending, losses, grad_norms):
@@ -272,10 +283,7 @@ class StepLog:
             }
             self.accelerator.log(figures, step=step)
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss of step {step} is {loss}; training stopped, earlier checkpoints are untouched."
-                    " Lower LEARNING_RATE, or use bf16 or no mixed precision"
-                )
+                raise UserError(f"the loss of step {step} is {loss}; {HOW_TO_KEEP_FINITE}")
         self.pending.clear()
         self.restart_clock()
         return figures
@@ -310,12 +318,26 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: in
     return final
 
 
+def check_weights(accelerator: Accelerator, unet: torch.nn.Module, step: int) -> None:
+    """Raises UserError where a weight is not finite, so that only good weights are ever saved."""
+    import torch
+
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in unet.parameters()]).all()
+    if accelerator.reduce(finite.float(), "sum").item() < accelerator.num_processes:
+        raise UserError(f"after step {step} the weights are not finite; {HOW_TO_KEEP_FINITE}")
+
+
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means; None to start afresh."""
+    """The checkpoint that `--resume_from_checkpoint` means; None to start afresh, which old checkpoints forbid."""
+    steps = checkpoint_steps(args.output_dir)
     if not args.resume_from_checkpoint:
+        if steps:
+            raise UserError(
+                f"{args.output_dir} holds checkpoints of an earlier run (checkpoint-{steps[-1]}): go on with it"
+                " (RESUME=latest), delete them, or choose another OUTPUT_DIR"
+            )
         return None
     if args.resume_from_checkpoint == "latest":
-        steps = checkpoint_steps(args.output_dir)
         return args.output_dir / f"checkpoint-{steps[-1]}" if steps else None
     checkpoint = Path(args.resume_from_checkpoint)
     if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdigit():
@@ -327,8 +349,11 @@ def resume(accelerator: Accelerator, checkpoint: Path, config: dict[str, Any]) -
     """Loads a checkpoint; returns the number of steps done. Refuses one of another experiment."""
     saved = json.loads((checkpoint / TRAINING_CONFIG).read_text(encoding="utf-8"))["arguments"]
     now = config["arguments"]
+    names = {"encoded_data": "the model, frames or prompts (as a hash)"}
     changed = [
-        f"{name} was {saved.get(name)}, is {now[name]}" for name in FROZEN_FOR_RESUME if saved.get(name) != now[name]
+        f"{names.get(name, name)} was {saved.get(name)}, is {now[name]}"
+        for name in FROZEN_FOR_RESUME
+        if saved.get(name) != now[name]
     ]
     if changed:
         raise UserError(
@@ -362,26 +387,23 @@ def whole_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DConditi
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return unwrapped
     state_dict = accelerator.get_state_dict(unet)
+    if not accelerator.is_main_process:
+        return unwrapped  # only the main process has the whole, and uses it
     gathered = type(unwrapped).from_config(unwrapped.config)
-    if accelerator.is_main_process:
-        gathered.load_state_dict(state_dict)
+    gathered.load_state_dict(state_dict)
     return gathered.to(accelerator.device)
 
 
-class AveragedWeights:
+@contextlib.contextmanager
+def averaged_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
     """Puts the moving average in the UNet's place for a while, where there is one."""
-
-    def __init__(self, ema: Any, unet: torch.nn.Module) -> None:
-        self.ema, self.unet = ema, unet
-
-    def __enter__(self) -> None:
-        if self.ema:
-            self.ema.store(self.unet.parameters())
-            self.ema.copy_to(self.unet.parameters())
-
-    def __exit__(self, *_: object) -> None:
-        if self.ema:
-            self.ema.restore(self.unet.parameters())
+    if ema is None:
+        yield
+        return
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    yield
+    ema.restore(unet.parameters())
 
 
 def validate(
@@ -481,7 +503,7 @@ def find_training_pairs(args: argparse.Namespace) -> tuple[list[dict[str, Any]],
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     import torch
     from accelerate import Accelerator, DistributedType
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     project = ProjectConfiguration(
         project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
@@ -491,8 +513,14 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=project,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # the others wait while one encodes
     )
     args.mixed_precision = accelerator.mixed_precision
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise UserError(
+            f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient accumulation steps, the"
+            f" command line says {args.gradient_accumulation_steps}: set GRADIENT_ACCUM to the former"
+        )
     if args.use_ema and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
             "--use_ema needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
@@ -505,7 +533,13 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validation_pairs: list[dict[str, Any]]) -> None:
+def train(
+    args: argparse.Namespace,
+    train_pairs: list[dict[str, Any]],
+    validation_pairs: list[dict[str, Any]],
+    checkpoint: Path | None,
+) -> None:
+    """The whole run: from a checkpoint, or from the base model, to the trained pipeline."""
     quiet_libraries()
     import torch
     from diffusers import DDPMScheduler
@@ -538,7 +572,11 @@ def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validatio
         accelerator.process_index,
     )
     max_train_steps = batches.max_train_steps
-    config = training_config(args, global_batch_size=batches.global_batch_size, encoded_data=encoded_data)
+    # A constant schedule does not know where training ends, so that such a run can be prolonged.
+    schedule_length = None if args.lr_scheduler.startswith("constant") else max_train_steps
+    config = training_config(
+        args, global_batch_size=batches.global_batch_size, schedule_length=schedule_length, encoded_data=encoded_data
+    )
 
     learning_rate = args.learning_rate * (batches.global_batch_size if args.scale_lr else 1)
     optimizer = create_optimizer(unet, args, learning_rate)
@@ -547,15 +585,20 @@ def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validatio
     ema = EMAModel(unet.parameters()) if args.use_ema else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if ema:
-        ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
 
     first_step = 0
-    if checkpoint := find_checkpoint(args):
+    if checkpoint:
         first_step = resume(accelerator, checkpoint, config)
+        if first_step > max_train_steps:
+            raise UserError(
+                f"{checkpoint} is beyond the {max_train_steps} steps asked for; raise EPOCHS or MAX_TRAIN_STEPS"
+            )
         accelerator.print(f"resuming from {checkpoint}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet, starting from the base model")
+    if ema:
+        ema.to(accelerator.device)  # after the checkpoint, which is loaded to the CPU
     if args.report_to != "none":
         accelerator.init_trackers(PROJECT_NAME, {name: str(value) for name, value in config["arguments"].items()})
 
@@ -585,10 +628,12 @@ def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validatio
             if step % LOG_EVERY == 0 or save_now or validate_now or step == max_train_steps:
                 figures = step_log.flush()
                 progress_bar.set_postfix(loss=f"{figures['train/loss']:.4f}")
+            if save_now or step == max_train_steps:
+                check_weights(accelerator, unet, step)
             if save_now:
                 save_checkpoint(accelerator, args, step, config)
             if validate_now:
-                with AveragedWeights(ema, unet):
+                with averaged_weights(ema, unet):
                     current = whole_unet(accelerator, unet)
                     if accelerator.is_main_process:
                         validate(pipeline, current, validation_pairs, args, accelerator, step)
@@ -601,12 +646,24 @@ def train(args: argparse.Namespace, train_pairs: list[dict[str, Any]], validatio
     pipeline.unet = whole_unet(accelerator, unet)
     if accelerator.is_main_process:
         save_pipeline(pipeline, args.output_dir, config)
-        print(f"the trained pipeline is in {args.output_dir}; sample from it with:")
-        print(f"  MODEL_DIR={args.output_dir} bash sample_from_pix2pix.sh")
+        print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")
         if args.push_to_hub:
             upload(args, repository)
             print(f"uploaded to {repository}")
     accelerator.end_training()
+
+
+def sampling_command(args: argparse.Namespace) -> str:
+    """The shell command that samples from the trained model on the validation videos of its training data."""
+    variables = {
+        "MODEL_DIR": args.output_dir,
+        "FRAMES_DIR": frames_dir(args.train_data_dir, args.resolution),
+        "VAL_ANNOTATIONS": filtered_annotations_path(args.train_data_dir, "val"),
+        "INPUT_FRAME_IDX": args.input_frame_idx,
+        "TARGET_FRAME_IDX": args.target_frame_idx,
+    }
+    words = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
+    return " ".join([*words, "bash sample_from_pix2pix.sh"])
 
 
 def steps_to_validate_after(batches: TrainingBatches, validation_epochs: int) -> set[int]:
@@ -670,11 +727,12 @@ def print_plan(accelerator: Accelerator, args: argparse.Namespace, batches: Trai
 def main() -> None:
     args = parse_args()
     check_args(args)
+    checkpoint = find_checkpoint(args)
     train_pairs, validation_pairs = find_training_pairs(args)
     if args.num_validation_images and not validation_pairs:
         warn(f"no validation video of {args.train_data_dir} has both frames; training goes on without validation")
     try:
-        train(args, train_pairs, validation_pairs)
+        train(args, train_pairs, validation_pairs, checkpoint)
     except KeyboardInterrupt:
         raise UserError("interrupted; continue from the last checkpoint with --resume_from_checkpoint latest") from None
 

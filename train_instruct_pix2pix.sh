@@ -29,27 +29,34 @@ NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-4}
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-}   # file made by `accelerate config`; overrides the launch settings here
 EXTRA_ARGS=${EXTRA_ARGS:-}                 # any other flags of train_instruct_pix2pix.py
 
-export HF_HOME=${HF_HOME:-$PWD/.cache/huggingface}
-if [[ -n ${HF_ENDPOINT:-} ]]; then
-  export HF_ENDPOINT
-  echo "models come from $HF_ENDPOINT"
-fi
+export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub} PYTHONUNBUFFERED=1
 
 launch=(--quiet)
-if [[ -n $ACCELERATE_CONFIG ]]; then
-  launch+=(--config_file "$ACCELERATE_CONFIG")
-else
+choose_launch() {
+  if [[ -n ${HF_ENDPOINT:-} ]]; then
+    export HF_ENDPOINT
+    echo "models come from $HF_ENDPOINT"
+  fi
+  if [[ -n $ACCELERATE_CONFIG ]]; then
+    launch+=(--config_file "$ACCELERATE_CONFIG")
+    return
+  fi
   if ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    if nvidia-smi -L > /dev/null 2>&1; then
+      echo "error: there is a GPU, but torch cannot use it; python -c 'import torch; torch.zeros(1).cuda()' says why"
+      exit 1
+    fi
     if [[ $MIXED_PRECISION == fp16 ]]; then
       MIXED_PRECISION=no
       echo "no GPU found: training on the CPU without mixed precision"
     fi
-    export ACCELERATE_USE_CPU=true
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + NUM_PROCESSES - 1) / NUM_PROCESSES ))}
+    cores=$(python -c "import os; print(os.cpu_count())")
+    export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( (cores + NUM_PROCESSES - 1) / NUM_PROCESSES ))}
+    if (( NUM_PROCESSES == 1 )); then launch+=(--cpu); fi
   fi
   launch+=(--num_machines 1 --dynamo_backend no --num_processes "$NUM_PROCESSES" --mixed_precision "$MIXED_PRECISION")
   if (( NUM_PROCESSES > 1 )); then launch+=(--multi_gpu); fi
-fi
+}
 
 arguments=(
   --pretrained_model_name_or_path "$PRETRAINED_MODEL"
@@ -70,10 +77,13 @@ arguments=(
   --validation_epochs "$VALIDATION_EPOCHS"
   --num_validation_images "$NUM_VALIDATION_IMAGES"
 )
-if [[ ${PROGRESS,,} == true ]]; then arguments+=(--add_progress); fi
+if [[ $PROGRESS == [Tt]rue ]]; then arguments+=(--add_progress); fi
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
 
 mkdir -p "$OUTPUT_DIR"
-# shellcheck disable=SC2086  # EXTRA_ARGS is a list of words
-accelerate launch "${launch[@]}" train_instruct_pix2pix.py "${arguments[@]}" $EXTRA_ARGS 2>&1 | tee -a "$OUTPUT_DIR/train.log"
+{
+  choose_launch
+  # shellcheck disable=SC2086  # EXTRA_ARGS is a list of words
+  accelerate launch "${launch[@]}" train_instruct_pix2pix.py "${arguments[@]}" $EXTRA_ARGS
+} 2>&1 | tee -i -a "$OUTPUT_DIR/train.log"

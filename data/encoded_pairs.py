@@ -22,7 +22,7 @@ from PIL import ImageOps
 from data.sthv2_dataset_hf import derive_seed, frame_pairs_dataset, swap_left_and_right
 
 CACHE_FORMAT = 1  # raise it when what the cache stores changes
-ENCODING_BATCH = 16  # pairs; enough to fill a GPU at 128 pixels, little memory at 512
+ENCODING_BATCH = 16  # frame pairs of 128 pixels, or prompts; fewer pairs of larger frames
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -32,9 +32,10 @@ def digest(parts: Iterable[bytes]) -> str:
 
 def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
     """Everything that determines what a frozen model computes: its configuration and its weights."""
-    yield json.dumps(
-        dict(getattr(module.config, "to_dict", lambda: module.config)()), sort_keys=True, default=str
-    ).encode()
+    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    # Where the model was found and what wrote it does not change what it computes.
+    config = {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"}
+    yield json.dumps(config, sort_keys=True, default=str).encode()
     for name, tensor in sorted(module.state_dict().items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
@@ -119,7 +120,7 @@ def encode_frames(
     encoded = frames.map(
         encode,
         batched=True,
-        batch_size=ENCODING_BATCH,
+        batch_size=max(1, ENCODING_BATCH * 128**2 // frames[0]["input_image"].height ** 2),
         remove_columns=frames.column_names,
         features=Features(
             input_latents=Array3D((channels, side, side), "float32"),

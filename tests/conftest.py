@@ -56,16 +56,16 @@ def entry(video_id: str, task: str, num_frames: int = 40) -> dict:
     }
 
 
-def make_data_dir(data_dir: Path) -> Path:
+def make_data_dir(data_dir: Path, side: int = SIDE) -> Path:
     """A prepared data directory: 6 training and 3 validation videos over the three tasks, and a short one of each."""
     for split, count in (("train", 6), ("val", 3)):
         entries = []
         for number in range(count):
             video_id = f"{split}{number}"
-            write_frames(data_dir, video_id, range(19, 24), seed=number)
+            write_frames(data_dir, video_id, range(19, 24), side, seed=number)
             entries.append(entry(video_id, list(LABELS)[number % 3]))
         entries.append(entry(f"{split}_short", "move_object", num_frames=21))
-        write_frames(data_dir, f"{split}_short", range(19, 21))
+        write_frames(data_dir, f"{split}_short", range(19, 21), side)
         path = filtered_annotations_path(data_dir, split)
         path.parent.mkdir(exist_ok=True)
         write_annotations(path, entries)

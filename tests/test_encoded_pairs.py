@@ -95,6 +95,9 @@ def test_changed_inputs_never_meet_the_old_cache(pipeline, tmp_path):
     keys = {key, encode(pipeline, data_dir)[2]}
     path.write_bytes(original)
     assert encode(pipeline, data_dir)[2] == key
+    moved = tmp_path / "moved"
+    pipeline.save_pretrained(moved)
+    assert encode(type(pipeline).from_pretrained(moved), data_dir)[2] == key  # where a model lies is no part of it
     other = make_tiny_pipeline()
     with torch.no_grad():
         other.vae.decoder.conv_in.bias[0] += 1

@@ -20,11 +20,12 @@ from sample_from_pix2pix import (
     load_pipeline,
     mean_scores,
     predict_and_score,
+    read_training_config,
     reconstruct_frames,
     score_frame,
     wrap_text,
 )
-from tests.conftest import SIDE, make_tiny_pipeline, run
+from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, run
 
 
 def sample(data_dir, model, output_dir, *extra, check=True):
@@ -96,7 +97,7 @@ def test_other_frames_than_trained_work_with_a_warning(data_dir, model_with_conf
     assert "completed" not in json.loads((tmp_path / "metrics.json").read_text())["samples"][0]["prompt"]
 
 
-def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tmp_path):
+def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tmp_path, tmp_path_factory):
     (tmp_path / "metrics.json").write_text("former")
 
     def message(*extra: object, model=tiny_model) -> str:
@@ -110,6 +111,8 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
     assert "no video of" in message("--input_frame_idx", 70)
     assert "at least 1" in message("--image_guidance_scale", 0.5)
     assert "no model_index.json" in message(model=data_dir)
+    odd = make_data_dir(tmp_path_factory.mktemp("odd"), side=36)
+    assert "36 pixels wide; the model needs a multiple of 8" in message("--frames_dir", frames_dir(odd, 36))
 
 
 def test_model_errors_name_the_model(tmp_path, tiny_model):
@@ -135,6 +138,15 @@ def test_choice_is_even_over_tasks_and_independent_of_order(seed, num_samples, r
     counts = [sum(pair["task"] == task for pair in chosen) for task in "abc"]
     assert max(counts) - min(counts) <= 1
     assert len(chosen) == min(num_samples, 18)
+
+
+def test_config_of_a_model_on_the_hub_is_read_too(model_with_config, monkeypatch):
+    def download(name, file, revision):
+        assert (name, file, revision) == ("user/model", "training_config.json", "main")
+        return str(model_with_config / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_training_config("user/model", revision="main")["add_progress"] is True
 
 
 def test_another_seed_chooses_other_samples_and_noise(data_dir):

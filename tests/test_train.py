@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,7 +66,10 @@ def test_result_is_a_pipeline_that_stock_diffusers_loads(trained, tiny_model):
     assert torch.equal(pipeline.vae.encoder.conv_in.weight, before.vae.encoder.conv_in.weight)
     image = Image.new("RGB", (SIDE, SIDE), "gray")
     assert pipeline("a cup", image=image, num_inference_steps=2).images[0].size == (SIDE, SIDE)
-    assert f"MODEL_DIR={output_dir} bash sample_from_pix2pix.sh" in printed
+    sampling = (
+        rf"MODEL_DIR={output_dir} FRAMES_DIR=\S+/frames_{SIDE}x{SIDE} .*TARGET_FRAME_IDX=21 bash sample_from_pix2pix.sh"
+    )
+    assert re.search(sampling, printed)
     assert not list(output_dir.rglob("*.bin.index*")) and not list(output_dir.glob(".*"))
 
 
@@ -209,15 +213,26 @@ def test_upload_leaves_out_checkpoints_and_never_names_the_token(monkeypatch, tm
     assert "hf_secret" not in str(refusal.value)
 
 
-def test_loss_that_is_not_finite_stops_the_run(data_dir, tiny_model, tmp_path):
-    options = ("--learning_rate", 1e30, "--report_to", "none", "--checkpointing_steps", 1)
+def test_weights_that_are_not_finite_stop_the_run(data_dir, tiny_model, tmp_path):
+    """The warm-up leaves the first step harmless; the second one's loss is finite, its weights are not."""
+    options = ("--learning_rate", 1e38, "--lr_warmup_steps", 1, "--report_to", "none", "--checkpointing_steps", 1)
     done = train(data_dir, tiny_model, tmp_path, *options, check=False)
     assert done.returncode != 0
-    assert "error: the loss of step 2 is" in done.stderr
+    assert "error: after step 2 the weights are not finite" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (tmp_path / "model_index.json").exists()
     assert not (tmp_path / "logs").exists()
+    without_checkpoints = ("--learning_rate", 1e38, "--checkpointing_steps", 100, "--num_validation_images", 0)
+    done = train(data_dir, tiny_model, tmp_path / "other", *without_checkpoints, check=False)
+    assert "error: the loss of step 2 is nan" in done.stderr
+
+
+def test_a_fresh_run_never_mixes_with_old_checkpoints(data_dir, tiny_model, tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    done = train(data_dir, tiny_model, tmp_path, check=False)
+    assert done.returncode == 1
+    assert "holds checkpoints of an earlier run (checkpoint-500)" in done.stderr
 
 
 @pytest.mark.parametrize(
