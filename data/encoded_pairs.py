@@ -33,8 +33,9 @@ def digest(parts: Iterable[bytes]) -> str:
 def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
     """Everything that determines what a frozen model computes: its configuration and its weights."""
     config = module.config if isinstance(module.config, dict) else module.config.to_dict()
-    # Where the model was found and what wrote it does not change what it computes.
-    config = {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"}
+    # Where the model was found and what wrote it down does not change what it computes.
+    notes = {"transformers_version", "architectures", "dtype"}
+    config = {name: value for name, value in config.items() if name[0] != "_" and name not in notes}
     yield json.dumps(config, sort_keys=True, default=str).encode()
     for name, tensor in sorted(module.state_dict().items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
