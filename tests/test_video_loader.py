@@ -331,7 +331,12 @@ def test_a_file_in_place_of_the_frames_folder(data_dir):
 def start_and_wait_for(data_dir, num_entries):
     """Start an extraction and return its process once `num_entries` files and folders of frames exist."""
     process = subprocess.Popen(
-        [*COMMAND, str(data_dir)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [*COMMAND, str(data_dir)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background ignore Ctrl-C
     )
     while process.poll() is None and count_entries(data_dir) < num_entries:
         pass
