@@ -8,17 +8,22 @@ Training uses the same functions for its validation pictures.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import math
 import os
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.dataset import DEFAULT_DATA_DIR, UserError, frames_dir, read_annotations, run_command, sampling_rank
+from data.pictures import save_results
+from data.pretrained import hub_problem, load_pipeline
+from data.scores import format_table
 from data.sthv2_dataset_hf import (
     DEFAULT_INPUT_FRAME_IDX,
     DEFAULT_TARGET_FRAME_IDX,
@@ -33,9 +38,30 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
 TRAINING_CONFIG = "training_config.json"
-HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
-SCORED = ("prediction", "copy", "vae_ceiling")
-MAX_OVERVIEW_SAMPLES = 24
+SCHEDULERS = {
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+}
+GAIN_NEIGHBOURHOOD = 2.0  # pixels, a Gaussian's standard deviation
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a frame is predicted. With `residual=False` and one prediction it is what diffusers' own pipeline draws."""
+
+    num_inference_steps: int = 20  # denoising steps
+    guidance_scale: float = 7.5  # of the text; 1 is none
+    image_guidance_scale: float = 1.5  # of the input frame; 1 is none
+    scheduler: str = "euler_ancestral"  # one of SCHEDULERS
+    strength: float = 1.0  # share of the steps that are made; below 1 they start from the noised input frame
+    num_predictions: int = 1  # pictures whose mean is the prediction
+    residual: bool = True  # change the input frame by what the model changes, instead of decoding it anew
+    wiener_gain: bool = False  # make the change smaller where the predictions disagree about it
+
+
+DEFAULT_OPTIONS = SamplingOptions()
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,14 +75,35 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--target_frame_idx", type=int, help="frame to predict (what the model was trained on, or 21)")
     add("--num_samples", type=number_of_samples, default=3, help="how many entries to predict, or 'all' (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the entries and their noise (%(default)s)")
-    add("--num_inference_steps", type=int, default=20, help="denoising steps (%(default)s)")
+    default = DEFAULT_OPTIONS
+    add("--num_inference_steps", type=int, default=default.num_inference_steps, help="denoising steps (%(default)s)")
+    add("--guidance_scale", type=float, default=default.guidance_scale, help="of the text; 1 is none (%(default)s)")
     add(
-        "--guidance_scale",
+        "--image_guidance_scale",
         type=float,
-        default=7.5,
-        help="guidance by the text; at 1 there is none at all (%(default)s)",
+        default=default.image_guidance_scale,
+        help="of the input frame; 1 is none (%(default)s)",
     )
-    add("--image_guidance_scale", type=float, default=1.5, help="guidance by the input frame, >= 1 (%(default)s)")
+    add("--scheduler", choices=list(SCHEDULERS), default=default.scheduler, help="(%(default)s)")
+    add(
+        "--strength",
+        type=float,
+        default=default.strength,
+        help="share of the steps to make, from the noised input frame; 1 starts from noise alone (%(default)s)",
+    )
+    add("--num_predictions", type=int, default=default.num_predictions, help="the result is their mean (%(default)s)")
+    add(
+        "--residual",
+        action=argparse.BooleanOptionalAction,
+        default=default.residual,
+        help="add the predicted change to the input frame, instead of decoding the whole picture anew",
+    )
+    add(
+        "--wiener_gain",
+        action=argparse.BooleanOptionalAction,
+        default=default.wiener_gain,
+        help="change less where several predictions disagree; needs --residual and --num_predictions of 2 or more",
+    )
     add("--batch_size", type=int, default=8, help="frames predicted at once (%(default)s)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
     add("--revision", help="revision of a model on the hub")
@@ -74,66 +121,15 @@ def number_of_samples(text: str) -> int | None:
     return int(text)
 
 
-def load_pipeline(
-    name: str, dtype: torch.dtype | None = None, **hub_options: str | None
-) -> StableDiffusionInstructPix2PixPipeline:
-    """Loads a diffusers pipeline from a directory or the hub, without its safety checker.
-
-    `hub_options` are `revision`, `variant` and `cache_dir`. Only safetensors weights are read, never pickles.
-    A plain Stable Diffusion pipeline loads as well, its UNet then has 4 input channels. Raises UserError where
-    the model cannot be found, reached or read.
-    """
-    quiet_libraries()
-    import torch
-    from diffusers import StableDiffusionInstructPix2PixPipeline
-
-    is_directory = os.path.isdir(name)
-    if is_directory and not os.path.isfile(os.path.join(name, "model_index.json")):
-        raise UserError(f"{name} holds no diffusers pipeline (no model_index.json); train one or name another")
-    try:
-        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            name,
-            dtype=dtype or torch.float32,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-            **{option: value for option, value in hub_options.items() if value},
-        )
-    except Exception as error:  # whatever a broken model or a broken network raises, the user can only mend the name
-        reason = " ".join(str(error).split())[:300]
-        if is_directory:
-            raise UserError(f"the model in {name} cannot be loaded: {reason}") from error
-        raise UserError(
-            f"there is no directory {name}, and no such model could be fetched from"
-            f" {os.environ.get('HF_ENDPOINT', 'the hub')}: set HF_ENDPOINT to a mirror you can reach, or name a"
-            f" directory that holds a model (your own training's output, or one made by `python -m demo.make_model`)."
-            f" Reason: {reason}"
-        ) from error
-    in_channels = pipeline.unet.config.in_channels
-    if in_channels not in (4, 8):
-        raise UserError(f"the UNet of {name} has {in_channels} input channels; 8 (or 4, for training) are needed")
-    return pipeline
-
-
-def quiet_libraries() -> None:
-    """Keeps transformers' and diffusers' notes (a missing torchvision, bars while weights load) out of the output."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-
-
 def read_training_config(model_dir: str, **hub_options: str | None) -> dict[str, Any]:
     """The arguments a model, in a directory or on the hub, was trained with; empty where there is no such record."""
     path = Path(model_dir) / TRAINING_CONFIG
     if not os.path.isdir(model_dir):
         from huggingface_hub import hf_hub_download
 
+        unreachable = hub_problem(model_dir, hub_options.get("revision")) is not None
         try:
-            path = Path(hf_hub_download(model_dir, TRAINING_CONFIG, **hub_options))
+            path = Path(hf_hub_download(model_dir, TRAINING_CONFIG, local_files_only=unreachable, **hub_options))
         except (OSError, ValueError):  # no such file there, or no such model: loading the model will say which
             return {}
     if not path.is_file():
@@ -172,262 +168,229 @@ def choose_samples(pairs: Sequence[dict[str, Any]], num_samples: int | None, see
     return [pair for _, _, pair in turns[:num_samples]]
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """`frame`: uint8 RGB (H, W, 3). `uncertainty`: float32 (H, W), the predictions' standard deviation at each pixel
+    in grey levels of 0..255, averaged over the colours; None where only one was made."""
+
+    frame: np.ndarray
+    uncertainty: np.ndarray | None
+
+
+def create_scheduler(name: str, config: dict[str, Any]) -> Any:
+    """The scheduler called `name` in SCHEDULERS, for a model whose own scheduler has `config`."""
+    import diffusers
+
+    options: dict[str, Any] = {}
+    if name == "ddim":
+        # Latents are not bounded by 1 as pictures are, and Stable Diffusion ends on the schedule's first value.
+        options = {"clip_sample": False, "set_alpha_to_one": False}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **options)
+
+
+def encode_prompts(pipeline: StableDiffusionInstructPix2PixPipeline, prompts: Sequence[str]) -> torch.Tensor:
+    """The text encoder's states (N, 77, d)."""
+    from data.encoded_pairs import tokenize
+
+    encoder = pipeline.text_encoder
+    return encoder(tokenize(pipeline, prompts).to(encoder.device))[0]
+
+
+def encode_frames(pipeline: StableDiffusionInstructPix2PixPipeline, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """The posterior's mode of uint8 RGB frames (H, W, 3): unscaled latents (N, 4, h, w)."""
+    from PIL import Image
+
+    pixels = pipeline.image_processor.preprocess([Image.fromarray(image) for image in images])
+    return pipeline.vae.encode(pixels.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist.mode()
+
+
+def decode_latents(pipeline: StableDiffusionInstructPix2PixPipeline, latents: torch.Tensor) -> np.ndarray:
+    """Pictures of unscaled latents: float32 RGB (N, H, W, 3) in grey levels, not clipped to 0..255."""
+    decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample
+    return ((decoded.float() + 1) * 127.5).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_picture(grey_levels: np.ndarray) -> np.ndarray:
+    return grey_levels.clip(0, 255).round().astype(np.uint8)
+
+
+def guided_prediction(
+    unet: torch.nn.Module,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    image_latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    empty_embeds: torch.Tensor,
+    options: SamplingOptions,
+) -> torch.Tensor:
+    """The UNet's output with guidance, eq. 3 of Brooks et al., 2023 (arXiv 2211.09800), sorted by branches.
+
+    A branch whose weight is zero is not computed: without any guidance that leaves one of three.
+    """
+    import torch
+
+    no_image = torch.zeros_like(image_latents)
+    text_scale, image_scale = options.guidance_scale, options.image_guidance_scale
+    branches = [
+        (text_scale, image_latents, prompt_embeds),
+        (image_scale - text_scale, image_latents, empty_embeds),
+        (1 - image_scale, no_image, empty_embeds),
+    ]
+    branches = [branch for branch in branches if branch[0] != 0]
+    weights, images, embeds = zip(*branches)
+    unet_input = torch.cat([torch.cat([latents, image], dim=1) for image in images])
+    outputs = unet(unet_input.to(unet.dtype), timestep, torch.cat(embeds), return_dict=False)[0].float()
+    return sum(weight * output for weight, output in zip(weights, outputs.chunk(len(branches))))
+
+
+def denoise(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    image_latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    generators: list[torch.Generator],
+    options: SamplingOptions,
+) -> torch.Tensor:
+    """Samples latents (N, 4, h, w), unscaled like `image_latents`, from the noise of each sample's generator."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    scheduler = create_scheduler(options.scheduler, pipeline.scheduler.config)
+    device, factor = image_latents.device, pipeline.vae.config.scaling_factor
+    scheduler.set_timesteps(options.num_inference_steps, device=device)
+    num_steps = max(1, round(options.num_inference_steps * options.strength))
+    timesteps = scheduler.timesteps[-num_steps:]
+    latents = randn_tensor(image_latents.shape, generator=generators, device=device)
+    if num_steps == options.num_inference_steps:
+        latents = latents * scheduler.init_noise_sigma
+    else:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(len(scheduler.timesteps) - num_steps)
+        latents = scheduler.add_noise(image_latents.float() * factor, latents, timesteps[:1])
+    empty_embeds = encode_prompts(pipeline, [""]).expand_as(prompt_embeds)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    noise_source = {"generator": generators} if takes_generator else {}
+    for timestep in timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        output = guided_prediction(pipeline.unet, scaled, timestep, image_latents, prompt_embeds, empty_embeds, options)
+        latents = scheduler.step(output, timestep, latents, **noise_source).prev_sample
+    return latents / factor
+
+
+def gain_of_agreement(changes: np.ndarray) -> np.ndarray:
+    """Wiener's gain for the mean of K changes: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
+
+    Signal / (signal + noise): the mean change squared, against the variance of a mean of K, both summed over the
+    colours and averaged over a small neighbourhood.
+    """
+    import cv2
+
+    signal = np.square(changes.mean(axis=0)).sum(axis=-1)
+    noise = changes.var(axis=0, ddof=1).sum(axis=-1) / len(changes)
+    signal, noise = (cv2.GaussianBlur(power, (0, 0), GAIN_NEIGHBOURHOOD) for power in (signal, noise))
+    return (signal / (signal + noise + 1e-6))[..., None]
+
+
 def predict_frames(
     pipeline: StableDiffusionInstructPix2PixPipeline,
     images: Sequence[np.ndarray],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    num_inference_steps: int = 20,
-    guidance_scale: float = 7.5,
-    image_guidance_scale: float = 1.5,
-) -> list[np.ndarray]:
-    """Predicts one batch: uint8 RGB frames (H, W, 3) in, the same out.
+    options: SamplingOptions = DEFAULT_OPTIONS,
+) -> list[Prediction]:
+    """Predicts one batch from uint8 RGB frames (H, W, 3).
 
-    Each sample has its own noise seed, so its picture does not depend on its neighbours in the batch.
-    Sampling follows Brooks et al., 2023 (arXiv 2211.09800), eq. 3.
+    Each sample has its own noise seed, so its picture does not depend on its neighbours in the batch. Of several
+    predictions the first is the one that would be made alone.
     """
     import torch
-    from PIL import Image
 
-    predicted = pipeline(
-        prompt=list(prompts),
-        image=[Image.fromarray(image) for image in images],
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        image_guidance_scale=image_guidance_scale,
-    ).images
-    return [np.asarray(image) for image in predicted]
+    count = options.num_predictions
+    with torch.no_grad():
+        image_latents = encode_frames(pipeline, images)
+        prompt_embeds = encode_prompts(pipeline, prompts)
+        noise_seeds = [seed if k == 0 else derive_seed(seed, "prediction", k) for seed in seeds for k in range(count)]
+        generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
+        repeated = (image_latents.repeat_interleave(count, dim=0), prompt_embeds.repeat_interleave(count, dim=0))
+        decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options))
+        decoded = decoded.reshape(len(images), count, *decoded.shape[1:])
+        if not options.residual:
+            return [combine(pictures.clip(0, 255)) for pictures in decoded]
+        reconstructed = decode_latents(pipeline, image_latents)
+    return [
+        combine(pictures - same, image.astype(np.float32), options.wiener_gain)
+        for pictures, same, image in zip(decoded, reconstructed, images)
+    ]
+
+
+def combine(changes: np.ndarray, image: np.ndarray | float = 0.0, wiener_gain: bool = False) -> Prediction:
+    """`image` plus the mean of K changes (K, H, W, 3), all in grey levels."""
+    mean = changes.mean(axis=0)
+    if len(changes) == 1:
+        return Prediction(to_picture(image + mean), None)
+    if wiener_gain:
+        mean = mean * gain_of_agreement(changes)
+    return Prediction(to_picture(image + mean), changes.std(axis=0, ddof=1).mean(axis=-1))
 
 
 def reconstruct_frames(
     pipeline: StableDiffusionInstructPix2PixPipeline, images: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """The pictures after one trip through the VAE (posterior mode), uint8 RGB: as good as a prediction can look."""
+    """The pictures after one trip through the VAE (posterior mode), uint8 RGB: as good as decoding alone can be."""
     import torch
-    from PIL import Image
 
-    vae, processor = pipeline.vae, pipeline.image_processor
-    pixels = processor.preprocess([Image.fromarray(image) for image in images])
     with torch.no_grad():
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        decoded = vae.decode(latents).sample.float()
-    return [np.asarray(image) for image in processor.postprocess(decoded, output_type="pil")]
+        return [to_picture(decoded) for decoded in decode_latents(pipeline, encode_frames(pipeline, images))]
 
 
-def score_frame(frame: np.ndarray, target: np.ndarray) -> tuple[float, float]:
-    """PSNR in dB (at most HIGHEST_PSNR) and SSIM of a uint8 RGB picture (H, W, 3) against its target."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-    if np.array_equal(frame, target):
-        return HIGHEST_PSNR, 1.0
-    psnr = peak_signal_noise_ratio(target, frame, data_range=255)
-    ssim = structural_similarity(target, frame, channel_axis=2, data_range=255)
-    return float(psnr), float(ssim)
-
-
-def score_sample(
-    prediction: np.ndarray, input_frame: np.ndarray, target: np.ndarray, vae_ceiling: np.ndarray
-) -> dict[str, dict[str, float]]:
-    """{"psnr": {"prediction": …, "copy": …, "vae_ceiling": …}, "ssim": {…}} of one sample."""
-    scores: dict[str, dict[str, float]] = {"psnr": {}, "ssim": {}}
-    for name, frame in zip(SCORED, (prediction, input_frame, vae_ceiling)):
-        scores["psnr"][name], scores["ssim"][name] = score_frame(frame, target)
-    return scores
-
-
-def predict_and_score(
+def predict_pairs(
     pipeline: StableDiffusionInstructPix2PixPipeline,
     pairs: Sequence[dict[str, Any]],
     seed: int,
     batch_size: int,
+    options: SamplingOptions = DEFAULT_OPTIONS,
     show_progress: bool = True,
-    **sampling_options: Any,
-) -> list[dict[str, Any]]:
-    """Predicts every pair of `find_frame_pairs`, in batches.
+) -> Iterator[dict[str, Any]]:
+    """Predicts every pair of `find_frame_pairs`, about `batch_size` pictures at once.
 
-    Returns one dictionary a pair: `video_id`, `task`, `prompt`, the uint8 RGB pictures `input`, `prediction`,
-    `target` (None where the video lacks it), and `psnr` and `ssim` as `score_sample` has them (None without a
-    target). `sampling_options` go to `predict_frames`.
+    Yields one dictionary a pair, as `data.scores` and `data.pictures` take them: `video_id`, `task`, `prompt`, the
+    uint8 RGB pictures `input`, `prediction`, `target` and `vae_ceiling` (the last two None where the video lacks the
+    target), and `uncertainty` as `Prediction` has it.
     """
     from tqdm import tqdm
 
-    pipeline.set_progress_bar_config(disable=True)
     dataset = frame_pairs_dataset(pairs)
-    results = []
     with tqdm(total=len(dataset), desc="Predicting", unit="frame", disable=not show_progress) as progress_bar:
-        for batch in dataset.iter(batch_size):
+        for batch in dataset.iter(max(1, batch_size // options.num_predictions)):
             inputs = [np.asarray(image) for image in batch["input_image"]]
             targets = [None if image is None else np.asarray(image) for image in batch["edited_image"]]
             seeds = [derive_seed(seed, video_id) for video_id in batch["video_id"]]
-            predictions = predict_frames(pipeline, inputs, batch["edit_prompt"], seeds, **sampling_options)
+            predictions = predict_frames(pipeline, inputs, batch["edit_prompt"], seeds, options)
             known = [target for target in targets if target is not None]
             ceilings = iter(reconstruct_frames(pipeline, known) if known else [])
             for index, target in enumerate(targets):
-                scores: dict[str, Any] = {"psnr": None, "ssim": None}
-                if target is not None:
-                    scores = score_sample(predictions[index], inputs[index], target, next(ceilings))
-                results.append(
-                    {
-                        "video_id": batch["video_id"][index],
-                        "task": batch["task"][index],
-                        "prompt": batch["edit_prompt"][index],
-                        "input": inputs[index],
-                        "prediction": predictions[index],
-                        "target": target,
-                        **scores,
-                    }
-                )
+                yield {
+                    "video_id": batch["video_id"][index],
+                    "task": batch["task"][index],
+                    "prompt": batch["edit_prompt"][index],
+                    "input": inputs[index],
+                    "prediction": predictions[index].frame,
+                    "uncertainty": predictions[index].uncertainty,
+                    "target": target,
+                    "vae_ceiling": None if target is None else next(ceilings),
+                }
             progress_bar.update(len(targets))
-    return results
-
-
-def mean_scores(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of `psnr` and `ssim` over the results that have a target, and how many those are."""
-    scored = [result for result in results if result["psnr"] is not None]
-    summary: dict[str, Any] = {"num_samples": len(scored)}
-    for metric in ("psnr", "ssim"):
-        columns = {name: [result[metric][name] for result in scored] for name in SCORED}
-        summary[metric] = {name: float(np.mean(column)) if column else None for name, column in columns.items()}
-    return summary
-
-
-def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`mean_scores` over everything, with the same for each task under `per_task`."""
-    summary = mean_scores(results)
-    summary["num_without_target"] = len(results) - summary["num_samples"]
-    tasks = sorted({result["task"] for result in results})
-    summary["per_task"] = {
-        task: mean_scores([result for result in results if result["task"] == task]) for task in tasks
-    }
-    return summary
-
-
-def format_table(summary: dict[str, Any]) -> str:
-    """The summary as text: a row per task and one for all."""
-    header = f"{'':14}{'samples':>8}" + "".join(
-        f"{metric + ' ' + name:>17}" for metric in ("PSNR", "SSIM") for name in ("prediction", "copy", "ceiling")
-    )
-    lines = [header]
-    for task, scores in [*summary["per_task"].items(), ("all", summary)]:
-        line = f"{task:14}{scores['num_samples']:>8}"
-        for metric, digits in (("psnr", 2), ("ssim", 3)):
-            for name in SCORED:
-                value = scores[metric][name]
-                line += f"{'-':>17}" if value is None else f"{value:>17.{digits}f}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def describe_scores(result: dict[str, Any]) -> str:
-    if result["psnr"] is None:
-        return "no target frame, not scored"
-    psnr, ssim = result["psnr"], result["ssim"]
-    return (
-        f"PSNR {psnr['prediction']:.1f} dB (copy {psnr['copy']:.1f}, VAE ceiling {psnr['vae_ceiling']:.1f})"
-        f"   SSIM {ssim['prediction']:.3f} (copy {ssim['copy']:.3f})"
-    )
-
-
-def comparison_picture(result: dict[str, Any], note: str = "") -> np.ndarray:
-    """input | prediction | target side by side with the prompt and the scores below, uint8 RGB.
-
-    The panels are enlarged by a whole factor to at least 256 pixels so that the words below are readable.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    panels = {name: result[name] for name in ("input", "prediction", "target") if result[name] is not None}
-    side = result["input"].shape[0]
-    size = side * max(1, -(-256 // side))
-    gap, line_height = 6, 18
-    width = 3 * size + 4 * gap
-    font = ImageFont.load_default(size=13)
-    lines = wrap_text(result["prompt"], font, width - 2 * gap) + wrap_text(
-        describe_scores(result), font, width - 2 * gap
-    )
-    if note:
-        lines += wrap_text(note, font, width - 2 * gap)
-    picture = Image.new("RGB", (width, size + (len(lines) + 1) * line_height + 3 * gap), "white")
-    draw = ImageDraw.Draw(picture)
-    for column, (name, panel) in enumerate(panels.items()):
-        left = gap + column * (size + gap)
-        draw.text((left, gap // 2), name, fill="black", font=font)
-        picture.paste(Image.fromarray(panel).resize((size, size), Image.Resampling.BICUBIC), (left, line_height + gap))
-    for row, line in enumerate(lines):
-        draw.text((gap, line_height + size + 2 * gap + row * line_height), line, fill="black", font=font)
-    return np.asarray(picture)
-
-
-def wrap_text(text: str, font: Any, width: int) -> list[str]:
-    """Breaks a text into lines of at most `width` pixels, at spaces where there are any."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-            continue
-        while font.getlength(word) > width:
-            fitting = next(end for end in range(len(word) - 1, 0, -1) if font.getlength(word[:end]) <= width)
-            lines.append(word[:fitting])
-            word = word[fitting:]
-        lines.append(word)
-    return [line for line in lines if line]
-
-
-def contact_sheet(pictures: Sequence[np.ndarray], num_columns: int = 2) -> np.ndarray:
-    """Pictures of equal width (H, W, 3) in a grid, white where one is lower than its neighbours."""
-    rows = []
-    for start in range(0, len(pictures), num_columns):
-        row = pictures[start : start + num_columns]
-        height = max(picture.shape[0] for picture in row)
-        row = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=255) for p in row]
-        missing = np.full((height, (num_columns - len(row)) * row[0].shape[1], 3), 255, np.uint8)
-        rows.append(np.concatenate([*row, missing] if len(pictures) > num_columns else row, axis=1))
-    return np.concatenate(rows)
-
-
-def save_picture(path: Path, picture: np.ndarray) -> None:
-    from PIL import Image
-
-    Image.fromarray(picture).save(path)
-
-
-def save_results(results: Sequence[dict[str, Any]], output_dir: Path, note: str) -> dict[str, Any]:
-    """Writes samples/<video id>/*.png, overview.png and metrics.json; returns the summary.
-
-    Everything is made under a temporary name first: an interrupted run leaves the former results whole.
-    """
-    new = output_dir / ".unfinished"
-    shutil.rmtree(new, ignore_errors=True)
-    comparisons = []
-    for result in results:
-        folder = new / "samples" / result["video_id"]
-        folder.mkdir(parents=True)
-        comparisons.append(comparison_picture(result, note))
-        save_picture(folder / "comparison.png", comparisons[-1])
-        for name in ("input", "prediction", "target"):
-            if result[name] is not None:
-                save_picture(folder / f"{name}.png", result[name])
-    save_picture(new / "overview.png", contact_sheet(comparisons[:MAX_OVERVIEW_SAMPLES]))
-    summary = summarise(results)
-    keys = ("video_id", "task", "prompt", "psnr", "ssim")
-    metrics = {"summary": summary, "samples": [{key: result[key] for key in keys} for result in results]}
-    (new / "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.rmtree(output_dir / "samples", ignore_errors=True)
-    for path in sorted(new.iterdir()):
-        os.replace(path, output_dir / path.name)
-    new.rmdir()
-    return summary
 
 
 def check_args(args: argparse.Namespace) -> None:
-    for name in ("num_inference_steps", "batch_size"):
+    for name in ("num_inference_steps", "batch_size", "num_predictions"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.image_guidance_scale < 1:
-        raise UserError(f"--image_guidance_scale must be at least 1, not {args.image_guidance_scale}")
-    if args.guidance_scale <= 1:
-        warn("with a guidance scale of 1 or less the pipeline uses no guidance, neither by the text nor by the image")
+    for name in ("guidance_scale", "image_guidance_scale"):
+        if not 1 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 < args.strength <= 1:
+        raise UserError(f"--strength must lie in (0, 1], not {args.strength}")
+    if args.wiener_gain and not (args.residual and args.num_predictions > 1):
+        raise UserError("--wiener_gain needs --residual and --num_predictions of 2 or more")
     if not args.val_annotations.is_file():
         raise UserError(f"there is no {args.val_annotations}; make it with: python -m data.dataset")
 
@@ -471,22 +434,16 @@ def main() -> None:
     check_frame_size(pairs[0]["input_image"], trained.get("resolution"), args.model_dir)
     pipeline = place_pipeline(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    results = predict_and_score(
-        pipeline,
-        pairs,
-        args.seed,
-        args.batch_size,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        image_guidance_scale=args.image_guidance_scale,
-    )
+    options = SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
+    results = predict_pairs(pipeline, pairs, args.seed, args.batch_size, options)
     note = f"{args.model_dir}, frame {args.input_frame_idx} to {args.target_frame_idx}"
-    summary = save_results(results, args.output_dir, note)
+    summary = save_results(results, args.output_dir, note, show_progress=False)
     print(format_table(summary))
     if summary["num_without_target"]:
         print(f"{summary['num_without_target']} samples have no frame {args.target_frame_idx}: predicted, not scored")
     print(
-        f"pictures: {args.output_dir}/overview.png, {args.output_dir}/samples/; scores: {args.output_dir}/metrics.json"
+        f"pictures: {args.output_dir}/overview.png, {args.output_dir}/scores.png, {args.output_dir}/samples/;"
+        f" scores: {args.output_dir}/metrics.json"
     )
 
 

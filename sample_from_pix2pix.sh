@@ -16,8 +16,15 @@ SEED=${SEED:-42}                                      # chooses the samples and 
 NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-20}
 IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1.5}
 GUIDANCE_SCALE=${GUIDANCE_SCALE:-7.5}                 # of the text
+SCHEDULER=${SCHEDULER:-euler_ancestral}               # or euler, ddim, dpmsolver++
+STRENGTH=${STRENGTH:-1.0}                             # below 1: start from the noised input frame
+NUM_PREDICTIONS=${NUM_PREDICTIONS:-1}                 # the result is their mean
+RESIDUAL=${RESIDUAL:-True}                            # False: decode the whole picture instead of the change alone
+WIENER_GAIN=${WIENER_GAIN:-False}                     # True: change less where the predictions disagree
 BATCH_SIZE=${BATCH_SIZE:-8}
 
+if [[ $RESIDUAL == True ]]; then residual=--residual; else residual=--no-residual; fi
+if [[ $WIENER_GAIN == True ]]; then wiener_gain=--wiener_gain; else wiener_gain=--no-wiener_gain; fi
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 if [[ -n ${HF_ENDPOINT:-} ]]; then export HF_ENDPOINT; fi
 
@@ -33,4 +40,9 @@ python sample_from_pix2pix.py \
   --num_inference_steps "$NUM_INFERENCE_STEPS" \
   --image_guidance_scale "$IMAGE_GUIDANCE_SCALE" \
   --guidance_scale "$GUIDANCE_SCALE" \
+  --scheduler "$SCHEDULER" \
+  --strength "$STRENGTH" \
+  --num_predictions "$NUM_PREDICTIONS" \
+  "$residual" \
+  "$wiener_gain" \
   --batch_size "$BATCH_SIZE"

@@ -35,10 +35,7 @@ else
   python -m demo.make_clips --output_dir "$DATA_DIR" --num_train_clips "$NUM_TRAIN_CLIPS" --num_val_clips "$NUM_VAL_CLIPS"
   python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
   python -m data.video_loader --data_dir "$DATA_DIR" --resolutions "$RESOLUTION"
-  if [[ -z $PRETRAINED_MODEL ]]; then
-    PRETRAINED_MODEL=$DEMO_DIR/base_model
-    if [[ ! -f $PRETRAINED_MODEL/model_index.json ]]; then python -m demo.make_model --output_dir "$PRETRAINED_MODEL"; fi
-  fi
+  PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
   default_steps=300
   default_learning_rate=1e-4
 fi

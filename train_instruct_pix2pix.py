@@ -13,11 +13,11 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 import os
 import platform
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -25,19 +25,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.dataset import DEFAULT_DATA_DIR, UserError, filtered_annotations_path, frames_dir, run_command, write_file
-from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, describe_left_out, load_frame_pairs
-from sample_from_pix2pix import (
-    TRAINING_CONFIG,
-    choose_samples,
-    comparison_picture,
-    load_pipeline,
-    mean_scores,
-    predict_and_score,
-    quiet_libraries,
-    save_picture,
-    warn,
+from data.checkpoints import (
+    HOW_TO_RESUME,
+    find_checkpoint,
+    remove_unfinished,
+    removed_where_the_disk_is_full,
+    save_checkpoint,
 )
+from data.dataset import DEFAULT_DATA_DIR, UserError, filtered_annotations_path, frames_dir, run_command, write_file
+from data.hub import create_hub_repository, upload
+from data.interruption import Interrupted, StopRequest
+from data.pictures import comparison_picture, save_picture
+from data.pretrained import load_pipeline, quiet_libraries
+from data.scores import mean_scores, score_result
+from data.shortage import Shortage, shortages_in_one_line
+from data.step_log import StepLog, check_weights
+from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, describe_left_out, load_frame_pairs
+from sample_from_pix2pix import TRAINING_CONFIG, choose_samples, predict_pairs, warn
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +52,6 @@ if TYPE_CHECKING:
     from data.encoded_pairs import TrainingBatches
 
 PROJECT_NAME = "instruct_pix2pix"
-HOW_TO_KEEP_FINITE = (
-    "training stopped, earlier checkpoints are untouched. Lower LEARNING_RATE, or use bf16 or no mixed precision"
-)
 LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
 FROZEN_FOR_RESUME = (
     "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
@@ -234,6 +235,14 @@ def create_optimizer(unet: torch.nn.Module, args: argparse.Namespace, learning_r
     return bitsandbytes.optim.AdamW8bit(unet.parameters(), **options)
 
 
+def compile_unet(unet: torch.nn.Module) -> torch.nn.Module:
+    """The UNet compiled for the one shape that training has. Its weights are the UNet's own."""
+    import torch
+
+    # With its layout optimisation on, torch 2.13 compiles an upsampling whose gradient is zero (seen on the CPU).
+    return torch.compile(unet, dynamic=False, options={"layout_optimization": False})
+
+
 def create_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, max_train_steps: int) -> Any:
     """The schedule over optimiser steps. `constant` with a warm-up warms up, which diffusers' own ignores."""
     from diffusers.optimization import get_scheduler
@@ -244,105 +253,7 @@ def create_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespa
     return get_scheduler(name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps)
 
 
-class StepLog:
-    """Collects each step's figures and hands them to the trackers every few steps.
-
-    Losses stay on the device until then, since reading one waits for all work before it. Raises UserError where
-    a loss is not finite.
-    """
-
-    def __init__(self, accelerator: Accelerator, samples_per_step: int) -> None:
-        self.accelerator, self.samples_per_step = accelerator, samples_per_step
-        self.pending: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves out of the samples per second what was not training."""
-        self.started = time.perf_counter()
-
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float) -> None:
-        self.pending.append((step, loss, grad_norm, learning_rate))
-
-    def flush(self) -> dict[str, float]:
-        """Writes what was collected; returns the last step's figures."""
-        import torch
-
-        if not self.pending:
-            return {}
-        losses = self.accelerator.reduce(torch.stack([loss for _, loss, _, _ in self.pending]), "mean").tolist()
-        # DeepSpeed gives a number or nothing in place of a tensor.
-        grad_norms = [math.nan if norm is None else float(norm) for _, _, norm, _ in self.pending]
-        samples_per_second = len(self.pending) * self.samples_per_step / (time.perf_counter() - self.started)
-        figures: dict[str, float] = {}
-        for (step, _, _, learning_rate), loss, grad_norm in zip(self.pending, losses, grad_norms):
-            figures = {
-                "train/loss": loss,
-                "train/learning_rate": learning_rate,
-                "train/grad_norm": grad_norm,
-                "train/samples_per_second": samples_per_second,
-            }
-            self.accelerator.log(figures, step=step)
-            if not math.isfinite(loss):
-                raise UserError(f"the loss of step {step} is {loss}; {HOW_TO_KEEP_FINITE}")
-        self.pending.clear()
-        self.restart_clock()
-        return figures
-
-
 # Checkpoints, validation, results
-
-
-def checkpoint_steps(output_dir: Path) -> list[int]:
-    """The steps that have a whole checkpoint, ascending."""
-    names = [path.name for path in output_dir.glob("checkpoint-*") if path.is_dir()]
-    return sorted(int(name.removeprefix("checkpoint-")) for name in names if name.removeprefix("checkpoint-").isdigit())
-
-
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: int, config: dict[str, Any]) -> Path:
-    """Saves all that resuming needs as `checkpoint-<step>`, whole or not at all, and removes surplus old ones."""
-    final = args.output_dir / f"checkpoint-{step}"
-    unfinished = args.output_dir / f".checkpoint-{step}.unfinished"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_file(unfinished / TRAINING_CONFIG, json.dumps(config, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-        steps = checkpoint_steps(args.output_dir)
-        for surplus in steps[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
-            shutil.rmtree(args.output_dir / f"checkpoint-{surplus}")
-    accelerator.wait_for_everyone()
-    return final
-
-
-def check_weights(accelerator: Accelerator, unet: torch.nn.Module, step: int) -> None:
-    """Raises UserError where a weight is not finite, so that only good weights are ever saved."""
-    import torch
-
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in unet.parameters()]).all()
-    if accelerator.reduce(finite.float(), "sum").item() < accelerator.num_processes:
-        raise UserError(f"after step {step} the weights are not finite; {HOW_TO_KEEP_FINITE}")
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means; None to start afresh, which old checkpoints forbid."""
-    steps = checkpoint_steps(args.output_dir)
-    if not args.resume_from_checkpoint:
-        if steps:
-            raise UserError(
-                f"{args.output_dir} holds checkpoints of an earlier run (checkpoint-{steps[-1]}): go on with it"
-                " (RESUME=latest), delete them, or choose another OUTPUT_DIR"
-            )
-        return None
-    if args.resume_from_checkpoint == "latest":
-        return args.output_dir / f"checkpoint-{steps[-1]}" if steps else None
-    checkpoint = Path(args.resume_from_checkpoint)
-    if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdigit():
-        raise UserError(f"there is no checkpoint {checkpoint}; name a checkpoint-<step> directory, or 'latest'")
-    return checkpoint
 
 
 def resume(accelerator: Accelerator, checkpoint: Path, config: dict[str, Any]) -> int:
@@ -377,6 +288,10 @@ def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
     libraries = (torch, diffusers, transformers, accelerate, datasets)
     versions = {library.__name__: library.__version__ for library in libraries}
     return {"arguments": arguments | derived, "library_versions": versions | {"python": platform.python_version()}}
+
+
+def as_json(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=1) + "\n"
 
 
 def whole_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DConditionModel:
@@ -418,21 +333,22 @@ def validate(
     pipeline.unet = unet.eval()
     pipeline.to(accelerator.device)
     with accelerator.autocast():
-        results = predict_and_score(pipeline, pairs, args.seed, args.train_batch_size, show_progress=False)
+        results = list(predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, show_progress=False))
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.to("cpu")
     unet.train()
 
     folder = args.output_dir / "validation"
     folder.mkdir(exist_ok=True)
-    pictures = {}
-    for result in results:
-        picture = comparison_picture(result, f"step {step}")
+    pictures, scores = {}, [score_result(result) for result in results]
+    for result, its_scores in zip(results, scores):
+        picture = comparison_picture(result, f"step {step}", its_scores)
         save_picture(folder / f"step-{step:06}_{result['video_id']}.png", picture)
         pictures[f"validation/{result['video_id']}"] = picture[None]
-    means = mean_scores(results)
-    scalars = {f"validation/{m}_{name}": means[m][name] for m in ("psnr", "ssim") for name in ("prediction", "copy")}
-    accelerator.log(scalars, step=step)
+    means = mean_scores(scores)
+    # A dictionary becomes several lines in one chart, so that the prediction is seen to pass the copy.
+    charts = {"psnr": means["psnr"], "ssim": means["ssim"], "psnr_where_something_moves": means["moving"]["psnr"]}
+    accelerator.log({f"validation/{name}": lines for name, lines in charts.items() if None not in lines.values()}, step)
     for tracker in accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images(pictures, step=step, **options)
@@ -447,36 +363,15 @@ def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: 
     """Puts the whole pipeline and its training config into the output directory, model_index.json last."""
     unfinished = output_dir / ".pipeline.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.to("cpu").save_pretrained(unfinished, safe_serialization=True)
-    write_file(unfinished / TRAINING_CONFIG, json.dumps(config, indent=1) + "\n")
+    with removed_where_the_disk_is_full(unfinished, f"the pipeline in {output_dir}", output_dir):
+        pipeline.to("cpu").save_pretrained(unfinished, safe_serialization=True)
+        write_file(unfinished / TRAINING_CONFIG, as_json(config))
     (output_dir / "model_index.json").unlink(missing_ok=True)
     for part in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
         if (output_dir / part.name).is_dir():
             shutil.rmtree(output_dir / part.name)
         os.replace(part, output_dir / part.name)
     unfinished.rmdir()
-
-
-def create_hub_repository(args: argparse.Namespace) -> str:
-    """Makes the repository to upload to, or finds it; returns its full name. Done before training, to fail early."""
-    from huggingface_hub import HfApi
-
-    name = args.hub_model_id or args.output_dir.name
-    try:
-        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
-    except (OSError, ValueError) as error:  # the library's own errors are of these kinds
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"cannot upload to {name}: {reason}; log in with `hf auth login`, or leave --push_to_hub out"
-        ) from error
-
-
-def upload(args: argparse.Namespace, repository: str) -> None:
-    """Uploads the trained pipeline, without checkpoints and logs."""
-    from huggingface_hub import HfApi
-
-    ignored = ["checkpoint-*/**", f"{args.logging_dir}/**", ".*", "train.log"]
-    HfApi(token=args.hub_token).upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
 
 
 # The run
@@ -489,7 +384,7 @@ def find_training_pairs(args: argparse.Namespace) -> tuple[list[dict[str, Any]],
         pairs, left_out = load_frame_pairs(
             args.train_data_dir, split, args.resolution, args.input_frame_idx, args.target_frame_idx, args.add_progress
         )
-        if left_out and os.environ.get("RANK", "0") == "0":
+        if left_out and is_first_process():
             print(f"{split}: {describe_left_out(left_out)}")
         chosen.append(pairs if split == "train" and most is None else choose_samples(pairs, most, args.seed))
     if not chosen[0]:
@@ -538,18 +433,22 @@ def train(
     train_pairs: list[dict[str, Any]],
     validation_pairs: list[dict[str, Any]],
     checkpoint: Path | None,
+    stop: StopRequest,
 ) -> None:
     """The whole run: from a checkpoint, or from the base model, to the trained pipeline."""
     quiet_libraries()
-    import torch
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
-    from data.encoded_pairs import TrainingBatches, encode_once
+    from data.encoded_pairs import TrainingBatches, check_frames, encode_once
 
     accelerator = create_accelerator(args)
+    stop.share()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_unfinished(args.output_dir)
+    check_frames([*train_pairs, *validation_pairs], args.resolution)
     if args.push_to_hub and accelerator.is_main_process:
         repository = create_hub_repository(args)
 
@@ -605,17 +504,17 @@ def train(
     validation_steps = steps_to_validate_after(batches, args.validation_epochs) if validation_pairs else set()
     print_plan(accelerator, args, batches)
 
-    # With its layout optimisation on, torch 2.13 compiles an upsampling whose gradient is zero (seen on the CPU).
-    model = torch.compile(unet, options={"layout_optimization": False}) if args.compile else unet
+    model = compile_unet(unet) if args.compile else unet
     loader = load_batches(batches, first_step, accelerator, args)
     step_log = StepLog(accelerator, batches.global_batch_size)
-    with tqdm(
+    progress_bar = tqdm(
         total=max_train_steps,
         initial=first_step,
         desc="Training",
         unit="step",
         disable=not accelerator.is_local_main_process,
-    ) as progress_bar:
+    )
+    with stop.deferred(), progress_bar:
         for step in range(first_step + 1, max_train_steps + 1):
             loss, grad_norm = optimisation_step(accelerator, model, optimizer, noise_scheduler, loader, args)
             step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0])
@@ -624,14 +523,20 @@ def train(
                 ema.step(unet.parameters())
             progress_bar.update()
 
-            save_now, validate_now = step % args.checkpointing_steps == 0, step in validation_steps
+            stopped_by = stop.agreed() if step < max_train_steps else 0
+            save_now, validate_now = step % args.checkpointing_steps == 0 or stopped_by, step in validation_steps
             if step % LOG_EVERY == 0 or save_now or validate_now or step == max_train_steps:
                 figures = step_log.flush()
                 progress_bar.set_postfix(loss=f"{figures['train/loss']:.4f}")
             if save_now or step == max_train_steps:
                 check_weights(accelerator, unet, step)
             if save_now:
-                save_checkpoint(accelerator, args, step, config)
+                notes = {TRAINING_CONFIG: as_json(config)}
+                saved = save_checkpoint(accelerator, args.output_dir, step, notes, args.checkpoints_total_limit)
+            if stopped_by:
+                accelerator.end_training()
+                progress_bar.close()
+                raise Interrupted(stopped_by, f"after step {step}: go on from {saved} with {HOW_TO_RESUME}")
             if validate_now:
                 with averaged_weights(ema, unet):
                     current = whole_unet(accelerator, unet)
@@ -641,11 +546,13 @@ def train(
             if save_now or validate_now:
                 step_log.restart_clock()
 
-    if ema:
-        ema.copy_to(unet.parameters())
-    pipeline.unet = whole_unet(accelerator, unet)
+    with stop.deferred():
+        if ema:
+            ema.copy_to(unet.parameters())
+        pipeline.unet = whole_unet(accelerator, unet)
+        if accelerator.is_main_process:
+            save_pipeline(pipeline, args.output_dir, config)
     if accelerator.is_main_process:
-        save_pipeline(pipeline, args.output_dir, config)
         print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")
         if args.push_to_hub:
             upload(args, repository)
@@ -707,10 +614,29 @@ def optimisation_step(
             accelerator.backward(loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                grad_norm = clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
     return sum(losses) / len(losses), grad_norm
+
+
+def clip_gradients(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
+) -> torch.Tensor:
+    """Sees to it that the optimiser uses gradients of at most this norm together; returns their norm before that.
+
+    A fused optimiser divides by `grad_scale` while it reads the gradients, which saves the pass over all of them
+    that clipping would be. Where there is none, or the processes share out the gradients, accelerate clips them.
+    """
+    import torch
+
+    fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
+    if not fused or accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    accelerator.unscale_gradients(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    optimizer.optimizer.grad_scale = (norm / max_norm).clamp(min=1)
+    return norm
 
 
 def print_plan(accelerator: Accelerator, args: argparse.Namespace, batches: TrainingBatches) -> None:
@@ -724,17 +650,40 @@ def print_plan(accelerator: Accelerator, args: argparse.Namespace, batches: Trai
     )
 
 
-def main() -> None:
+def run(stop: StopRequest) -> None:
     args = parse_args()
     check_args(args)
-    checkpoint = find_checkpoint(args)
+    checkpoint, damaged = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    for line in damaged if is_first_process() else []:
+        warn(f"{line}; {checkpoint} is used instead")
     train_pairs, validation_pairs = find_training_pairs(args)
     if args.num_validation_images and not validation_pairs:
         warn(f"no validation video of {args.train_data_dir} has both frames; training goes on without validation")
     try:
-        train(args, train_pairs, validation_pairs, checkpoint)
-    except KeyboardInterrupt:
-        raise UserError("interrupted; continue from the last checkpoint with --resume_from_checkpoint latest") from None
+        with shortages_in_one_line(args):
+            train(args, train_pairs, validation_pairs, checkpoint, stop)
+    except Interrupted as interruption:
+        kept = f"{checkpoint} is still the newest checkpoint" if checkpoint else "there is nothing to save"
+        where = str(interruption) or f"before the first step: {kept}, run the same command again"
+        raise Interrupted(interruption.signal_number, where) from None
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main() -> None:
+    try:
+        run(StopRequest())
+    except Interrupted as interruption:
+        if is_first_process():
+            print(f"interrupted {interruption}".rstrip(), file=sys.stderr)
+        sys.exit(interruption.exit_status)
+    except UserError as error:
+        if is_first_process() or isinstance(error, Shortage):
+            raise
+        time.sleep(10)  # the first process says the same; its launcher ends this one as soon as it has
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,34 @@ NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-4}
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-}   # file made by `accelerate config`; overrides the launch settings here
 EXTRA_ARGS=${EXTRA_ARGS:-}                 # any other flags of train_instruct_pix2pix.py
 
+# What is printed goes to train.log too. tee lives through signals, to show what training says last.
+mkdir -p "$OUTPUT_DIR"
+log_start=$(( $(cat "$OUTPUT_DIR/train.log" 2> /dev/null | wc -c) + 1 ))
+exec 3>&1 > >(trap '' INT TERM && exec tee -a "$OUTPUT_DIR/train.log") 2>&1
+logger=$!
+finish() {
+  local status=$?
+  exec > /dev/null 2>&1
+  wait "$logger" || true
+  if (( status && NUM_PROCESSES > 1 )); then  # the launcher's long report has buried the line that matters
+    tail -c "+$log_start" "$OUTPUT_DIR/train.log" | tr '\r' '\n' | grep -aE '^(error:|interrupted) ' | tail -n 1 >&3
+  fi
+  exit "$status"
+}
+trap finish EXIT
+
+# Ctrl-C and SIGTERM are passed on to training, which saves a checkpoint; bash alone would leave it running.
+training='' stopped=0 signals=0
+stop() {
+  stopped=$1 signals=$(( signals + 1 ))
+  if [[ -n $training ]]; then kill -TERM "$training" 2> /dev/null || true; fi
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub} PYTHONUNBUFFERED=1
 
-launch=(--quiet)
+launch=(accelerate launch --quiet)
 choose_launch() {
   if [[ -n ${HF_ENDPOINT:-} ]]; then
     export HF_ENDPOINT
@@ -41,7 +66,7 @@ choose_launch() {
     launch+=(--config_file "$ACCELERATE_CONFIG")
     return
   fi
-  if ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  if ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2> /dev/null; then
     if nvidia-smi -L > /dev/null 2>&1; then
       echo "error: there is a GPU, but torch cannot use it; python -c 'import torch; torch.zeros(1).cuda()' says why"
       exit 1
@@ -52,10 +77,14 @@ choose_launch() {
     fi
     cores=$(python -c "import os; print(os.cpu_count())")
     export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( (cores + NUM_PROCESSES - 1) / NUM_PROCESSES ))}
-    if (( NUM_PROCESSES == 1 )); then launch+=(--cpu); fi
+  fi
+  if (( NUM_PROCESSES == 1 )); then  # no launcher is needed, which would die of a signal before training does
+    launch=(python)
+    arguments+=(--mixed_precision "$MIXED_PRECISION")
+    return
   fi
   launch+=(--num_machines 1 --dynamo_backend no --num_processes "$NUM_PROCESSES" --mixed_precision "$MIXED_PRECISION")
-  if (( NUM_PROCESSES > 1 )); then launch+=(--multi_gpu); fi
+  launch+=(--multi_gpu)
 }
 
 arguments=(
@@ -81,9 +110,22 @@ if [[ $PROGRESS == [Tt]rue ]]; then arguments+=(--add_progress); fi
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
 
-mkdir -p "$OUTPUT_DIR"
-{
-  choose_launch
-  # shellcheck disable=SC2086  # EXTRA_ARGS is a list of words
-  accelerate launch "${launch[@]}" train_instruct_pix2pix.py "${arguments[@]}" $EXTRA_ARGS
-} 2>&1 | tee -i -a "$OUTPUT_DIR/train.log"
+choose_launch
+if (( stopped )); then
+  echo "interrupted before the first step: there is nothing to save, run the same command again"
+  exit "$stopped"
+fi
+# shellcheck disable=SC2086  # EXTRA_ARGS is a list of words
+"${launch[@]}" train_instruct_pix2pix.py "${arguments[@]}" $EXTRA_ARGS 3>&- &
+training=$!
+seen=-1
+while (( seen != signals )); do  # a signal ends the waiting, but not yet the training
+  seen=$signals status=0
+  wait "$training" || status=$?
+done
+if (( status == 137 )); then
+  echo "error: training was killed, mostly for want of memory: lower BATCH_SIZE (and raise GRADIENT_ACCUM by as much) or" \
+    "RESOLUTION, or set EXTRA_ARGS=--gradient_checkpointing; RESUME=latest goes on from the newest checkpoint"
+fi
+if (( status && stopped )); then status=$stopped; fi
+exit "$status"

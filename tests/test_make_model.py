@@ -14,11 +14,19 @@ from PIL import Image
 
 from data.dataset import TASK_TEMPLATES, UserError, plain_template
 from data.sthv2_dataset_hf import build_prompt
-from demo.make_model import build_pipeline, build_tokenizer, check_output_dir, count_parameters, save_pipeline
+from demo.make_model import (
+    build_pipeline,
+    build_tokenizer,
+    build_vae,
+    check_output_dir,
+    count_parameters,
+    save_pipeline,
+)
 from demo.pretraining_clips import CLIP_SEED, choose_frames, render_frames
-from tests.conftest import run
+from tests.conftest import PROJECT, run
 
 MEGABYTE = 10**6
+BASE_MODEL = PROJECT / "demo" / "base_model"
 
 
 def load(directory: Path) -> StableDiffusionInstructPix2PixPipeline:
@@ -35,7 +43,7 @@ def tree_hash(directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "untrained"
-    run("python", "-m", "demo.make_model", "--output_dir", directory)
+    run("python", "-m", "demo.make_model", "--output_dir", directory, "--vae_train_steps", 0, "--unet_train_steps", 0)
     return directory
 
 
@@ -51,7 +59,7 @@ def test_stock_diffusers_loads_it_in_float32_and_predicts(untrained):
     pipeline = load(untrained)
     assert {model.dtype for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
     assert pipeline.unet.config.in_channels == 8
-    assert pipeline.vae_scale_factor == 8
+    assert pipeline.vae_scale_factor == 4
     for side in (96, 128):
         frame = Image.new("RGB", (side, side))
         picture = pipeline("pushing a cup", image=frame, num_inference_steps=2).images[0]
@@ -71,7 +79,7 @@ def test_the_scheduler_is_stable_diffusions(untrained):
     assert type(scheduler).__name__ == "EulerAncestralDiscreteScheduler"
     config = scheduler.config
     assert (config.beta_schedule, config.beta_start, config.beta_end) == ("scaled_linear", 0.00085, 0.012)
-    assert config.prediction_type == "epsilon"
+    assert config.prediction_type == "v_prediction"
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_weights(untrained, tmp_path):
@@ -108,6 +116,32 @@ def test_an_initial_model_that_is_none_is_one_clear_line(tmp_path):
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: --initial_model {tmp_path} is not a model directory")
     assert not out.exists()
+
+
+# What is committed.
+
+
+def test_the_vae_starts_by_resizing_and_keeps_30_db_of_unseen_frames_when_trained():
+    from demo.pretrain import reconstruction_psnr
+
+    unseen = [clip for index in range(4) for clip in render_frames(index, (96, 128))]  # held out by the recipe
+    trained = load(BASE_MODEL).vae
+    for clips in (unseen[0::2], unseen[1::2]):
+        assert reconstruction_psnr(build_vae(), clips) > 26
+        assert reconstruction_psnr(trained, clips) > 30
+
+
+def test_the_committed_model_is_small_and_of_the_recipe(untrained):
+    files = tree_hash(BASE_MODEL)
+    assert sum((BASE_MODEL / name).stat().st_size for name in files) <= 20 * MEGABYTE
+    assert files.keys() == tree_hash(untrained).keys()
+    of_recipe, committed = load(untrained), load(BASE_MODEL)
+    for name in ("unet", "vae", "text_encoder"):
+        one, other = getattr(of_recipe, name), getattr(committed, name)
+        assert {key: value.shape for key, value in one.state_dict().items()} == {
+            key: value.shape for key, value in other.state_dict().items()
+        }
+    assert committed.tokenizer("a cup").input_ids == of_recipe.tokenizer("a cup").input_ids
 
 
 # The tokenizer.
@@ -192,12 +226,12 @@ def test_training_steps_are_functions_of_the_seed_and_the_step():
     assert {vae_batch(by_size, step, 0, cropped=False).shape[1] for step in range(20)} == {96, 128}
 
     encoded = [
-        EncodedClip(clip.label, clip.num_frames, clip.indices, torch.randn(len(clip.indices), 8, 12, 12))
+        EncodedClip(clip.label, clip.num_frames, clip.indices, torch.randn(len(clip.indices), 8, 24, 24))
         for clip in by_size[96]
     ]
-    batch, again = (pair_batch({12: encoded}, 7, 0, scaling_factor=2.0) for _ in range(2))
+    batch, again = (pair_batch({24: encoded}, 7, 0, scaling_factor=2.0) for _ in range(2))
     assert torch.equal(batch.targets, again.targets) and batch.prompts == again.prompts
-    assert not torch.equal(batch.targets, pair_batch({12: encoded}, 8, 0, scaling_factor=2.0).targets)
+    assert not torch.equal(batch.targets, pair_batch({24: encoded}, 8, 0, scaling_factor=2.0).targets)
     assert any("% of the action" in prompt for prompt in batch.prompts)
     assert any("% of the action" not in prompt for prompt in batch.prompts)
 

@@ -2,28 +2,27 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFont
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from data.dataset import UserError, filtered_annotations_path, frames_dir
 from data.sthv2_dataset_hf import load_frame_pairs
 from sample_from_pix2pix import (
-    HIGHEST_PSNR,
+    SCHEDULERS,
+    SamplingOptions,
     choose_samples,
-    comparison_picture,
-    contact_sheet,
     load_pipeline,
-    mean_scores,
-    predict_and_score,
+    predict_frames,
+    predict_pairs,
     read_training_config,
     reconstruct_frames,
-    score_frame,
-    wrap_text,
 )
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, run
 
@@ -73,7 +72,7 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp
     assert f"{summary['psnr']['copy']:.2f}" in done.stdout and "cover_object" in done.stdout
     assert "1 samples have no frame 21" in done.stdout
     assert (tmp_path / "overview.png").is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "overview.png", "samples"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "overview.png", "samples", "scores.png"]
     assert not (tmp_path / "samples" / "old").exists()
 
 
@@ -110,6 +109,8 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
     assert "python -m data.video_loader" in message("--frames_dir", data_dir / "frames_64x64")
     assert "no video of" in message("--input_frame_idx", 70)
     assert "at least 1" in message("--image_guidance_scale", 0.5)
+    assert "in (0, 1]" in message("--strength", 0)
+    assert "needs --residual" in message("--wiener_gain", "--no-residual")
     assert "no model_index.json" in message(model=data_dir)
     odd = make_data_dir(tmp_path_factory.mktemp("odd"), side=36)
     assert "36 pixels wide; the model needs a multiple of 8" in message("--frames_dir", frames_dir(odd, 36))
@@ -155,25 +156,11 @@ def test_another_seed_chooses_other_samples_and_noise(data_dir):
     assert choose_samples(many, 5, 1) != choose_samples(many, 5, 2)
     pipeline = make_tiny_pipeline()
     one, same, other = (
-        predict_and_score(pipeline, pairs[:1], seed, 1, show_progress=False, num_inference_steps=2)[0]["prediction"]
+        next(predict_pairs(pipeline, pairs[:1], seed, 1, SamplingOptions(num_inference_steps=2), False))["prediction"]
         for seed in (1, 1, 2)
     )
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
-
-
-def test_identical_pictures_have_finite_scores():
-    frame = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    assert score_frame(frame, frame) == (HIGHEST_PSNR, 1.0)
-    brighter = np.minimum(frame.astype(int) + 1, 255).astype(np.uint8)
-    assert 48 < score_frame(brighter, frame)[0] < 50  # an error of one level everywhere is 48.1 dB
-
-
-def test_means_leave_out_what_has_no_target():
-    scores = {"prediction": 20.0, "copy": 30.0, "vae_ceiling": 40.0}
-    results = [{"psnr": scores, "ssim": scores}, {"psnr": None, "ssim": None}]
-    assert mean_scores(results) == {"num_samples": 1, "psnr": scores, "ssim": scores}
-    assert mean_scores(results[1:])["psnr"] == {"prediction": None, "copy": None, "vae_ceiling": None}
 
 
 def test_reconstruction_is_the_decoded_mode():
@@ -188,33 +175,96 @@ def test_reconstruction_is_the_decoded_mode():
     assert np.abs(reconstruct_frames(pipeline, [frame])[0] - expected).max() <= 1
 
 
-def test_comparison_shows_all_three_frames_and_the_words():
-    frames = {
-        name: np.full((SIDE, SIDE, 3), level, np.uint8)
-        for name, level in (("input", 50), ("prediction", 100), ("target", 150))
-    }
-    scores = {"psnr": dict.fromkeys(("prediction", "copy", "vae_ceiling"), 20.0)}
-    scores["ssim"] = scores["psnr"]
-    result = frames | scores | {"prompt": "moving a cup up " * 20}
-    picture = comparison_picture(result, "step 7")
-    thirds = np.array_split(picture[60:200], 3, axis=1)
-    assert [int(np.median(third)) for third in thirds] == [50, 100, 150]
-    assert (picture[-20:] < 128).any()  # the last line of words
-    without_target = comparison_picture(result | {"target": None, "psnr": None, "ssim": None})
-    assert np.median(np.array_split(without_target[60:200], 3, axis=1)[2]) == 255
+def frames_and_prompts(count=3):
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(count)]
+    return frames, [f"moving {number} cups" for number in range(count)]
 
 
-def test_contact_sheet_keeps_every_picture():
-    pictures = [np.full((10 + index, 8, 3), index, np.uint8) for index in range(3)]
-    sheet = contact_sheet(pictures)
-    assert sheet.shape == (11 + 12, 16, 3)
-    assert [(sheet[..., 0] == index).sum() for index in range(3)] == [80, 88, 96]
-    assert contact_sheet(pictures[:1]).shape == (10, 8, 3)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_plain_options_draw_what_the_stock_pipeline_draws(prediction_type):
+    pipeline = make_tiny_pipeline(prediction_type=prediction_type)
+    frames, prompts = frames_and_prompts()
+    options = {"num_inference_steps": 5, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
+    plain = SamplingOptions(
+        **options, scheduler="euler_ancestral", residual=False, num_predictions=1, wiener_gain=False
+    )
+    ours = predict_frames(pipeline, frames, prompts, [1, 2, 3], plain)
+    for frame, prompt, seed, prediction in zip(frames, prompts, (1, 2, 3), ours):
+        generator = torch.Generator().manual_seed(seed)
+        stock = pipeline(prompt=prompt, image=Image.fromarray(frame), generator=generator, **options).images[0]
+        assert np.abs(np.asarray(stock).astype(int) - prediction.frame).max() <= 1
+        assert prediction.uncertainty is None
 
 
-@given(st.text(max_size=300), st.integers(40, 400))
-def test_wrapped_lines_fit_and_lose_nothing(text, width):
-    font = ImageFont.load_default(size=13)
-    lines = wrap_text(text, font, width)
-    assert all(font.getlength(line) <= width for line in lines)
-    assert "".join("".join(lines).split()) == "".join(text.split())
+def test_residual_decoding_adds_the_decoded_change_to_the_input():
+    pipeline = make_tiny_pipeline()
+    frames, prompts = frames_and_prompts()
+    options = {"num_inference_steps": 3, "num_predictions": 1, "wiener_gain": False}
+    plain = predict_frames(pipeline, frames, prompts, [1, 2, 3], SamplingOptions(residual=False, **options))
+    residual = predict_frames(pipeline, frames, prompts, [1, 2, 3], SamplingOptions(residual=True, **options))
+    for frame, with_input, decoded, same in zip(frames, residual, plain, reconstruct_frames(pipeline, frames)):
+        unclipped = (decoded.frame > 0) & (decoded.frame < 255) & (same > 0) & (same < 255)
+        expected = np.clip(frame.astype(int) + decoded.frame - same, 0, 255)
+        assert unclipped.mean() > 0.5
+        assert np.abs(with_input.frame - expected)[unclipped].max() <= 1
+
+
+def test_several_predictions_are_averaged_and_begin_with_the_single_one():
+    pipeline = make_tiny_pipeline()
+    frames, prompts = frames_and_prompts(2)
+
+    def predict(count, **more):
+        options = SamplingOptions(num_inference_steps=2, num_predictions=count, **more)
+        return predict_frames(pipeline, frames, prompts, [5, 6], options)
+
+    one, two = predict(1, wiener_gain=False), predict(2, wiener_gain=False)
+    shrunk = predict(2, wiener_gain=True)
+    for frame, first, mean, gained in zip(frames, one, two, shrunk):
+        # Two values lie standard deviation / sqrt(2) from their mean: averaged over colours that bounds the distance.
+        distance = np.abs(mean.frame.astype(float) - first.frame).mean(axis=2)
+        inside = ((mean.frame > 0) & (mean.frame < 255) & (first.frame > 0) & (first.frame < 255)).all(axis=2)
+        assert np.abs(distance - mean.uncertainty / np.sqrt(2))[inside].max() <= 1
+        assert np.array_equal(mean.uncertainty, gained.uncertainty)
+        change, smaller = (np.abs(p.frame.astype(int) - frame) for p in (mean, gained))
+        assert (smaller <= change + 1).all() and smaller.sum() < change.sum()
+
+
+def test_without_guidance_only_the_conditioned_branch_is_computed():
+    pipeline = make_tiny_pipeline()
+    frames, prompts = frames_and_prompts(1)
+    batches = []
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    for text, image, branches in ((1.0, 1.0, 1), (3.0, 1.0, 2), (1.5, 1.5, 2), (7.5, 1.5, 3)):
+        batches.clear()
+        options = SamplingOptions(num_inference_steps=1, num_predictions=1, wiener_gain=False)
+        options = replace(options, guidance_scale=text, image_guidance_scale=image)
+        predict_frames(pipeline, frames, prompts, [0], options)
+        assert batches == [branches]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_weak_start_stays_near_the_input_frame(scheduler):
+    pipeline = make_tiny_pipeline()
+    frames, prompts = frames_and_prompts()
+    unchanged = np.stack(reconstruct_frames(pipeline, frames)).astype(int)
+
+    def distance(strength):
+        options = SamplingOptions(scheduler=scheduler, strength=strength, residual=False, num_inference_steps=10)
+        options = replace(options, num_predictions=1, wiener_gain=False)
+        predictions = predict_frames(pipeline, frames, prompts, [1, 2, 3], options)
+        return np.abs(np.stack([prediction.frame for prediction in predictions]) - unchanged).mean()
+
+    assert distance(0.1) < distance(0.5) < distance(1.0)
+
+
+def test_options_of_the_command_reach_the_prediction(data_dir, tiny_model, tmp_path):
+    options = "--num_samples 1 --scheduler ddim --num_predictions 2 --wiener_gain --strength 0.5".split()
+    sample(data_dir, tiny_model, tmp_path / "some", *options, "--guidance_scale", 2)
+    [row] = json.loads((tmp_path / "some" / "metrics.json").read_text())["samples"]
+    folder = tmp_path / "some" / "samples" / row["video_id"]
+    assert (folder / "uncertainty.png").is_file()
+    sample(data_dir, tiny_model, tmp_path / "plain", "--num_samples", 1, "--no-residual", "--num_predictions", 1)
+    plain = tmp_path / "plain" / "samples" / row["video_id"]
+    assert not (plain / "uncertainty.png").exists()
+    assert (plain / "prediction.png").read_bytes() != (folder / "prediction.png").read_bytes()

@@ -92,10 +92,14 @@ def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
     for metric in ("psnr", "ssim"):
         for name in ("prediction", "copy"):
             # 6 samples, 4 a step: two epochs end with step 3, four with step 6.
-            assert sorted(scalars(logs, f"validation/{metric}_{name}")) == [3, 6, 8]
-    copies = scalars(logs, "validation/psnr_copy")
-    assert copies[3] == copies[8] > scalars(logs, "validation/psnr_prediction")[8]
-    events = EventAccumulator(str(next(logs.rglob("events*"))), size_guidance={"images": 0})
+            # One chart a metric: TensorBoard lays its lines, each a run of its own, over each other.
+            [line] = logs.rglob(f"validation_{metric}_{name}")
+            assert sorted(scalars(line, f"validation/{metric}")) == [3, 6, 8]
+    [copy_line], [prediction_line] = logs.rglob("validation_psnr_copy"), logs.rglob("validation_psnr_prediction")
+    copies = scalars(copy_line, "validation/psnr")
+    assert copies[3] == copies[8] > scalars(prediction_line, "validation/psnr")[8]
+    [event_file] = logs.glob("*/events*")
+    events = EventAccumulator(str(event_file), size_guidance={"images": 0})
     events.Reload()
     assert sorted(events.Tags()["images"]) == [f"validation/val{number}" for number in range(3)]
     assert [event.step for event in events.Images("validation/val0")] == [3, 6, 8]

@@ -1,0 +1,442 @@
+"""Does it help to tell the model how much of an action is done?
+
+    python -m benchmarks.progress_study
+
+fine-tunes with and without `--add_progress` on the same clips, for the same steps, with the same seeds, for frame
+20 -> 21 and 20 -> 25, predicts held-out clips and compares the two pair by pair. It renders its clips itself, with a
+seed that neither `demo.make_clips` nor the base model's training uses. On Something-Something V2:
+
+    python -m benchmarks.progress_study --data_dir data/sthv2 --resolution 128 --max_train_steps 3750 \
+        --learning_rate 5e-6 --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
+        --training_options="--mixed_precision fp16"
+
+Training and sampling are the repository's own commands. A run that is finished is not repeated, so an interrupted
+study goes on where it stopped. The table is printed; `results.json` in the work directory has every pair's scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sample_from_pix2pix
+import train_instruct_pix2pix
+from data.dataset import UserError, filtered_annotations_path, frames_dir, read_annotations, run_command, write_file
+from data.scores import bootstrap_interval, paired_permutation_test
+from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, describe_left_out, load_frame_pairs
+
+PROJECT = Path(__file__).parents[1]
+DEMO_MODEL = Path("demo/base_model")
+CLIP_SEED = 20_260  # of the rendered clips; 42 is demo.make_clips' own, the base model's training has another
+SPLIT_SEED = 0  # of filtering, and of choosing held-out pairs
+ENOUGH_PAIRS = 200
+ALL_TASKS = "all"
+MEASURES = {"psnr": "PSNR over the whole picture, dB", "moving_psnr": "PSNR where something moves, dB"}
+QUICK = {
+    "work_dir": Path("outputs/progress_study_quick"),
+    "target_frame_idx": [25],
+    "seeds": [0],
+    "num_train_clips": 9,
+    "num_val_clips": 12,
+    "max_train_steps": 4,
+    "train_batch_size": 4,
+    "sampling_options": "--num_inference_steps 4",
+}
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.progress_study", description="Measure whether progress prompts help."
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a small run that only shows that everything works")
+    add("--work_dir", type=Path, default=Path("outputs/progress_study"), help="runs and results go here (%(default)s)")
+    add("--pretrained_model_name_or_path", default=str(DEMO_MODEL), help="base model (%(default)s)")
+    add("--data_dir", type=Path, help="a prepared data directory, such as data/sthv2 (renders clips)")
+    add("--resolution", type=int, default=96, help="side of the frames in pixels (%(default)s)")
+    add("--num_train_clips", type=int, default=400, help="rendered clips to train on (%(default)s)")
+    add("--num_val_clips", type=int, default=220, help="rendered clips to evaluate on (%(default)s)")
+    add("--num_samples", type=sample_from_pix2pix.number_of_samples, help="held-out pairs to evaluate on, or 'all'")
+    add("--input_frame_idx", type=int, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
+    add("--target_frame_idx", type=int, nargs="+", default=[21, 25], help="frames to predict, one study each (21 25)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and sampling (0 1 2)")
+    add("--max_train_steps", type=int, default=300, help="optimiser steps of each run (%(default)s)")
+    add("--train_batch_size", type=int, default=16, help="(%(default)s)")
+    add("--learning_rate", type=float, default=1e-4, help="(%(default)s)")
+    for name, script, example in (
+        ("--training_options", "train_instruct_pix2pix.py", "--mixed_precision fp16"),
+        ("--sampling_options", "sample_from_pix2pix.py", "--num_inference_steps 10 --guidance_scale 3"),
+    ):
+        add(name, type=shlex.split, default="", metavar="FLAGS", help=f'more for {script}: {name}="{example}"')
+    add("--keep_models", action="store_true", help="keep trained models and predicted pictures, not only scores")
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(arguments)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    args.target_frame_idx = list(dict.fromkeys(args.target_frame_idx))
+    for name in ("num_train_clips", "num_val_clips", "max_train_steps", "train_batch_size", "resolution"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    return args
+
+
+# The data.
+
+
+def prepare_clips(args: argparse.Namespace) -> Path:
+    """Renders, filters and extracts the study's own clips (what is there already stays); their data directory."""
+    data_dir = args.work_dir / "clips"
+    counts = {"train": args.num_train_clips, "val": args.num_val_clips}
+    clips = [f"--num_{split}_clips={count}" for split, count in counts.items()]
+    entries = [f"--{split}_samples_per_task={count}" for split, count in counts.items()]  # as many as there are
+    call(["-m", "demo.make_clips", f"--output_dir={data_dir}", f"--seed={CLIP_SEED}", *clips])
+    call(["-m", "data.dataset", f"--data_dir={data_dir}", f"--seed={SPLIT_SEED}", *entries])
+    call(["-m", "data.video_loader", f"--data_dir={data_dir}", f"--resolutions={args.resolution}"])
+    return data_dir
+
+
+def choose_held_out(args: argparse.Namespace, data_dir: Path, target_frame_idx: int) -> Path:
+    """Writes the annotations of the held-out pairs of one horizon, the same for all its runs; returns the file."""
+    pairs, left_out = load_frame_pairs(
+        data_dir, "val", args.resolution, args.input_frame_idx, target_frame_idx, add_progress=True
+    )
+    if left_out:
+        print(f"held-out clips: {describe_left_out(left_out)}")
+    chosen = {pair["video_id"] for pair in sample_from_pix2pix.choose_samples(pairs, args.num_samples, SPLIT_SEED)}
+    if not chosen:
+        raise UserError(
+            f"no held-out video of {data_dir} has both frames {args.input_frame_idx} and {target_frame_idx}; look at:"
+            f" python -m data.sthv2_dataset_hf --data_dir {data_dir} --resolution {args.resolution}"
+        )
+    if len(chosen) < ENOUGH_PAIRS:
+        print(f"only {len(chosen)} held-out pairs for {args.input_frame_idx} -> {target_frame_idx}: expect no answer")
+    entries = [entry for entry in read_annotations(filtered_annotations_path(data_dir, "val")) if entry["id"] in chosen]
+    content = json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
+    name = f"held_out_{args.input_frame_idx}_to_{target_frame_idx}_{digest(content)}.json"
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    write_file(args.work_dir / name, content)
+    return args.work_dir / name
+
+
+# The runs.
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and the prediction of all held-out pairs. `folder` is named after all settings of both."""
+
+    target_frame_idx: int
+    add_progress: bool
+    seed: int
+    folder: Path
+    training: list[str]
+    sampling: list[str]
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "samples" / "metrics.json"
+
+    def __str__(self) -> str:
+        return f"-> {self.target_frame_idx} {'with' if self.add_progress else 'without'} progress, seed {self.seed}"
+
+
+def plan_runs(args: argparse.Namespace, data_dir: Path) -> list[Run]:
+    """All runs, in an order that gives whole comparisons early: both prompts of a seed, then the next seed."""
+    held_out = {target: choose_held_out(args, data_dir, target) for target in args.target_frame_idx}
+    data = filtered_annotations_path(data_dir, "train").read_text(encoding="utf-8")
+    return [
+        plan_run(args, data_dir, held_out[target], target, add_progress, seed, digest(data, model_files(args)))
+        for seed in args.seeds
+        for target in args.target_frame_idx
+        for add_progress in (False, True)
+    ]
+
+
+def plan_run(
+    args: argparse.Namespace,
+    data_dir: Path,
+    held_out: Path,
+    target_frame_idx: int,
+    add_progress: bool,
+    seed: int,
+    data_and_model: str,
+) -> Run:
+    frames = [f"--input_frame_idx={args.input_frame_idx}", f"--target_frame_idx={target_frame_idx}"]
+    # The study's own flags come last, where they win over the user's.
+    training = [
+        *args.training_options,
+        f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}",
+        f"--train_data_dir={data_dir}",
+        f"--resolution={args.resolution}",
+        *frames,
+        *(["--add_progress"] if add_progress else []),
+        f"--max_train_steps={args.max_train_steps}",
+        f"--train_batch_size={args.train_batch_size}",
+        f"--learning_rate={args.learning_rate}",
+        f"--seed={seed}",
+        f"--checkpointing_steps={args.max_train_steps + 1}",  # none, unless it is interrupted
+        "--resume_from_checkpoint=latest",
+        "--num_validation_images=0",
+        "--report_to=none",
+    ]
+    sampling = [
+        *args.sampling_options,
+        f"--frames_dir={frames_dir(data_dir, args.resolution)}",
+        f"--val_annotations={held_out}",
+        *frames,
+        "--num_samples=all",
+        f"--seed={seed}",
+    ]
+    # All arguments, also those that nobody gave: where a default changes, results of before it do not count.
+    settings = [
+        train_instruct_pix2pix.parse_args(training),
+        sample_from_pix2pix.parse_args(["--model_dir=", *sampling]),
+    ]
+    key = digest(data_and_model, *(str(sorted(vars(options).items())) for options in settings))
+    prompts = "with_progress" if add_progress else "without_progress"
+    name = f"{args.input_frame_idx}_to_{target_frame_idx}_{prompts}_seed_{seed}_{key}"
+    return Run(target_frame_idx, add_progress, seed, args.work_dir / "runs" / name, training, sampling)
+
+
+def model_files(args: argparse.Namespace) -> str:
+    """Names, sizes and times of a base model's files; empty for a model on the hub."""
+    folder = Path(args.pretrained_model_name_or_path)
+    stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return str([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()])
+
+
+def digest(*texts: str) -> str:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=5).hexdigest()
+
+
+def check_options(args: argparse.Namespace, run: Run) -> None:
+    """Refuses, before the first run, what could only fail in it, or would be overruled in silence."""
+    for name, words in (("training_options", run.training), ("sampling_options", run.sampling)):
+        asked = getattr(args, name)
+        taken = {"--add_progress", "--output_dir", "--model_dir", *(word.split("=")[0] for word in words[len(asked) :])}
+        for word in asked:
+            if word.split("=")[0] in taken:
+                raise UserError(f"--{name} may not hold {word}: the study sets it itself")
+    train_instruct_pix2pix.check_args(train_instruct_pix2pix.parse_args(run.training))
+    sample_from_pix2pix.check_args(sample_from_pix2pix.parse_args(["--model_dir=", *run.sampling]))
+
+
+def execute(runs: Sequence[Run], keep_models: bool) -> None:
+    """Trains and samples what is not finished yet, with one progress bar over the runs."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(runs), unit="run") as progress_bar:
+        for run in runs:
+            progress_bar.set_description_str(f"training {run}")
+            model, samples = run.folder / "model", run.folder / "samples"
+            if not run.metrics.is_file() and not (model / "model_index.json").is_file():
+                words = [PROJECT / "train_instruct_pix2pix.py", f"--output_dir={model}", *run.training]
+                call(words, run.folder / "train.log")
+            progress_bar.set_description_str(f"sampling {run}")
+            if not run.metrics.is_file():
+                words = [PROJECT / "sample_from_pix2pix.py", f"--model_dir={model}", f"--output_dir={samples}"]
+                call([*words, *run.sampling], run.folder / "sample.log")
+            if not keep_models:
+                shutil.rmtree(model, ignore_errors=True)
+                shutil.rmtree(samples / "samples", ignore_errors=True)
+            progress_bar.update()
+
+
+def call(words: Sequence[str | Path], log: Path | None = None) -> None:
+    """Runs a Python command of the repository, its output in `log` or on the terminal.
+
+    An interruption is passed on, so that training can save what it has. Raises UserError with the command's own
+    last line where it fails.
+    """
+    command = [sys.executable, *(str(word) for word in words)]
+    if log is None:
+        if run_child(command, None):
+            raise UserError(f"a step of the study failed, see above: {shlex.join(command)}")
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        status = run_child(command, file)
+    if status:
+        lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+        said = [line for line in lines if line.startswith("error:")] or [line for line in lines if line.strip()] or [""]
+        raise UserError(
+            f"{said[-1].removeprefix('error:').strip() or 'it said nothing'} (exit status {status} of"
+            f" {Path(words[0]).name}, all it said is in {log}; the same command goes on from here)"
+        )
+
+
+def run_child(command: Sequence[str], output: Any) -> int:
+    # In a session of its own Ctrl-C reaches it once, through us, and we wait until it has saved what it has.
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+    ) as child:
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+
+
+# The comparison.
+
+
+def collect_pairs(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The scores of one horizon's held-out pairs, from the metrics of its runs.
+
+    Returns one dictionary a pair: `video_id`, `task`, and for each of MEASURES {"copy": dB, "without": [dB for each
+    seed], "with": [dB for each seed]}; `moving_psnr` is None where nothing moves.
+    """
+    pairs: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        samples = {sample["video_id"]: sample for sample in read_metrics(run)["samples"]}
+        if pairs and samples.keys() != pairs.keys():
+            raise UserError(f"{run.metrics} has other videos than the runs before it; delete {run.folder}")
+        for video_id, sample in samples.items():
+            pair = pairs.setdefault(video_id, {"video_id": video_id, "task": sample["task"]})
+            moving = sample["moving"] and sample["moving"]["psnr"]
+            for measure, scores in (("psnr", sample["psnr"]), ("moving_psnr", moving)):
+                if scores is None:
+                    pair[measure] = None
+                    continue
+                cells = pair.setdefault(measure, {"copy": scores["copy"], "without": [], "with": []})
+                cells["with" if run.add_progress else "without"].append(scores["prediction"])
+    return list(pairs.values())
+
+
+def read_metrics(run: Run) -> dict[str, Any]:
+    try:
+        return json.loads(run.metrics.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.metrics} cannot be read ({error}); delete {run.folder} to repeat the run") from error
+
+
+def compare(pairs: Sequence[dict[str, Any]], measure: str, task: str = ALL_TASKS) -> dict[str, Any]:
+    """The paired comparison of one measure over one task's pairs, or over all.
+
+    A pair's difference (with minus without progress, dB) is first averaged over the seeds: the pairs are the
+    statistical unit. Returns their number, the means of `copy`, `without`, `with` and `difference`, the latter's
+    `interval` (95%, bootstrap over pairs), `p_value` (random changes of sign), and the mean `difference_per_seed`.
+    """
+    rows = [pair[measure] for pair in pairs if task in (ALL_TASKS, pair["task"]) and pair[measure] is not None]
+    comparison: dict[str, Any] = {"task": task, "measure": measure, "num_pairs": len(rows)}
+    if not rows:
+        names = ("copy", "without", "with", "difference", "interval", "p_value", "difference_per_seed")
+        return comparison | dict.fromkeys(names)
+    without, with_progress = (np.array([row[name] for row in rows]) for name in ("without", "with"))
+    differences = (with_progress - without).mean(axis=1)
+    return comparison | {
+        "copy": float(np.mean([row["copy"] for row in rows])),
+        "without": float(without.mean()),
+        "with": float(with_progress.mean()),
+        "difference": float(differences.mean()),
+        "interval": bootstrap_interval(differences),
+        "p_value": paired_permutation_test(differences),
+        "difference_per_seed": (with_progress - without).mean(axis=0).tolist(),
+    }
+
+
+def compare_all(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`compare` for each measure: a row for each task, then one for all."""
+    tasks = [*sorted({pair["task"] for pair in pairs}), ALL_TASKS]
+    return [compare(pairs, measure, task) for measure in MEASURES for task in tasks]
+
+
+def format_table(horizons: dict[str, list[dict[str, Any]]]) -> str:
+    """The comparisons of each horizon ("20 -> 25") as text of about 110 columns."""
+    heads = f"{'copying':>9}{'without':>9}{'with':>8}{'with - without (95%)':>27}{'p':>8}   for each seed"
+    lines = [f"{'pairs':>30}{heads}"]
+    for measure, title in MEASURES.items():
+        lines.append(title)
+        for horizon, rows in horizons.items():
+            for row in rows:
+                if row["measure"] == measure:
+                    lines.append(_table_row(horizon, row))
+    return "\n".join(lines)
+
+
+def _table_row(horizon: str, row: dict[str, Any]) -> str:
+    line = f"  {horizon:<9} {row['task']:<12}{row['num_pairs']:>6}"
+    if not row["num_pairs"]:
+        return f"{line}{'nothing moves':>17}"
+    interval = "" if row["interval"] is None else "({:+.2f} to {:+.2f})".format(*row["interval"])
+    line += f"{row['copy']:>9.2f}{row['without']:>9.2f}{row['with']:>8.2f}{row['difference']:>+9.2f} {interval:<17}"
+    seeds = " ".join(f"{difference:+.2f}" for difference in row["difference_per_seed"])
+    return f"{line}{row['p_value']:>8.4f}   {seeds}"
+
+
+def answer(horizon: str, row: dict[str, Any]) -> str:
+    """One sentence for the row over all tasks: what the interval and the seeds allow to say."""
+    where = "where something moves" if row["measure"] == "moving_psnr" else "over the whole picture"
+    if row["interval"] is None:
+        return f"{horizon}, {where}: too few pairs for an answer."
+    low, high = row["interval"]
+    if low <= 0 <= high or row["p_value"] >= 0.05:
+        return f"{horizon}, {where}: no difference shown; it lies between {low:+.2f} and {high:+.2f} dB."
+    same_sign = len({difference > 0 for difference in row["difference_per_seed"]}) == 1
+    verb = "help" if row["difference"] > 0 else "hurt"
+    seeds = "with every seed" if same_sign else "but not with every seed, so another training could turn it round"
+    return f"{horizon}, {where}: progress prompts {verb} by {abs(row['difference']):.2f} dB, {seeds}."
+
+
+def how_to_read(num_rows: int, num_seeds: int, rendered: bool) -> str:
+    lines = [
+        "How to read this: a pair's difference is averaged over the seeds, and the pairs are what is counted; above 0",
+        "progress helps. The interval says how far other clips would move the mean; how far another training would,",
+        f"show the means of the single seeds ({num_seeds}) in the last column. Without any effect p falls below 0.05",
+        f"in one row of 20; there are {num_rows} rows.",
+    ]
+    if rendered:
+        lines.append(
+            "These are rendered clips, not SSv2: their actions fill the whole clip and keep to a fixed motion profile."
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.pretrained_model_name_or_path == str(DEMO_MODEL) and not (DEMO_MODEL / "model_index.json").is_file():
+        raise UserError(
+            f"there is no {DEMO_MODEL}; run this in the project's folder, or name a base model with"
+            " --pretrained_model_name_or_path (python -m demo.make_model makes one)"
+        )
+    data_dir = args.data_dir or prepare_clips(args)
+    runs = plan_runs(args, data_dir)
+    check_options(args, runs[0])
+    execute(runs, args.keep_models)
+
+    horizons, scores = {}, {}
+    for target in args.target_frame_idx:
+        horizon = f"{args.input_frame_idx} -> {target}"
+        scores[horizon] = collect_pairs([run for run in runs if run.target_frame_idx == target])
+        horizons[horizon] = compare_all(scores[horizon])
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings |= {"data": "rendered clips" if args.data_dir is None else str(args.data_dir)}
+    results = {"settings": settings, "comparisons": horizons, "pairs": scores}
+    write_file(args.work_dir / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+    rows = [row for rows in horizons.values() for row in rows]
+    print(format_table(horizons))
+    for horizon, of_horizon in horizons.items():
+        for row in of_horizon:
+            if row["task"] == ALL_TASKS:
+                print(answer(horizon, row))
+    print(how_to_read(len(rows), len(args.seeds), rendered=args.data_dir is None))
+    print(f"every pair's scores: {args.work_dir / 'results.json'}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, ends a run in an orderly way
+    run_command(main)

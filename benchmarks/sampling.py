@@ -1,0 +1,180 @@
+"""Times 16 predictions of 20 steps: diffusers' own pipeline, one sample after the other, against ours in batches.
+
+    python -m benchmarks.sampling
+
+Both draw the same pictures, to within rounding, from the same seeds, with the guidance of the paper: that is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.dataset import UserError, run_command
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+CLIP_SEED = 7
+MAX_DIFFERENCE = {"no": 1, "fp16": 16, "bf16": 64}  # grey levels between pictures of batches of other sizes
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default="demo", help="'demo', 'sd15' (its size, random weights), or a model's directory")
+    add("--resolution", type=int, default=128, help="side of the frames (%(default)s)")
+    add("--num_samples", type=int, default=16, help="predictions to make (%(default)s)")
+    add("--num_inference_steps", type=int, default=20, help="denoising steps (%(default)s)")
+    add("--batch_sizes", type=int, nargs="+", default=[4, 8, 16], help="of ours (%(default)s)")
+    add("--rounds", type=int, default=3, help="how often everything is timed, in turn (%(default)s)")
+    add("--mixed_precision", choices=list(MAX_DIFFERENCE), help="(fp16 on a GPU, else no)")
+    add("--quick", action="store_true", help="a run under a minute: 4 samples, 4 steps, one round")
+    args = parser.parse_args()
+    if args.quick:
+        args.num_samples, args.num_inference_steps, args.rounds, args.batch_sizes = 4, 4, 1, [4]
+    if min(args.num_samples, args.num_inference_steps, args.rounds, *args.batch_sizes) < 1:
+        parser.error("samples, steps, rounds and batch sizes must be at least 1")
+    return args
+
+
+def render_inputs(count: int, resolution: int) -> tuple[list[np.ndarray], list[str]]:
+    """Frame 20 of rendered clips, uint8 RGB, and their prompts."""
+    import itertools
+
+    import cv2
+
+    from data.sthv2_dataset_hf import build_prompt
+    from demo.make_clips import render_clip
+
+    frames, prompts = [], []
+    for index in range(count):
+        annotation, rendered = render_clip(CLIP_SEED, "val", index)
+        frame = next(itertools.islice(rendered, 20, None))
+        frames.append(cv2.resize(frame, (resolution, resolution), interpolation=cv2.INTER_AREA))
+        prompts.append(build_prompt(annotation["label"]))
+    return frames, prompts
+
+
+def load_model(name: str, mixed_precision: str | None) -> StableDiffusionInstructPix2PixPipeline:
+    """The pipeline to time, on the device and in the precision that sampling would choose."""
+    import torch
+    from accelerate import PartialState
+
+    from data.pretrained import load_pipeline, quiet_libraries
+
+    quiet_libraries()
+    if name == "demo":
+        from demo.make_model import build_pipeline
+
+        pipeline = build_pipeline(seed=0)
+    elif name == "sd15":
+        from benchmarks.train_step import build_stable_diffusion
+
+        pipeline = build_stable_diffusion()
+    else:
+        pipeline = load_pipeline(name)
+    device = PartialState().device
+    precision = mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, dtype)
+
+
+def predict_one_by_one(
+    pipeline: StableDiffusionInstructPix2PixPipeline, frames: list[np.ndarray], prompts: list[str], num_steps: int
+) -> list[np.ndarray]:
+    """What most scripts do: a call of the pipeline for each frame."""
+    import torch
+    from PIL import Image
+
+    pictures = []
+    for seed, (frame, prompt) in enumerate(zip(frames, prompts)):
+        generator = torch.Generator().manual_seed(seed)
+        predicted = pipeline(
+            prompt=prompt,
+            image=Image.fromarray(frame),
+            num_inference_steps=num_steps,
+            guidance_scale=7.5,
+            image_guidance_scale=1.5,
+            generator=generator,
+        )
+        pictures.append(np.asarray(predicted.images[0]))
+    return pictures
+
+
+def predict_in_batches(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    frames: list[np.ndarray],
+    prompts: list[str],
+    num_steps: int,
+    batch_size: int,
+) -> list[np.ndarray]:
+    """Ours, as `sample_from_pix2pix.py` calls it, with the plain pipeline's way of decoding."""
+    from sample_from_pix2pix import SamplingOptions, predict_frames
+
+    options = SamplingOptions(
+        num_inference_steps=num_steps,
+        guidance_scale=7.5,
+        image_guidance_scale=1.5,
+        scheduler="euler_ancestral",
+        num_predictions=1,
+        residual=False,
+        wiener_gain=False,
+    )
+    pictures = []
+    for start in range(0, len(frames), batch_size):
+        batch = slice(start, start + batch_size)
+        seeds = range(len(frames))[batch]
+        pictures += [p.frame for p in predict_frames(pipeline, frames[batch], prompts[batch], seeds, options)]
+    return pictures
+
+
+def main() -> None:
+    args = parse_args()
+    import torch
+
+    frames, prompts = render_inputs(args.num_samples, args.resolution)
+    pipeline = load_model(args.model, args.mixed_precision)
+    alternatives = {
+        "(a) the pipeline, one by one": lambda: predict_one_by_one(pipeline, frames, prompts, args.num_inference_steps)
+    }
+    for size in args.batch_sizes:
+        alternatives[f"(b) ours, batch {size}"] = lambda size=size: predict_in_batches(
+            pipeline, frames, prompts, args.num_inference_steps, size
+        )
+    device = pipeline.device
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    pictures = {}
+    for predict in alternatives.values():  # the first call of each shape is slower
+        predict()
+    for _ in range(args.rounds):
+        for name, predict in alternatives.items():
+            started = time.perf_counter()
+            pictures[name] = np.stack(predict()).astype(int)
+            seconds[name].append(time.perf_counter() - started)
+    reference, *others = pictures.values()
+    largest = max(int(np.abs(picture - reference).max()) for picture in others)
+    precision = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[pipeline.unet.dtype]
+    print(
+        f"{args.num_samples} predictions at {args.resolution} pixels, {args.num_inference_steps} steps, model"
+        f" {args.model}, {device.type}, {torch.get_num_threads()} threads, mixed precision {precision},"
+        f" median of {args.rounds}"
+    )
+    print(f"{'':32}{'seconds':>10}{'a second':>10}{'ratio':>8}")
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    slowest = next(iter(medians.values()))
+    for name, median in medians.items():
+        print(f"{name:32}{median:>10.2f}{args.num_samples / median:>10.2f}{slowest / median:>8.2f}")
+    print(f"largest difference between their pictures: {largest} of 255 grey levels")
+    if largest > MAX_DIFFERENCE[precision]:
+        raise UserError(f"the alternatives drew different pictures ({largest} grey levels apart)")
+
+
+if __name__ == "__main__":
+    run_command(main)

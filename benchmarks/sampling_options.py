@@ -1,0 +1,150 @@
+"""Compares ways to predict with one trained model: guidance, sampler, steps, several predictions, residual decoding.
+
+    python -m benchmarks.sampling_options --model_dir outputs/run --data_dir data/sthv2
+
+Each row changes what its name says and leaves the rest at the defaults of `sample_from_pix2pix.py`. All rows predict
+the same pairs from the same seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data.dataset import UserError, run_command
+from sample_from_pix2pix import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions
+
+PAPER = SamplingOptions(
+    num_inference_steps=20,
+    guidance_scale=7.5,
+    image_guidance_scale=1.5,
+    scheduler="euler_ancestral",
+    strength=1.0,
+    num_predictions=1,
+    residual=False,
+    wiener_gain=False,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling_options", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model_dir", required=True, help="a trained model's directory")
+    add("--data_dir", type=Path, default=Path("data/demo"), help="prepared data directory (%(default)s)")
+    add("--num_samples", type=int, default=60, help="validation pairs, spread over the tasks (%(default)s)")
+    add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
+    add("--batch_size", type=int, default=16, help="pictures predicted at once (%(default)s)")
+    add("--output", type=Path, help="JSON file for all scores of all pairs")
+    add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 5 of the rows")
+    args = parser.parse_args()
+    if min(args.num_samples, args.batch_size) < 1:
+        parser.error("--num_samples and --batch_size must be at least 1")
+    return args
+
+
+def alternatives() -> dict[str, SamplingOptions]:
+    """The rows of the table."""
+    base = DEFAULT_OPTIONS
+    plain = replace(base, residual=False, wiener_gain=False)
+    rows = {
+        "the paper's (diffusers' pipeline)": PAPER,
+        "the paper's, residual": replace(PAPER, residual=True),
+        "our defaults": base,
+    }
+    for count in (1, 4, 8):
+        several = {"num_predictions": count, "wiener_gain": False}
+        rows[f"plain, {count} predictions"] = replace(plain, num_predictions=count)
+        rows[f"residual, {count} predictions"] = replace(base, residual=True, **several)
+        if count > 1:
+            rows[f"residual, {count}, Wiener gain"] = replace(
+                base, residual=True, num_predictions=count, wiener_gain=True
+            )
+    for text, image in ((1.0, 1.0), (1.0, 1.5), (1.5, 1.0), (2.0, 1.5), (3.0, 1.5), (7.5, 1.5), (7.5, 1.0)):
+        rows[f"guidance: text {text}, image {image}"] = replace(base, guidance_scale=text, image_guidance_scale=image)
+    for name in SCHEDULERS:
+        rows[f"scheduler {name}"] = replace(base, scheduler=name)
+    for steps in (5, 10, 20, 50):
+        rows[f"{steps} steps"] = replace(base, num_inference_steps=steps)
+    for strength in (0.5, 0.7, 0.9):
+        rows[f"from the noised input, strength {strength}"] = replace(base, strength=strength)
+    return rows
+
+
+def find_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Validation pairs that have their target, as the model was trained for."""
+    from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, load_frame_pairs
+    from sample_from_pix2pix import choose_samples, read_training_config
+
+    trained = read_training_config(args.model_dir)
+    pairs, _ = load_frame_pairs(
+        args.data_dir,
+        "val",
+        trained.get("resolution", 128),
+        trained.get("input_frame_idx", DEFAULT_INPUT_FRAME_IDX),
+        trained.get("target_frame_idx", DEFAULT_TARGET_FRAME_IDX),
+        trained.get("add_progress", False),
+    )
+    if not pairs:
+        raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")
+    return choose_samples(pairs, args.num_samples, args.seed)
+
+
+def format_row(name: str, summary: dict[str, Any], seconds: float) -> str:
+    """One line: means over the pairs, and the comparison with copying."""
+
+    def compared(scores: dict[str, Any]) -> str:
+        if scores["psnr"]["prediction"] is None:
+            return f"{'-':>30}"
+        interval = scores["difference"]["psnr_interval"]
+        spread = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
+        return f"{scores['psnr']['prediction']:>7.2f}{scores['difference']['psnr']:>+7.2f}{spread:>18}"
+
+    better = summary["share_better"]["psnr"]
+    return f"{name:38}{compared(summary)}{better:>6.0%}{compared(summary['moving'])}{seconds:>8.2f}"
+
+
+def main() -> None:
+    args = parse_args()
+    rows = alternatives()
+    if args.quick:
+        args.num_samples = 3
+        rows = {name: replace(options, num_inference_steps=2) for name, options in list(rows.items())[:5]}
+    pairs = find_pairs(args)
+
+    from accelerate import PartialState
+
+    from data.scores import score_result, summarise
+    from sample_from_pix2pix import load_pipeline, predict_pairs
+
+    pipeline = load_pipeline(args.model_dir).to(PartialState().device)
+    print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}, defaults: {DEFAULT_OPTIONS}")
+    print(
+        f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>6}"
+        f"{'PSNR where it moves - copying':>32}{'s/pair':>8}"
+    )
+    everything = {}
+    for name, options in rows.items():
+        started = time.perf_counter()
+        results = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
+        seconds = (time.perf_counter() - started) / len(pairs)
+        scores = [{key: result[key] for key in ("video_id", "task")} | score_result(result) for result in results]
+        summary = summarise(scores)
+        everything[name] = {"seconds_per_pair": seconds, "summary": summary, "samples": scores}
+        print(format_row(name, summary, seconds), flush=True)
+    copy, ceiling = (summary["psnr"][name] for name in ("copy", "vae_ceiling"))
+    moving_copy, moving_ceiling = (summary["moving"]["psnr"][name] or 0.0 for name in ("copy", "vae_ceiling"))
+    print(
+        f"copying: {copy:.2f} dB, where something moves {moving_copy:.2f} dB;"
+        f" the VAE's ceiling: {ceiling:.2f} and {moving_ceiling:.2f} dB"
+    )
+    if args.output:
+        args.output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

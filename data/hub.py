@@ -1,0 +1,29 @@
+"""Uploading a trained pipeline to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import argparse
+
+from data.dataset import UserError
+
+
+def create_hub_repository(args: argparse.Namespace) -> str:
+    """Makes the repository to upload to, or finds it; returns its full name. Done before training, to fail early."""
+    from huggingface_hub import HfApi
+
+    name = args.hub_model_id or args.output_dir.name
+    try:
+        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+    except (OSError, ValueError) as error:  # the library's own errors are of these kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"cannot upload to {name}: {reason}; log in with `hf auth login`, or leave --push_to_hub out"
+        ) from error
+
+
+def upload(args: argparse.Namespace, repository: str) -> None:
+    """Uploads the trained pipeline, without checkpoints and logs."""
+    from huggingface_hub import HfApi
+
+    ignored = ["checkpoint-*/**", f"{args.logging_dir}/**", ".*", "train.log"]
+    HfApi(token=args.hub_token).upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)

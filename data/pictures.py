@@ -1,0 +1,376 @@
+"""Pictures of predicted frames and their scores, and the folder that an evaluation leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.dataset import UserError
+from data.scores import psnr_gain, score_result, summarise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from PIL.ImageDraw import ImageDraw
+
+PANEL_SIDE = 256  # pixels; smaller frames are enlarged by a whole factor until they reach it
+GAP = 8
+FONT_SIZE = 15
+LINE_HEIGHT = 20
+MAX_PROMPT_LENGTH = 600  # characters shown
+MAX_NOTE_LENGTH = 120  # the same for the note above the plot
+DIFFERENCE_SCALE = 64  # grey levels at which the difference map reaches its brightest colour
+UNCERTAINTY_SCALE = 32  # the same for the uncertainty map
+DIFFERENCE_COLOURS, UNCERTAINTY_COLOURS = "inferno", "viridis"  # both perceptually uniform
+
+OVERVIEW_PER_GROUP = 3  # best, median and worst pairs
+TITLE_COLOURS = {"Best": (20, 95, 50), "Median": (60, 60, 60), "Worst": (140, 35, 30)}
+
+BEYOND_PLOT = 60.0  # dB; hardly any error is left, so pairs up here must not squeeze the others together
+TASK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
+TASK_MARKERS = ("o", "s", "D", "v", "P", "X", "*")
+MANY_DOTS = 500  # more than that are drawn small, or they hide each other
+
+
+# Comparison of one prediction.
+
+
+def comparison_picture(result: dict[str, Any], note: str = "", scores: dict[str, Any] | None = None) -> np.ndarray:
+    """input | prediction | target | difference to the target | uncertainty, uint8 RGB, with the words below.
+
+    `result` is one of those that `save_results` takes; `scores` is what `score_result` returns for it, computed
+    here if not given. The last panel is there only where the result has an uncertainty. The panels are enlarged
+    by a whole factor to at least PANEL_SIDE pixels; without a target the places of target and difference stay grey.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=FONT_SIZE)
+    panels = _panels(result)
+    height, width = (
+        side * max(1, -(-PANEL_SIDE // min(result["input"].shape[:2]))) for side in result["input"].shape[:2]
+    )
+    total_width = len(panels) * (width + GAP) + GAP
+    prompt = result["prompt"]
+    if len(prompt) > MAX_PROMPT_LENGTH:
+        prompt = prompt[:MAX_PROMPT_LENGTH] + " …"
+    words = [prompt, *describe_scores(score_result(result) if scores is None else scores), note]
+    lines = [line for text in words for line in wrap_text(text, font, total_width - 2 * GAP)]
+    top = LINE_HEIGHT + GAP
+    text_top = top + height + LINE_HEIGHT + GAP
+    picture = Image.new("RGB", (total_width, text_top + len(lines) * LINE_HEIGHT + GAP), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.fontmode = "L"
+    for column, (title, frame, scale) in enumerate(panels):
+        left = GAP + column * (width + GAP)
+        draw.text((left, GAP // 2), title, fill="black", font=font)
+        if frame is None:
+            draw.rectangle((left, top, left + width - 1, top + height - 1), fill=(235, 235, 235))
+            draw.text((left + width // 2, top + height // 2), "no target frame", "black", font, anchor="mm")
+            continue
+        resampling = Image.Resampling.BICUBIC if scale is None else Image.Resampling.NEAREST
+        picture.paste(Image.fromarray(frame).resize((width, height), resampling), (left, top))
+        if scale is not None:
+            _draw_scale(draw, left, top + height + 3, width, font, *scale)
+    for row, line in enumerate(lines):
+        draw.text((GAP, text_top + row * LINE_HEIGHT), line, fill="black", font=font)
+    return np.asarray(picture)
+
+
+def _panels(result: dict[str, Any]) -> list[tuple[str, np.ndarray | None, tuple[str, int] | None]]:
+    """(title, uint8 RGB picture or None, colours and grey level at their end if it is a map) of each panel."""
+    target, uncertainty = result["target"], result["uncertainty"]
+    panels = [("input", result["input"], None), ("prediction", result["prediction"], None), ("target", target, None)]
+    difference = None
+    if target is not None:
+        error = np.abs(result["prediction"].astype(np.float32) - target).mean(axis=2)
+        difference = colour_map(error, DIFFERENCE_COLOURS, DIFFERENCE_SCALE)
+    panels.append(("|prediction - target|", difference, (DIFFERENCE_COLOURS, DIFFERENCE_SCALE)))
+    if uncertainty is not None:
+        colours = colour_map(uncertainty, UNCERTAINTY_COLOURS, UNCERTAINTY_SCALE)
+        panels.append(("uncertainty (standard deviation)", colours, (UNCERTAINTY_COLOURS, UNCERTAINTY_SCALE)))
+    return panels
+
+
+def colour_map(values: np.ndarray, colours: str, highest: float) -> np.ndarray:
+    """Values of any shape in matplotlib's colour map named `colours`, from 0 to `highest` and more; uint8 RGB."""
+    import matplotlib
+
+    table = (matplotlib.colormaps[colours](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    return table[(np.clip(values / highest, 0, 1) * 255).round().astype(np.uint8)]
+
+
+def _draw_scale(draw: ImageDraw, left: int, top: int, width: int, font: Any, colours: str, highest: int) -> None:
+    """A bar with the map's colours and the grey levels at its ends, in the line below a panel."""
+    end = f"{highest}+ grey levels"
+    start, stop = left + 14, left + width - int(font.getlength(end)) - 6
+    draw.text((left, top), "0", fill="black", font=font)
+    draw.text((stop + 6, top), end, fill="black", font=font)
+    for x, colour in zip(range(start, stop), colour_map(np.linspace(0, 1, stop - start), colours, 1)):
+        draw.line((x, top + 4, x, top + 13), fill=tuple(int(level) for level in colour))
+
+
+def describe_scores(scores: dict[str, Any]) -> list[str]:
+    """One pair's scores, as `score_result` returns them, in a line for the picture and one for what moves."""
+    if scores["psnr"] is None:
+        return ["no target frame, not scored"]
+    ssim = scores["ssim"]
+    lines = [
+        f"Whole picture: {_describe_psnr(scores['psnr'])}.   SSIM {ssim['prediction']:.3f}"
+        f" (copying {ssim['copy']:.3f}, VAE ceiling {ssim['vae_ceiling']:.3f})."
+    ]
+    moving = scores["moving"]
+    if moving is None:
+        return [*lines, "Nothing moves."]
+    return [*lines, f"Where something moves ({moving['share']:.0%} of the picture): {_describe_psnr(moving['psnr'])}."]
+
+
+def _describe_psnr(psnr: dict[str, float]) -> str:
+    gain = describe_gain(psnr["prediction"] - psnr["copy"])
+    return f"PSNR {psnr['prediction']:.1f} dB, {gain} ({psnr['copy']:.1f}); VAE ceiling {psnr['vae_ceiling']:.1f}"
+
+
+def describe_gain(gain: float) -> str:
+    """A difference in PSNR (dB) to copying, in words."""
+    return f"{abs(gain):.1f} dB {'better' if gain > 0 else 'worse'} than copying" if gain else "as good as copying"
+
+
+def wrap_text(text: str, font: Any, width: int) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels, at spaces where there are any."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        while font.getlength(word) > width:
+            fitting = len(word)
+            while fitting > 1 and (length := font.getlength(word[:fitting])) > width:
+                fitting = max(1, min(fitting - 1, int(fitting * width / length)))
+            lines.append(word[:fitting])
+            word = word[fitting:]
+        lines.append(word)
+    return [line for line in lines if line]
+
+
+# Overview of all predictions.
+
+
+def choose_for_overview(gains: Sequence[float | None]) -> list[tuple[int, str]]:
+    """The pairs to show, best first: (index, title) of the best, median and worst ones by their `psnr_gain`.
+
+    Up to three times OVERVIEW_PER_GROUP pairs are all shown. Pairs without a target (None) are shown only where
+    no pair has one.
+    """
+    ranked = sorted((index for index, gain in enumerate(gains) if gain is not None), key=lambda i: -gains[i])
+    if not ranked:
+        return [(index, "not scored") for index in range(min(len(gains), 3 * OVERVIEW_PER_GROUP))]
+    count, group = len(ranked), OVERVIEW_PER_GROUP
+    if count <= 3 * group:
+        return [(i, f"{rank} of {count}: {describe_gain(gains[i])}") for rank, i in enumerate(ranked, 1)]
+    middle = (count - group) // 2
+    chosen = []
+    for name, first in (("Best", 0), ("Median", middle), ("Worst", count - group)):
+        for rank in range(first, first + group):
+            gain = describe_gain(gains[ranked[rank]])
+            chosen.append((ranked[rank], f"{name}: rank {rank + 1} of {count}, {gain}"))
+    return chosen
+
+
+def titled(picture: np.ndarray, title: str) -> np.ndarray:
+    """A uint8 RGB picture below a coloured bar with a title."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    colour = TITLE_COLOURS.get(title.partition(":")[0], TITLE_COLOURS["Median"])
+    bar = Image.new("RGB", (picture.shape[1], LINE_HEIGHT + 8), colour)
+    draw = ImageDraw.Draw(bar)
+    draw.text((GAP, 4), title, fill="white", font=ImageFont.load_default(size=FONT_SIZE + 2))
+    return np.concatenate([np.asarray(bar), picture])
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], num_columns: int = 1) -> np.ndarray:
+    """Pictures (H, W, 3) in a grid of equal cells, row by row, white where one is smaller than its cell."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    num_columns = min(num_columns, len(pictures))
+    num_rows = -(-len(pictures) // num_columns)
+    sheet = np.full((num_rows * height, num_columns * width, 3), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // num_columns * height, index % num_columns * width
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+# Plot of all scores.
+
+
+def save_scores_plot(path: Path, scores: Sequence[dict[str, Any]], note: str = "") -> None:
+    """Plots each pair's prediction against copying, in PSNR, over the whole picture and where something moves.
+
+    `scores` holds what `score_result` returned for each pair, and its `task`. Dots above the diagonal are
+    predictions better than copying. Pairs of BEYOND_PLOT dB and more are drawn at the plot's edge.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which would keep the figure and choose a display
+
+    tasks = sorted({row["task"] for row in scores})
+    moving = [row["moving"] and row["moving"] | {"task": row["task"]} for row in scores]
+    figure = Figure(figsize=(12, 7.2), dpi=100)
+    legend: dict[str, Any] = {}
+    for left, title, rows in ((0.065, "Whole picture", scores), (0.565, "Where something moves", moving)):
+        axes = figure.add_axes((left, 0.17, 0.41, 0.41 * 12 / 7.2))
+        rows = [row for row in rows if row is not None and row["psnr"] is not None]
+        legend = _plot_against_copy(axes, title, rows, tasks) | legend
+    if legend:
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.005), "ncols": 4}
+        words = figure.legend(legend.values(), legend.keys(), fontsize=12, frameon=False, **place)
+        for text in words.get_texts():
+            text.set_parse_math(False)
+    shown = note if len(note) <= MAX_NOTE_LENGTH else "…" + note[-MAX_NOTE_LENGTH:]
+    figure.text(0.5, 0.985, shown, fontsize=12, ha="center", va="top", parse_math=False)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _plot_against_copy(axes: Axes, title: str, rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:
+    """Fills one panel; returns the legend's handles by label."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, fontsize=14)
+    axes.set_xlabel("PSNR of copying the input (dB)", fontsize=12)
+    axes.set_ylabel("PSNR of the prediction (dB)", fontsize=12)
+    if not rows:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no pair to show", ha="center", va="center", fontsize=14, transform=axes.transAxes)
+        return {}
+    points = np.array([(row["psnr"]["copy"], row["psnr"]["prediction"]) for row in rows])
+    num_better = int(np.count_nonzero(points[:, 1] > points[:, 0]))
+    axes.set_title(f"{title}: better than copying\non {num_better} of {len(rows)} pairs", fontsize=14)
+    shown = points[points < BEYOND_PLOT]
+    low, high = (shown.min(), shown.max()) if len(shown) else (0.0, BEYOND_PLOT)
+    margin = max(1.0, 0.04 * (high - low))
+    low, high = low - margin, high + margin
+    axes.set(xlim=(low, high), ylim=(low, high))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=11)
+    diagonal = axes.plot([low, high], [low, high], color="black", linestyle="--", linewidth=1.5, zorder=4)
+    handles = {"as good as copying": diagonal[0]}
+    size, opacity = (30, 0.8) if len(rows) <= MANY_DOTS else (8, 0.5)
+    for number, task in enumerate(tasks):
+        of_task = points[[row["task"] == task for row in rows]]
+        is_beyond = (of_task >= BEYOND_PLOT).any(axis=1)
+        look = {"color": TASK_COLOURS[number % len(TASK_COLOURS)], "marker": TASK_MARKERS[number % len(TASK_MARKERS)]}
+        axes.scatter(*of_task[~is_beyond].T, s=size, alpha=opacity, linewidths=0, **look)
+        handles[task] = axes.scatter([], [], s=40, linewidths=0, **look)
+        edge = np.clip(of_task[is_beyond], low, high)
+        axes.scatter(*edge.T, s=50, edgecolors="black", clip_on=False, zorder=5, **look)
+    if (points >= BEYOND_PLOT).any():
+        label = f"black rim: {BEYOND_PLOT:.0f} dB or more, drawn at the edge"
+        handles[label] = axes.scatter([], [], s=50, color="white", edgecolors="black")
+    return handles
+
+
+# The folder of results.
+
+
+def save_results(
+    results: Iterable[dict[str, Any]], output_dir: Path, note: str, show_progress: bool = True
+) -> dict[str, Any]:
+    """Writes samples/<video id>/*.png, overview.png, scores.png and metrics.json; returns metrics.json's summary.
+
+    Each result is a dictionary with `video_id`, `task`, `prompt`, the uint8 RGB pictures (H, W, 3) `input`,
+    `prediction`, `target` and `vae_ceiling` (the last two None where the video has no target frame), and
+    `uncertainty`: the per-pixel standard deviation over the predictions in grey levels, float32 (H, W), or None.
+    The results may be a generator: only their scores are kept.
+
+    A sample's folder holds comparison.png and the frames input.png, prediction.png, target.png as they are, and
+    uncertainty.png with 16 bits: 256 times the standard deviation.
+
+    Everything is made under a temporary name first: a run that is interrupted, or that the disk stops (UserError),
+    leaves the former results whole.
+    """
+    from tqdm import tqdm
+
+    output_dir = Path(output_dir)
+    records = []
+    with _unfinished(output_dir) as new:
+        for result in tqdm(results, desc="Saving", unit="pair", disable=not show_progress):
+            scores = score_result(result)
+            records.append({key: result[key] for key in ("video_id", "task", "prompt")} | scores)
+            comparison = comparison_picture(result, note, scores)
+            with _writing(output_dir):
+                _save_sample(new / "samples" / result["video_id"], result, comparison)
+        chosen = choose_for_overview([psnr_gain(record) for record in records])
+        overview = [
+            titled(load_picture(new / "samples" / records[index]["video_id"] / "comparison.png"), title)
+            for index, title in chosen
+        ]
+        metrics = {"summary": summarise(records), "samples": records}
+        text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
+        with _writing(output_dir):
+            save_picture(new / "overview.png", contact_sheet(overview))
+            save_scores_plot(new / "scores.png", records, note)
+            (new / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    return metrics["summary"]
+
+
+@contextmanager
+def _unfinished(output_dir: Path) -> Iterator[Path]:
+    """A new folder whose content replaces that of the same name in `output_dir` when the block has ended well."""
+    new = output_dir / ".unfinished"
+    try:
+        with _writing(output_dir):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        yield new
+        with _writing(output_dir):
+            if (output_dir / "samples").exists():  # a folder that is not empty cannot be replaced by another
+                os.replace(output_dir / "samples", new / ".former")
+            for name in ("samples", "overview.png", "scores.png", "metrics.json"):
+                os.replace(new / name, output_dir / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def _writing(output_dir: Path) -> Iterator[None]:
+    """Turns what the disk refuses into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the results to {output_dir}: {error.strerror or error}") from error
+
+
+def _save_sample(folder: Path, result: dict[str, Any], comparison: np.ndarray) -> None:
+    folder.mkdir(parents=True)
+    save_picture(folder / "comparison.png", comparison)
+    for name in ("input", "prediction", "target"):
+        if result[name] is not None:
+            save_picture(folder / f"{name}.png", result[name])
+    if result["uncertainty"] is not None:
+        levels = np.clip(result["uncertainty"] * 256.0, 0, 65535)
+        save_picture(folder / "uncertainty.png", levels.round().astype(np.uint16))
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Writes a PNG of a uint8 RGB picture (H, W, 3), or of uint16 grey levels (H, W)."""
+    from PIL import Image
+
+    # Run lengths only: three times as fast as the default, and an eighth larger.
+    Image.fromarray(picture).save(path, compress_level=1, compress_type=zlib.Z_RLE)
+
+
+def load_picture(path: Path) -> np.ndarray:
+    """Reads a picture as it was written by `save_picture`."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image)

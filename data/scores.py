@@ -1,0 +1,300 @@
+"""Scores of predicted frames, and how far they can be trusted.
+
+A prediction is judged beside two others: `copy` hands back the input frame, the simplest prediction there is,
+and `vae_ceiling` is the target after one trip through the VAE, which no plainly decoded prediction can beat.
+Because most of a picture does not move, and copying is right there, the same is scored inside the moving region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
+SCORED = ("prediction", "copy", "vae_ceiling")
+METRICS = ("psnr", "ssim")
+
+# A pixel moves where any colour channel of input and target differs by more than this many of 256 grey levels.
+# Where nothing moves, sensor noise and VP9 at 96 and 128 pixels made 99.99% of pixels differ by at most 10 levels
+# and none by more than 14 (30 rendered clips, frame 20 to 25); a shadow or a hand changes them by 30 and more.
+MOVING_THRESHOLD = 20
+# Dilation takes in the soft rim of what moves: 2 pixels at a side of 96, 3 at 128.
+DILATION_RADIUS = 1 / 48  # of the picture's longer side
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 10_000
+FEW_SAMPLES = 20  # bootstrap intervals of fewer are known to be too narrow
+BLOCK_SIZE = 200_000  # random numbers drawn at once: few enough for the processor's cache and for any memory
+
+
+# One pair.
+
+
+def score_frame(frame: np.ndarray, target: np.ndarray) -> tuple[float, float]:
+    """PSNR in dB (at most HIGHEST_PSNR) and SSIM of a uint8 RGB picture (H, W, 3) against its target."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    if np.array_equal(frame, target):
+        return HIGHEST_PSNR, 1.0
+    psnr = peak_signal_noise_ratio(target, frame, data_range=255)
+    ssim = structural_similarity(target, frame, channel_axis=2, data_range=255)
+    return min(float(psnr), HIGHEST_PSNR), float(ssim)
+
+
+def moving_region(input_frame: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Where something moves between two uint8 RGB pictures (H, W, 3): a boolean mask (H, W).
+
+    Pixels that differ by more than MOVING_THRESHOLD in any channel, dilated by a disk.
+    """
+    from skimage.morphology import isotropic_dilation
+
+    difference = np.abs(input_frame.astype(np.int16) - target.astype(np.int16)).max(axis=2)
+    moved = difference > MOVING_THRESHOLD
+    if not moved.any():  # scikit-image's distances to nothing are arbitrary
+        return moved
+    return isotropic_dilation(moved, round(DILATION_RADIUS * max(target.shape[:2])))
+
+
+def region_psnr(frame: np.ndarray, target: np.ndarray, region: np.ndarray) -> float:
+    """PSNR in dB over a region's pixels: 10 log10(255^2 / mean squared error), at most HIGHEST_PSNR.
+
+    `frame` and `target` are uint8 RGB (H, W, 3), `region` a boolean mask (H, W) with at least one pixel.
+    """
+    error = np.mean((frame[region].astype(np.float64) - target[region]) ** 2)
+    return HIGHEST_PSNR if error == 0 else min(float(10 * np.log10(255**2 / error)), HIGHEST_PSNR)
+
+
+def score_result(result: dict[str, Any]) -> dict[str, Any]:
+    """Scores one pair against its target.
+
+    `result` holds uint8 RGB pictures (H, W, 3) of one size: `input`, `prediction`, `target` and `vae_ceiling`
+    (the last two None where the video has no target frame).
+
+    Returns {"psnr": {"prediction": dB, "copy": dB, "vae_ceiling": dB}, "ssim": {the same keys},
+    "moving": {"psnr": {the same keys}, "share": the region's part of the picture, 0..1}}. `moving` is None where
+    nothing moves, all three are None without a target.
+    """
+    target = result["target"]
+    if target is None:
+        return {"psnr": None, "ssim": None, "moving": None}
+    frames = dict(zip(SCORED, (result["prediction"], result["input"], result["vae_ceiling"])))
+    both = {name: score_frame(frame, target) for name, frame in frames.items()}
+    scores: dict[str, Any] = {
+        metric: {name: pair[column] for name, pair in both.items()} for column, metric in enumerate(METRICS)
+    }
+    region = moving_region(result["input"], target)
+    scores["moving"] = None
+    if region.any():
+        psnr = {name: region_psnr(frame, target, region) for name, frame in frames.items()}
+        scores["moving"] = {"psnr": psnr, "share": float(region.mean())}
+    return scores
+
+
+def psnr_gain(scores: dict[str, Any]) -> float | None:
+    """How many dB the prediction is above copying over the whole picture; None without a target."""
+    return None if scores["psnr"] is None else scores["psnr"]["prediction"] - scores["psnr"]["copy"]
+
+
+# Statistics.
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """The percentile bootstrap interval (low, high) of the mean of one number a pair.
+
+    The pairs are drawn with replacement `num_resamples` times (Efron and Tibshirani, 1993, section 13.3). None
+    for fewer than two values: one alone says nothing about how much others would differ.
+    """
+    return _bootstrap_intervals(np.asarray(values, np.float64)[:, None], num_resamples, confidence, seed)[0]
+
+
+def _bootstrap_intervals(
+    table: np.ndarray, num_resamples: int = NUM_RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
+) -> list[tuple[float, float] | None]:
+    """`bootstrap_interval` of each column of a table (pairs, columns); all columns share the resamples."""
+    num_pairs, num_columns = table.shape
+    if num_pairs < 2:
+        return [None] * num_columns
+    rng = np.random.default_rng(seed)
+    block = max(1, BLOCK_SIZE // num_pairs)
+    means = []
+    for start in range(0, num_resamples, block):
+        rows = min(block, num_resamples - start)
+        drawn = rng.integers(num_pairs, size=(rows, num_pairs))
+        cells = drawn + np.arange(rows)[:, None] * num_pairs
+        times_drawn = np.bincount(cells.ravel(), minlength=rows * num_pairs).reshape(rows, num_pairs)
+        means.append(times_drawn @ table / num_pairs)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
+    return list(zip(low.tolist(), high.tolist()))
+
+
+def share_interval(num_successes: int, num_trials: int) -> tuple[float, float] | None:
+    """Wilson's 95% interval (0..1) of a share (Wilson, 1927); None without trials.
+
+    The bootstrap would give an interval of no width where all pairs agree, however few they are.
+    """
+    if num_trials == 0:
+        return None
+    z = 1.959964  # the normal distribution's 97.5% quantile
+    share = num_successes / num_trials
+    centre = share + z**2 / (2 * num_trials)
+    spread = z * np.sqrt(share * (1 - share) / num_trials + z**2 / (4 * num_trials**2))
+    scale = 1 + z**2 / num_trials
+    return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
+
+
+def paired_permutation_test(
+    differences: Sequence[float] | np.ndarray, num_permutations: int = 10_000, seed: int = 0
+) -> float:
+    """Two-sided p-value that paired differences are symmetric about zero, by random changes of their signs.
+
+    p = (c + 1) / (n + 1), where c of n permutations have a mean at least as far from zero as the observed one
+    (Phipson and Smyth, 2010). Raises ValueError without any difference.
+    """
+    differences = np.asarray(differences, np.float64)
+    if differences.ndim != 1 or not len(differences):
+        raise ValueError(f"differences must be a list of at least one number, got shape {differences.shape}")
+    # Rounding must not tell apart permutations that give the same sum.
+    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
+    rng = np.random.default_rng(seed)
+    block = max(1, BLOCK_SIZE // len(differences))
+    as_far = 0
+    for start in range(0, num_permutations, block):
+        rows = min(block, num_permutations - start)
+        kept = rng.integers(2, size=(rows, len(differences)), dtype=np.int8)
+        sums = 2 * (kept @ differences) - differences.sum()
+        as_far += int(np.count_nonzero(np.abs(sums) >= observed))
+    return (as_far + 1) / (num_permutations + 1)
+
+
+# All pairs.
+
+
+def mean_scores(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over what `score_result` returned for each pair, leaving out pairs without a target.
+
+    Returns {"num_samples", "psnr": {"prediction", "copy", "vae_ceiling"}, "ssim": {the same keys}, "moving":
+    {"num_samples", "share", "psnr": {the same keys}}}; a mean over no pair is None.
+    """
+    summary = _means([row for row in scores if row["psnr"] is not None], METRICS)
+    moving = [row["moving"] for row in scores if row["moving"] is not None]
+    summary["moving"] = _means(moving, ("psnr",)) | {"share": _mean([row["share"] for row in moving])}
+    return summary
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def _means(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    means: dict[str, Any] = {"num_samples": len(rows)}
+    for metric in metrics:
+        means[metric] = {name: _mean([row[metric][name] for row in rows]) for name in SCORED}
+    return means
+
+
+def summarise(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of metrics.json: means with intervals, the comparison with copying, all that for each task too.
+
+    `scores` holds one dictionary a pair: what `score_result` returned, and `task`.
+
+    Beside the keys of `mean_scores` the summary has, and so have its `moving` (PSNR only) and each task's entry in
+    `per_task`: `psnr_interval`, `ssim_interval` (95% bootstrap interval [low, high] of each mean), `difference`
+    (mean of prediction - copy over pairs and its interval) and `share_better` (part of the pairs, 0..1, where the
+    prediction scores higher than copying, and its interval). What cannot be computed is None. The whole summary
+    also has `num_without_target`, `num_identical` (pairs whose input is the target) and `method`, the constants.
+    """
+    summary = _compare(scores)
+    summary["num_without_target"] = len(scores) - summary["num_samples"]
+    summary["num_identical"] = sum(row["psnr"] is not None and row["psnr"]["copy"] == HIGHEST_PSNR for row in scores)
+    tasks = sorted({row["task"] for row in scores})
+    summary["per_task"] = {task: _compare([row for row in scores if row["task"] == task]) for task in tasks}
+    summary["method"] = {
+        "confidence": CONFIDENCE,
+        "num_resamples": NUM_RESAMPLES,
+        "moving_threshold": MOVING_THRESHOLD,
+        "dilation_radius": DILATION_RADIUS,
+        "highest_psnr": HIGHEST_PSNR,
+    }
+    return summary
+
+
+def _compare(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    summary = mean_scores(scores)
+    summary |= _comparison([row for row in scores if row["psnr"] is not None], METRICS)
+    summary["moving"] |= _comparison([row["moving"] for row in scores if row["moving"] is not None], ("psnr",))
+    return summary
+
+
+def _comparison(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Intervals, `difference` and `share_better` over the pairs' scores."""
+    comparison: dict[str, Any] = {"difference": {}, "share_better": {}}
+    for metric in metrics:
+        table = np.array([[row[metric][name] for name in SCORED] for row in rows]).reshape(len(rows), len(SCORED))
+        gain = table[:, 0] - table[:, 1]
+        *of_means, of_gain = _bootstrap_intervals(np.column_stack([table, gain]))
+        comparison[f"{metric}_interval"] = dict(zip(SCORED, of_means))
+        num_better = int(np.count_nonzero(gain > 0))
+        comparison["difference"] |= {metric: _mean(gain), f"{metric}_interval": of_gain}
+        comparison["share_better"] |= {
+            metric: _mean(gain > 0),
+            f"{metric}_interval": share_interval(num_better, len(rows)),
+        }
+    return comparison
+
+
+# The table.
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """`summarise`'s summary as text of at most 110 columns: for each score a row per task and one for all."""
+    rows = {**summary["per_task"], "all": summary}
+    moving = {task: row["moving"] for task, row in rows.items()}
+    width = max(16, *(len(task) + 2 for task in rows))
+    share = summary["moving"]["share"]
+    where = "nothing moves" if share is None else f"on average {share:.0%} of the picture"
+    lines = [
+        f"{'':{width}}{'pairs':>7}{'prediction':>16}{'copying':>16}{'VAE ceiling':>16}"
+        f"{'difference':>17}{'better on':>20}"
+    ]
+    lines += ["PSNR, dB", *(_table_row(task, row, "psnr", 2, width) for task, row in rows.items())]
+    lines += [f"PSNR where something moves, dB ({where})"]
+    lines += [_table_row(task, row, "psnr", 2, width) for task, row in moving.items()]
+    lines += ["SSIM", *(_table_row(task, row, "ssim", 3, width) for task, row in rows.items())]
+    lines += [
+        "difference: prediction - copying, pair by pair; ± the 95% interval's wider half; better on: pairs where",
+        "the prediction scores higher than copying, and its 95% interval.",
+    ]
+    if identical := summary["num_identical"]:
+        pairs = "1 pair has" if identical == 1 else f"{identical} pairs have"
+        lines.append(f"{pairs} identical frames: copying counts as {HIGHEST_PSNR:.0f} dB there.")
+    if 0 < summary["num_samples"] < FEW_SAMPLES:
+        lines.append(f"With fewer than {FEW_SAMPLES} pairs the real intervals are wider than these.")
+    return "\n".join(lines)
+
+
+def _table_row(task: str, row: dict[str, Any], metric: str, digits: int, width: int) -> str:
+    cells = [f"  {task}".ljust(width), f"{row['num_samples']:>7}"]
+    for name in SCORED:
+        cells.append(f"{_with_spread(row[metric][name], row[f'{metric}_interval'][name], f'.{digits}f'):>16}")
+    difference, better = row["difference"], row["share_better"]
+    cells.append(f"{_with_spread(difference[metric], difference[f'{metric}_interval'], f'+.{digits}f'):>17}")
+    if better[metric] is None:
+        return "".join([*cells, f"{'-':>20}"])
+    low, high = better[f"{metric}_interval"]
+    return "".join([*cells, f"{f'{better[metric]:.0%} ({low:.0%} to {high:.0%})':>20}"])
+
+
+def _with_spread(mean: float | None, interval: tuple[float, float] | None, form: str) -> str:
+    if mean is None:
+        return "-"
+    if interval is None:
+        return f"{mean:{form}}"
+    return f"{mean:{form}} ± {max(mean - interval[0], interval[1] - mean, 0.0):{form.lstrip('+')}}"

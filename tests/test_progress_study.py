@@ -1,0 +1,180 @@
+"""benchmarks/progress_study.py: the study as one command, and its comparison by hand-made scores."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import progress_study
+from benchmarks.progress_study import Run
+from data.dataset import UserError
+from tests.conftest import run
+
+
+@pytest.fixture(scope="module")
+def study(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The work directory of a quick study and what it printed."""
+    work_dir = tmp_path_factory.mktemp("study")
+    return work_dir, quick(work_dir, tiny_model).stdout
+
+
+def quick(work_dir: Path, model: Path, *options: object, check: bool = True):
+    module = ("python", "-m", "benchmarks.progress_study", "--quick")
+    return run(*module, "--work_dir", work_dir, "--pretrained_model_name_or_path", model, *options, check=check)
+
+
+def files_of_runs(work_dir: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (work_dir / "runs").rglob("*") if path.is_file()}
+
+
+def test_quick_study_compares_the_same_clips_with_and_without_progress(study: tuple[Path, str]) -> None:
+    work_dir, output = study
+    pairs = json.loads((work_dir / "results.json").read_text())["pairs"]["20 -> 25"]
+    assert len(pairs) >= 10 and {pair["task"] for pair in pairs} == {"move_object", "drop_object", "cover_object"}
+    by_prompt = {}
+    for metrics in (work_dir / "runs").glob("*/samples/metrics.json"):
+        name = "with" if "_with_progress_" in str(metrics) else "without"
+        by_prompt[name] = {sample["video_id"]: sample for sample in json.loads(metrics.read_text())["samples"]}
+    for pair in pairs:
+        for name, samples in by_prompt.items():
+            sample = samples[pair["video_id"]]
+            assert ("% of the action" in sample["prompt"]) == (name == "with")
+            assert pair["psnr"][name] == [sample["psnr"]["prediction"]]
+            assert pair["psnr"]["copy"] == sample["psnr"]["copy"]
+    gains = [pair["psnr"]["with"][0] - pair["psnr"]["without"][0] for pair in pairs]
+    assert any(gain != 0 for gain in gains)  # progress reached training or sampling
+    (row,) = [line for line in output.splitlines() if line.startswith("  20 -> 25  all")][:1]
+    assert f"{np.mean(gains):+.2f}" in row
+    assert "not SSv2" in output
+
+
+def test_finished_runs_are_not_repeated_and_models_not_kept(study: tuple[Path, str], tiny_model: Path) -> None:
+    work_dir, output = study
+    before = files_of_runs(work_dir)
+    assert not [path for path in before if path.suffix == ".safetensors"]
+    again = quick(work_dir, tiny_model, "--data_dir", work_dir / "clips").stdout
+    assert files_of_runs(work_dir) == before
+    table = [line for line in output.splitlines() if line.startswith("  20 -> 25")]
+    assert table == [line for line in again.splitlines() if line.startswith("  20 -> 25")]
+    assert "not SSv2" not in again  # whether it is, is then the user's to know
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data_dir", "nowhere"], "python -m data.dataset --data_dir nowhere"),
+        (["--pretrained_model_name_or_path", "demo/base_model"], "demo.make_model"),
+        (["--training_options=--seed 3"], "--seed"),
+        (["--sampling_options=--num_inference_steps 0"], "num_inference_steps"),
+        (["--sampling_options=--no_such_flag"], "no_such_flag"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_run(
+    study: tuple[Path, str], tiny_model: Path, tmp_path: Path, monkeypatch, capsys, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ["--data_dir", str(study[0] / "clips")]
+    words = ["--quick", "--work_dir", "work", "--pretrained_model_name_or_path", str(tiny_model), *data, *options]
+    monkeypatch.setattr("sys.argv", ["progress_study", *words])
+    with pytest.raises((UserError, SystemExit)) as caught:
+        progress_study.main()
+    assert message in str(caught.value) + capsys.readouterr().err
+    assert not Path("work/runs").exists()
+
+
+def test_settings_that_change_results_change_the_runs_folder(tmp_path: Path) -> None:
+    def folder(*options: str, model: str = "", seed: int = 0, add_progress: bool = False) -> str:
+        args = progress_study.parse_args([f"--work_dir={tmp_path}", *options])
+        planned = progress_study.plan_run(args, tmp_path, tmp_path / "val.json", 25, add_progress, seed, model)
+        return planned.folder.name
+
+    assert folder() == folder()
+    others = [
+        folder("--learning_rate=1e-3"),
+        folder("--training_options=--use_ema"),
+        folder("--sampling_options=--num_inference_steps 7"),
+        folder(model="another"),
+        folder(seed=1),
+        folder(add_progress=True),
+    ]
+    assert len({folder(), *others}) == 1 + len(others)
+
+
+def test_failed_command_is_quoted_with_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "run" / "train.log"
+    with pytest.raises(UserError) as caught:
+        progress_study.call(["-c", "print('50%\\rerror: no memory left\\nbye', end=''); raise SystemExit(3)"], log)
+    assert "no memory left" in str(caught.value) and str(log) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def write_metrics(folder: Path, add_progress: bool, seed: int, predicted: dict[str, float]) -> Run:
+    """A finished run with these PSNRs of the predictions by video; those of videos named "still…" do not move."""
+    samples = [
+        {
+            "video_id": video_id,
+            "task": "move_object",
+            "psnr": {"prediction": value, "copy": 20.0},
+            "moving": None if video_id.startswith("still") else {"psnr": {"prediction": value - 10, "copy": 10.0}},
+        }
+        for video_id, value in predicted.items()
+    ]
+    finished = Run(25, add_progress, seed, folder / f"{add_progress}{seed}", [], [])
+    finished.metrics.parent.mkdir(parents=True)
+    finished.metrics.write_text(json.dumps({"samples": samples}))
+    return finished
+
+
+def test_differences_are_averaged_over_seeds_before_pairs(tmp_path: Path) -> None:
+    runs = [
+        write_metrics(tmp_path, False, 0, {"a": 20, "b": 30, "still": 40}),
+        write_metrics(tmp_path, True, 0, {"still": 40, "b": 31, "a": 22}),  # another order
+        write_metrics(tmp_path, False, 1, {"a": 20, "b": 30, "still": 40}),
+        write_metrics(tmp_path, True, 1, {"a": 24, "b": 29, "still": 40}),
+    ]
+    pairs = progress_study.collect_pairs(runs)
+    whole = progress_study.compare(pairs, "psnr")
+    assert (whole["num_pairs"], whole["copy"], whole["without"]) == (3, 20, 30)
+    assert whole["difference"] == pytest.approx(1)  # a +3, b 0, still 0
+    assert whole["difference_per_seed"] == pytest.approx([1, 1])
+    assert whole["interval"] == pytest.approx((0, 3))  # 27 equally likely resamples; all a and no a are above 2.5%
+    moving = progress_study.compare(pairs, "moving_psnr")
+    assert (moving["num_pairs"], moving["copy"], moving["difference"]) == (2, 10, pytest.approx(1.5))
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"samples": []}'])
+def test_run_that_does_not_fit_the_others_is_named(tmp_path: Path, content: str | None) -> None:
+    good = write_metrics(tmp_path, False, 0, {"a": 20})
+    bad = write_metrics(tmp_path, True, 0, {"a": 20})
+    bad.metrics.unlink() if content is None else bad.metrics.write_text(content)
+    with pytest.raises(UserError, match=f"delete {bad.folder}"):
+        progress_study.collect_pairs([good, bad])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(5, 60), st.floats(5, 60)), min_size=2, max_size=8), st.integers(1, 3))
+def test_swapping_the_prompts_turns_the_answer_round(scores: list[tuple[float, float]], num_seeds: int) -> None:
+    def pairs(first: str, second: str) -> list[dict]:
+        cells = [{"copy": 20.0, first: [a] * num_seeds, second: [b] * num_seeds} for a, b in scores]
+        return [{"video_id": str(i), "task": "drop_object", "psnr": cell} for i, cell in enumerate(cells)]
+
+    one = progress_study.compare(pairs("without", "with"), "psnr")
+    other = progress_study.compare(pairs("with", "without"), "psnr")
+    assert other["difference"] == pytest.approx(-one["difference"], abs=1e-9)
+    assert other["interval"] == pytest.approx([-end for end in reversed(one["interval"])], abs=1e-6)
+    assert other["p_value"] == pytest.approx(one["p_value"])
+    assert one["interval"][0] - 1e-9 <= one["difference"] <= one["interval"][1] + 1e-9
+
+
+def test_answer_needs_interval_and_seeds_to_agree() -> None:
+    row = {"measure": "psnr", "difference": 0.3, "interval": (0.1, 0.5), "p_value": 0.001}
+    assert "help by 0.30 dB, with every seed" in progress_study.answer(
+        "20 -> 25", row | {"difference_per_seed": [0.2, 0.4]}
+    )
+    assert "not with every seed" in progress_study.answer("20 -> 25", row | {"difference_per_seed": [-0.1, 0.7]})
+    unsure = row | {"interval": (-0.1, 0.7), "p_value": 0.2, "difference_per_seed": [0.2, 0.4]}
+    assert "no difference shown" in progress_study.answer("20 -> 25", unsure)
+    harmful = row | {"difference": -0.3, "interval": (-0.5, -0.1), "difference_per_seed": [-0.2, -0.4]}
+    assert "hurt by 0.30 dB" in progress_study.answer("20 -> 25", harmful)
