@@ -38,11 +38,7 @@ CHECKED_BATCHES = 2
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}  # relative, of losses and gradient norms
 PARTS = ("encoding", "forward", "backward", "clip", "optimiser", "other")
 PARTS_OF_PLAIN_STEP = {"encode": "encoding", "forward": "forward", "clip": "clip"}
-ALTERNATIVES = {
-    "plain": "(a) as diffusers' example",
-    "ours": "(b) ours",
-    "compiled": "(b) ours with --compile",
-}
+ALTERNATIVES = {"plain": "(a) as diffusers' example", "ours": "(b) ours", "compiled": "(b) ours with --compile"}
 # What the experiment takes: 3,000 samples, 20 epochs; and how long it may take on an H100.
 EXPERIMENT_SAMPLES, TARGET_MINUTES = 60_000, 3
 BATCH_SIZES = {"cpu": {"demo": (4, 16), "sd15": (1, 2)}, "cuda": {"demo": (16, 64), "sd15": (8, 16)}}
@@ -78,7 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
-    """InstructPix2Pix of Stable Diffusion 1.5's size with random weights (float32, CPU); the tokenizer is the demo's."""
+    """InstructPix2Pix of Stable Diffusion 1.5's size, random weights (float32, CPU); the tokenizer is the demo's."""
     from diffusers import (
         AutoencoderKL,
         EulerAncestralDiscreteScheduler,
@@ -151,9 +147,7 @@ def write_pairs(folder: Path, resolution: int) -> list[dict[str, Any]]:
             colours = random.integers(256, size=(8, 8, 3), dtype=np.uint8)
             cv2.imwrite(path, cv2.resize(colours, (resolution, resolution), interpolation=cv2.INTER_LINEAR))
         prompt = build_prompt(f"Moving object {index} up")
-        pairs.append(
-            {**paths, "edit_prompt": prompt, "video_id": str(index), "task": "move_object", "num_frames": 40}
-        )
+        pairs.append({**paths, "edit_prompt": prompt, "video_id": str(index), "task": "move_object", "num_frames": 40})
     return pairs
 
 

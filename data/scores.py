@@ -1,7 +1,7 @@
 """Scores of predicted frames, and how far they can be trusted.
 
 A prediction is judged beside two others: `copy` hands back the input frame, the simplest prediction there is,
-and `vae_ceiling` is the target after one trip through the VAE, which no plainly decoded prediction can beat.
+and `vae_ceiling` is the target after one trip through the VAE, which a plainly decoded prediction hardly beats.
 Because most of a picture does not move, and copying is right there, the same is scored inside the moving region.
 """
 
@@ -18,7 +18,7 @@ METRICS = ("psnr", "ssim")
 
 # A pixel moves where any colour channel of input and target differs by more than this many of 256 grey levels.
 # Where nothing moves, sensor noise and VP9 at 96 and 128 pixels made 99.99% of pixels differ by at most 10 levels
-# and none by more than 14 (30 rendered clips, frame 20 to 25); a shadow or a hand changes them by 30 and more.
+# and none by more than 14 (30 rendered clips, frame 20 to 25).
 MOVING_THRESHOLD = 20
 # Dilation takes in the soft rim of what moves: 2 pixels at a side of 96, 3 at 128.
 DILATION_RADIUS = 1 / 48  # of the picture's longer side

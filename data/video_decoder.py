@@ -3,18 +3,27 @@
 `extract_video` is what the worker processes of `data.video_loader` run.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.dataset import UserError, frame_path, frames_dir, video_path
+
+if TYPE_CHECKING:
+    import av
+    import numpy as np
 
 PARTIAL_SUFFIX = ".partial"  # `.<id>.partial`: being written
 OUTDATED_SUFFIX = ".outdated"  # `.<id>.outdated`: replaced, about to be deleted
 # Video containers only: without the list a picture would count as a video of one frame, and a text file
 # could be a playlist that makes FFmpeg open other files.
-FFMPEG_OPTIONS = "format_whitelist;matroska,webm,mov,mp4,avi"
+VIDEO_FORMATS = "matroska,webm,mov,mp4,avi"
+FULL_CHROMA = 0x2000  # swscale's SWS_FULL_CHR_H_INT: colour at full horizontal resolution
 
 
 @dataclass(frozen=True)
@@ -46,16 +55,23 @@ class VideoError(Exception):
 
 
 def import_cv2():
-    """Import OpenCV, silent and on one thread: the workers are the parallelism, the reasons are ours."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = FFMPEG_OPTIONS
+    """Import OpenCV on one thread: the workers are the parallelism."""
     try:
         import cv2
     except ImportError as error:
         raise UserError(f"OpenCV cannot be loaded ({error}); pip install opencv-python-headless") from None
     cv2.setNumThreads(1)
     return cv2
+
+
+def import_av():
+    """Import PyAV, silent: the reasons given for a failure are ours."""
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"PyAV cannot be loaded ({error}); pip install av") from None
+    av.logging.set_level(None)
+    return av
 
 
 def extract_video(job: Job) -> Result:
@@ -88,36 +104,85 @@ def write_frames(path: Path, folders: dict[int, Path]) -> int:
     the number of frames. Raises VideoError if the file is not a whole video, OSError if a frame cannot be
     written.
     """
+    resizers = {resolution: make_resizer(resolution) for resolution in folders}
+    num_frames = 0
+    for frame in decode_video(path):
+        for resolution, folder in folders.items():
+            png = encode_png(resizers[resolution](frame))
+            with open(frame_path(folder.parent, folder.name, num_frames), "wb") as file:
+                file.write(png)
+        num_frames += 1
+    return num_frames
+
+
+def decode_video(path: Path) -> Iterator[av.VideoFrame]:
+    """Yield a video's frames in the order they are shown, decoded on one thread.
+
+    Raises VideoError, perhaps after frames that are whole, if the file is not a video or not a whole one.
+    """
+    av = import_av()
+    cut_short = check_file(path)
+    try:
+        container = av.open(str(path), options={"format_whitelist": VIDEO_FORMATS})
+    except av.FFmpegError:
+        raise VideoError("not a video", "the file is no video container; download it again") from None
+    with container:
+        if not container.streams.video:
+            raise VideoError("not a video", "there is no video stream in the file; download it again")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise VideoError("not decodable", "there is no decoder for its codec; convert it to VP9")
+        stream.codec_context.thread_count = 1
+        frames_per_second = float(stream.guessed_rate or 0)
+        start = float((stream.start_time or 0) * stream.time_base)
+        times = []  # seconds; 8 bytes a frame
+        failure = ""
+        try:
+            for frame in container.decode(stream):
+                unstated = len(times) / (frames_per_second or 1)
+                times.append(unstated if frame.time is None else frame.time - start)
+                yield frame
+        except av.FFmpegError as error:
+            failure = error.strerror
+        if not times:
+            raise VideoError("no frames", "the file opens as a video, but not one frame decodes; download it again")
+        length = (container.duration or 0) / av.time_base - start  # a container's duration counts from time 0
+        claimed_frames = stream.frames or round(length * frames_per_second)
+        check_duration(times, claimed_frames, frames_per_second, cut_short)
+        if failure:
+            raise VideoError("not decodable", f"{failure} after {len(times)} frames; download it again")
+
+
+def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:
+    """A function that turns decoded frames of one video into uint8 BGR arrays of shape (R, R, 3), by area averaging.
+
+    Where a frame shrinks, FFmpeg averages its planes of brightness and colour before it makes BGR of them. That
+    is several times faster than averaging the full-size BGR picture, and closer to the exact average: off by
+    0.3 to 0.6 of 255 in the mean and unbiased, where OpenCV's route is 1.1 too dark (both up to 10 or 20 at sharp
+    edges of saturated colours). Where a frame grows, OpenCV resizes the full-size picture, since FFmpeg's area
+    method does not interpolate.
+    """
+    cv2, av = import_cv2(), import_av()
+    area = av.video.reformatter.Interpolation.AREA | FULL_CHROMA
+    shrinking, converting = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
+
+    def resize(frame: av.VideoFrame) -> np.ndarray:
+        if min(frame.width, frame.height) >= resolution:
+            small = shrinking.reformat(frame, resolution, resolution, "bgr24", interpolation=area, threads=1)
+            return small.to_ndarray()
+        image = converting.reformat(frame, format="bgr24", interpolation="BICUBIC", threads=1).to_ndarray()
+        return cv2.resize(image, (resolution, resolution), interpolation=cv2.INTER_AREA)
+
+    return resize
+
+
+def encode_png(image: np.ndarray) -> np.ndarray:
+    """A uint8 BGR picture as the bytes of an RGB PNG."""
     cv2 = import_cv2()
     # The fastest of OpenCV's PNG settings here and 6% smaller than the default: no search for repeated
     # strings, and each pixel predicted from the one above.
-    png_options = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
-    png_options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-    cut_short = check_file(path)
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    try:
-        if not capture.isOpened():
-            raise VideoError("not a video", "OpenCV finds no video stream in the file; download it again")
-        image = None
-        times = []  # seconds; 8 bytes a frame
-        while True:
-            decoded, image = capture.read(image)
-            if not decoded:
-                break
-            for resolution, folder in folders.items():
-                resized = cv2.resize(image, (resolution, resolution), interpolation=cv2.INTER_AREA)
-                _, png = cv2.imencode(".png", resized, png_options)
-                with open(frame_path(folder.parent, folder.name, len(times)), "wb") as file:
-                    file.write(png)
-            times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-        if not times:
-            raise VideoError("no frames", "the file opens as a video, but not one frame decodes; download it again")
-        check_duration(times, capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS), cut_short)
-        return len(times)
-    except cv2.error as error:
-        raise VideoError("not decodable", f"OpenCV fails on it: {' '.join(str(error).split())}") from None
-    finally:
-        capture.release()
+    options = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
+    return cv2.imencode(".png", image, [*options, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP])[1]
 
 
 def check_file(path: Path) -> bool:
@@ -161,7 +226,7 @@ def check_duration(times: list[float], claimed_frames: float, frames_per_second:
     """Raise VideoError if the frames end clearly before the container's duration does.
 
     times: when each decoded frame is shown, in seconds. The container's duration is `claimed_frames /
-    frames_per_second`: OpenCV computes its claim so. Counting frames would not do, since the claim is too
+    frames_per_second`. Counting frames would not do, since the claim is too
     high where the frame rate varies. The last frame may end earlier than the duration by one and a half
     times the longest gap between frames (half a frame if the file is shorter than it states itself, so that
     a single lost frame shows). A container that states no duration, as a live recording, cannot be checked.

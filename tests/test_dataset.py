@@ -6,6 +6,7 @@ The fuzz tests make 300 cases each; FUZZ_CASES sets another number:
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -368,6 +369,7 @@ def test_fuzz_filtering_and_planning_write_what_is_promised_or_nothing(train, va
             with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
                 patch.setattr(sys, "argv", ["data.dataset", *arguments])
                 patch.setattr(os, "fsync", lambda file: None)  # costs most of the time, and no crash is tried here
+                patch.setattr(gc, "disable", lambda: None)  # is meant for a short-lived process
                 dataset.main()
         except dataset.UserError as error:
             assert "\n" not in str(error) and folder in str(error)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -191,63 +190,7 @@ def test_other_codecs_containers_and_odd_sizes(tmp_path, fourcc, suffix, size):
     assert num_frames_of(data_dir) == {"1": 7}
 
 
-# Bad videos.
-
-
-def test_bad_videos_are_named_and_stop_nobody(clips, tmp_path):
-    good = (clips / "videos" / "6.webm").read_bytes()
-    bad = {
-        "empty": (b"", "empty"),
-        "cut": (good[: len(good) // 2], "truncated"),
-        "lastframe": (good[: int(len(good) * 0.97)], "truncated"),
-        "zeros": (good[: len(good) // 2] + bytes(len(good) // 2), "truncated"),
-        "header": (good[:200], "not a video"),
-        "random": (random.Random(0).randbytes(20_000), "not a video"),
-        "text": (b"hello\n" * 1000, "not a video"),
-        "playlist": (b"ffconcat version 1.0\nfile '1.webm'\n", "not a video"),
-        "picture": (cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes(), "not a video"),
-    }
-    others = {"folder": "not a file", "pipe": "not a file", "link": "missing", "absent": "missing", "mp4": "misnamed"}
-    others |= {"UPPER": "misnamed", "twice": "misnamed", "nostream": "not a video"}
-    data_dir = make_data_dir(tmp_path / "data", ["1", *bad, *others, "2"])
-    videos = data_dir / "videos"
-    for video_id in ("1", "2"):
-        (videos / f"{video_id}.webm").write_bytes((clips / "videos" / f"{video_id}.webm").read_bytes())
-    for video_id, (content, _) in bad.items():
-        (videos / f"{video_id}.webm").write_bytes(content)
-    (videos / "folder.webm").mkdir()
-    os.mkfifo(videos / "pipe.webm")
-    (videos / "link.webm").symlink_to("nowhere.webm")
-    for name in ("mp4.mp4", "upper.WEBM", "twice.webm.webm"):
-        (videos / name).write_bytes(good)
-    cv2.VideoWriter(str(videos / "nostream.webm"), cv2.VideoWriter_fourcc(*"VP90"), 12, (64, 48)).release()
-
-    result = extract(data_dir, "--resolutions", 16)
-    assert result.returncode == 0
-    assert "frames_extraction.log" in result.stdout
-    expected = {video_id: kind for video_id, (_, kind) in bad.items()} | others
-    reported = dict(re.findall(r"^(\w+): ([a-z ]+): .+$", log_of(data_dir), re.MULTILINE))
-    assert reported == expected
-    assert "mv 'mp4.mp4' 'mp4.webm'" in log_of(data_dir)
-    assert f"2 have all their frames, {len(expected)} failed" in result.stdout
-    assert {video_id: count for video_id, count in num_frames_of(data_dir).items() if count} == {"1": 11, "2": 14}
-    assert sorted(path.name for path in dataset.frames_dir(data_dir, 16).iterdir()) == ["1", "2"]
-
-    # Repaired files are picked up, and a failure's stale num_frames goes.
-    (videos / "cut.webm").write_bytes(good)
-    (videos / "mp4.mp4").rename(videos / "mp4.webm")
-    shutil.rmtree(dataset.frames_dir(data_dir, 16) / "1")
-    (videos / "1.webm").write_bytes(b"")
-    extract(data_dir, "--resolutions", 16)
-    counts = {video_id: count for video_id, count in num_frames_of(data_dir).items() if count}
-    assert counts == {"2": 14, "cut": 26, "mp4": 26}
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind root")
-def test_unreadable_video(data_dir):
-    (data_dir / "videos" / "1.webm").chmod(0)
-    extract(data_dir, "--resolutions", 16)
-    assert "1: unreadable: the file cannot be read: Permission denied" in log_of(data_dir)
+# Bad videos; more in test_faults_extraction.py.
 
 
 @pytest.mark.parametrize(
@@ -353,18 +296,6 @@ def workers_of(process):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     command_lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
     return [pid for pid, command_line in command_lines.items() if b"spawn_main" in command_line]
-
-
-def test_killed_at_any_moment_then_completed_to_the_same_bytes(data_dir, undisturbed):
-    moments = random.Random(1)
-    for _ in range(6):
-        process = start_and_wait_for(data_dir, moments.randrange(0, 240))
-        process.kill()
-        process.communicate()
-    for folder in data_dir.glob("frames_*/[!.]*"):
-        assert tree_hashes(folder) == tree_hashes(undisturbed / folder.relative_to(data_dir))
-    assert extract(data_dir).returncode == 0
-    assert tree_hashes(data_dir) == tree_hashes(undisturbed)
 
 
 def test_ctrl_c_keeps_what_is_done(data_dir, undisturbed):
