@@ -22,7 +22,7 @@ import numpy as np
 
 from data.dataset import DEFAULT_DATA_DIR, UserError, frames_dir, read_annotations, run_command, sampling_rank
 from data.pictures import save_results
-from data.pretrained import hub_problem, load_pipeline
+from data.pretrained import hub_problem, load_pipeline, one_line
 from data.scores import format_table
 from data.sthv2_dataset_hf import (
     DEFAULT_INPUT_FRAME_IDX,
@@ -55,7 +55,7 @@ class SamplingOptions:
     guidance_scale: float = 7.5  # of the text; 1 is none
     image_guidance_scale: float = 1.5  # of the input frame; 1 is none
     scheduler: str = "euler_ancestral"  # one of SCHEDULERS
-    strength: float = 1.0  # share of the steps that are made; below 1 they start from the noised input frame
+    strength: float = 1.0  # share of the steps that are made; anything below 1 starts from the noised input frame
     num_predictions: int = 1  # pictures whose mean is the prediction
     residual: bool = True  # change the input frame by what the model changes, instead of decoding it anew
     wiener_gain: bool = False  # make the change smaller where the predictions disagree about it
@@ -135,9 +135,14 @@ def read_training_config(model_dir: str, **hub_options: str | None) -> dict[str,
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["arguments"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a training config written by train_instruct_pix2pix.py: {error}") from error
+        arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        arguments.keys()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a training config written by train_instruct_pix2pix.py ({one_line(error)}); copy the model"
+            " again, or delete the file to sample without it"
+        ) from error
+    return arguments
 
 
 def settle_frame_indices(args: argparse.Namespace, trained: dict[str, Any], model_dir: str) -> None:
@@ -183,8 +188,8 @@ def create_scheduler(name: str, config: dict[str, Any]) -> Any:
 
     options: dict[str, Any] = {}
     if name == "ddim":
-        # Latents are not bounded by 1 as pictures are, and Stable Diffusion ends on the schedule's first value.
-        options = {"clip_sample": False, "set_alpha_to_one": False}
+        # Latents are not bounded by 1 as pictures are, and DDIM's steps fit no other spacing.
+        options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
     return getattr(diffusers, SCHEDULERS[name]).from_config(config, **options)
 
 
@@ -259,7 +264,7 @@ def denoise(
     num_steps = max(1, round(options.num_inference_steps * options.strength))
     timesteps = scheduler.timesteps[-num_steps:]
     latents = randn_tensor(image_latents.shape, generator=generators, device=device)
-    if num_steps == options.num_inference_steps:
+    if options.strength == 1:
         latents = latents * scheduler.init_noise_sigma
     else:
         if hasattr(scheduler, "set_begin_index"):

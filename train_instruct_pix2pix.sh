@@ -31,15 +31,16 @@ EXTRA_ARGS=${EXTRA_ARGS:-}                 # any other flags of train_instruct_p
 
 # What is printed goes to train.log too. tee lives through signals, to show what training says last.
 mkdir -p "$OUTPUT_DIR"
-log_start=$(( $(cat "$OUTPUT_DIR/train.log" 2> /dev/null | wc -c) + 1 ))
-exec 3>&1 > >(trap '' INT TERM && exec tee -a "$OUTPUT_DIR/train.log") 2>&1
+touch "$OUTPUT_DIR/train.log"
+log_start=$(( $(wc -c < "$OUTPUT_DIR/train.log") + 1 ))
+exec 3>&1 > >(trap '' INT TERM HUP && exec tee -a "$OUTPUT_DIR/train.log") 2>&1
 logger=$!
 finish() {
   local status=$?
   exec > /dev/null 2>&1
   wait "$logger" || true
   if (( status && NUM_PROCESSES > 1 )); then  # the launcher's long report has buried the line that matters
-    tail -c "+$log_start" "$OUTPUT_DIR/train.log" | tr '\r' '\n' | grep -aE '^(error:|interrupted) ' | tail -n 1 >&3
+    tail -c "+$log_start" "$OUTPUT_DIR/train.log" | tr '\r' '\n' | grep -aE '^(error:|interrupted) ' | tail -n 1 >&3 || true
   fi
   exit "$status"
 }
@@ -48,11 +49,12 @@ trap finish EXIT
 # Ctrl-C and SIGTERM are passed on to training, which saves a checkpoint; bash alone would leave it running.
 training='' stopped=0 signals=0
 stop() {
-  stopped=$1 signals=$(( signals + 1 ))
-  if [[ -n $training ]]; then kill -TERM "$training" 2> /dev/null || true; fi
+  stopped=$2 signals=$(( signals + 1 ))
+  if [[ -n $training ]]; then kill -s "$1" "$training" 2> /dev/null || true; fi
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+trap 'stop TERM 129' HUP
 
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub} PYTHONUNBUFFERED=1
 
@@ -115,9 +117,12 @@ if (( stopped )); then
   echo "interrupted before the first step: there is nothing to save, run the same command again"
   exit "$stopped"
 fi
+set -m  # a process group of its own, so that each signal reaches training once, through `stop`
 # shellcheck disable=SC2086  # EXTRA_ARGS is a list of words
 "${launch[@]}" train_instruct_pix2pix.py "${arguments[@]}" $EXTRA_ARGS 3>&- &
 training=$!
+set +m
+if (( stopped )); then kill -s TERM "$training" 2> /dev/null || true; fi
 seen=-1
 while (( seen != signals )); do  # a signal ends the waiting, but not yet the training
   seen=$signals status=0

@@ -20,6 +20,7 @@ frames.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -228,10 +229,15 @@ def find_alternatives() -> dict[str, Callable[[Clips, Path, int], None]]:
     return alternatives | {OURS: extract_with_our_command}
 
 
+def cpu_seconds() -> float:
+    """The processor time that this process and its ended children have used; other programs hardly change it."""
+    return sum(os.times()[:4])
+
+
 def run_rounds(
     clips: Clips, alternatives: dict[str, Callable], work_dir: Path, num_rounds: int, num_workers: int
-) -> Iterator[tuple[str, float]]:
-    """Run all alternatives in turn, `num_rounds` times, and yield each run's name and seconds.
+) -> Iterator[tuple[str, float, float]]:
+    """Run all alternatives in turn, `num_rounds` times, and yield each run's name, seconds and CPU seconds.
 
     The frames of the last round stay, in `work_dir / name`. Raises UserError if a run's frame counts differ
     from those of the first.
@@ -242,9 +248,9 @@ def run_rounds(
             output_dir = work_dir / name
             shutil.rmtree(output_dir, ignore_errors=True)
             output_dir.mkdir()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), cpu_seconds()
             extract(clips, output_dir, num_workers)
-            seconds = time.perf_counter() - start
+            seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu_start
             counts = count_frames(clips, output_dir)
             expected = expected or counts
             wrong = [key for key in expected if counts[key] != expected[key] or not counts[key]]
@@ -254,20 +260,22 @@ def run_rounds(
                     f"{name} wrote {counts[wrong[0]]} frames of clip {video_id} at {size} pixels, the first"
                     f" alternative {expected[wrong[0]]}; {len(wrong)} such differences"
                 )
-            yield name, seconds
+            yield name, seconds, cpu
 
 
-def print_table(seconds: dict[str, list[float]], num_frames: int, work_dir: Path) -> None:
-    """Median times, rates, file sizes, and how many times as long as ours each alternative takes."""
-    ours = statistics.median(seconds[OURS])
-    print("\n| alternative | median s | of | frames/s | MB of PNGs | times ours |")
-    print("|---|---|---|---|---|---|")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        runs = " ".join(f"{value:.2f}" for value in values)
+def print_table(runs: dict[str, list[tuple[float, float]]], num_frames: int, work_dir: Path) -> None:
+    """Medians of time and processor time, rates, file sizes, and how many times as long as ours each one takes."""
+    medians = {name: [statistics.median(column) for column in zip(*values)] for name, values in runs.items()}
+    print("\n| alternative | median s | of | frames/s | times ours | CPU s | times ours | MB of PNGs |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (seconds, cpu) in medians.items():
+        every = " ".join(f"{value:.2f}" for value, _ in runs[name])
+        ratio, cpu_ratio = seconds / medians[OURS][0], cpu / medians[OURS][1]
         megabytes = size_of_frames(work_dir / name) / 1e6
-        rate = num_frames / median
-        print(f"| {name} | {median:.2f} | {runs} | {rate:.0f} | {megabytes:.0f} | {median / ours:.2f} |")
+        print(
+            f"| {name} | {seconds:.2f} | {every} | {num_frames / seconds:.0f} | {ratio:.2f} | {cpu:.2f}"
+            f" | {cpu_ratio:.2f} | {megabytes:.0f} |"
+        )
 
 
 def print_stages(stages: dict[str, float], ours: float, num_frames: int, num_workers: int) -> None:
@@ -313,18 +321,18 @@ def compare(clips: Clips, work_dir: Path, num_rounds: int, num_workers: int) -> 
     from tqdm import tqdm
 
     alternatives = find_alternatives()
-    seconds = {name: [] for name in alternatives}
+    runs = {name: [] for name in alternatives}
     with tqdm(total=num_rounds * len(alternatives), unit="run", desc="extracting") as bar:
-        for name, value in run_rounds(clips, alternatives, work_dir, num_rounds, num_workers):
-            seconds[name].append(value)
-            bar.set_postfix_str(f"{name}: {value:.2f} s", refresh=False)
+        for name, seconds, cpu in run_rounds(clips, alternatives, work_dir, num_rounds, num_workers):
+            runs[name].append((seconds, cpu))
+            bar.set_postfix_str(f"{name}: {seconds:.2f} s", refresh=False)
             bar.update()
     num_frames = sum(count_frames(clips, work_dir / OURS).values()) // len(RESOLUTIONS)
     print(f"{len(clips.ids)} clips, {num_frames} frames, each at {RESOLUTIONS} pixels, {num_workers} processes")
-    print_table(seconds, num_frames, work_dir)
+    print_table(runs, num_frames, work_dir)
     (work_dir / "stages").mkdir()
     stages = time_stages_on_all_cores(clips, work_dir / "stages", num_workers)
-    print_stages(stages, statistics.median(seconds[OURS]), num_frames, num_workers)
+    print_stages(stages, statistics.median(seconds for seconds, _ in runs[OURS]), num_frames, num_workers)
     print("\nAll alternatives wrote the same number of frames of every clip. Mean difference of ours to:")
     for name in alternatives:
         if name == OURS:

@@ -3,8 +3,8 @@
     python -m benchmarks.train_step
     python -m benchmarks.train_step --models sd15 --mixed_precision fp16 --batch_sizes 8 --gradient_accumulation_steps 2
 
-The alternatives take turns (A B C A B C …) on one UNet with random weights, each turn with a fresh optimiser and one
-step that does not count. Before the first turn all of them compute loss and gradient norm for the same pictures,
+The alternatives take turns (A B C A B C …) on one UNet with random weights, each turn with a fresh optimiser and a
+first step that does not count. Before the first turn all of them compute loss and gradient norm for the same pictures,
 prompts, noise and timesteps, which must agree. Both run on a GPU where there is one.
 """
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 NUM_PAIRS = 64  # pictures and prompts that the steps draw from
 CHECKED_BATCHES = 2
+CHECKED_LOSS_SCALE = 1024  # so that gradients neither vanish nor overflow in fp16; a power of 2, so exact
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}  # relative, of losses and gradient norms
 PARTS = ("encoding", "forward", "backward", "clip", "optimiser", "other")
 PARTS_OF_PLAIN_STEP = {"encode": "encoding", "forward": "forward", "clip": "clip"}
@@ -42,6 +43,7 @@ ALTERNATIVES = {"plain": "(a) as diffusers' example", "ours": "(b) ours", "compi
 # What the experiment takes: 3,000 samples, 20 epochs; and how long it may take on an H100.
 EXPERIMENT_SAMPLES, TARGET_MINUTES = 60_000, 3
 BATCH_SIZES = {"cpu": {"demo": (4, 16), "sd15": (1, 2)}, "cuda": {"demo": (16, 64), "sd15": (8, 16)}}
+WARM_UP_STEPS = {"cpu": 1, "cuda": 5}  # a GPU also has its allocator and the scale of fp16's loss to find
 STEPS = {"cpu": {"demo": 5, "sd15": 2}, "cuda": {"demo": 20, "sd15": 20}}
 
 
@@ -58,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="for all alternatives")
     add("--use_8bit_adam", action="store_true", help="ours with AdamW of bitsandbytes; (a) keeps torch's")
     add("--allow_tf32", action="store_true", help="for all alternatives")
+    add("--channels_last", action="store_true", help="the UNet's weights in that order, for all alternatives")
     add("--steps", type=int, help="optimiser steps timed in a turn (chosen for model and device)")
     add("--rounds", type=int, default=3, help="turns of each alternative (%(default)s)")
     add("--quick", action="store_true", help="under a minute: the demo's model, batch 4, 2 steps, nothing compiled")
@@ -165,7 +168,7 @@ def training_arguments(args: argparse.Namespace, data_dir: Path, batch_size: int
         "max_train_steps": 1_000_000,
         "report_to": "none",
     }
-    words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    words = [str(word) for name, value in values.items() if value is not None for word in (f"--{name}", value)]
     switches = ("gradient_checkpointing", "use_8bit_adam", "allow_tf32")
     return parse_training_args(words + [f"--{name}" for name in switches if getattr(args, name)])
 
@@ -385,7 +388,8 @@ def take_turn(subject: Subject, alternative: str, num_steps: int, measured: Meas
                 log.flush()
 
     watched += [(accelerator, "backward", "backward"), (optimizer, "step", "optimiser")]
-    step()
+    for _ in range(WARM_UP_STEPS["cuda" if device.type == "cuda" else "cpu"]):
+        step()
     stopwatch = Stopwatch(device)
     if device.type == "cuda":  # the stopwatch waits for the GPU at each part, so the total is timed without it
         measured.seconds.append(seconds_per_step(step, num_steps, device))
@@ -432,9 +436,9 @@ def losses_and_norms(subject: Subject, alternative: str) -> list[tuple[float, fl
             batch = subject.checked_batches[step]
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             loss = diffusion_loss(model, subject.scheduler, batch)
-        accelerator.backward(loss)
+        (loss * CHECKED_LOSS_SCALE).backward()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-        found.append((loss.item(), norm.item()))
+        found.append((loss.item(), norm.item() / CHECKED_LOSS_SCALE))
         model.zero_grad(set_to_none=True)
     if alternative == "plain":
         plain.stop()
@@ -507,7 +511,7 @@ def benchmark(name: str, args: argparse.Namespace, accelerator: Accelerator, dat
         frozen.requires_grad_(False)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pairs = write_pairs(data_dir, args.resolution)
-    unet = pipeline.unet
+    unet = pipeline.unet.to(memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     for batch_size in args.batch_sizes or BATCH_SIZES[device_type][name]:
         training_args = training_arguments(args, data_dir, batch_size)
         training.prepare_unet(unet, training_args)
@@ -545,19 +549,20 @@ def benchmark(name: str, args: argparse.Namespace, accelerator: Accelerator, dat
 
 def main() -> None:
     args = parse_args()
+    from train_instruct_pix2pix import check_args
+
+    check_args(training_arguments(args, Path(), batch_size=1))
     import datasets
     import torch
 
     from data.pretrained import quiet_libraries
-    from train_instruct_pix2pix import check_args, create_accelerator
+    from train_instruct_pix2pix import create_accelerator
 
     quiet_libraries()
     datasets.disable_progress_bars()
     args.mixed_precision = args.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
     with tempfile.TemporaryDirectory(prefix="train_step_") as folder:
-        training_args = training_arguments(args, Path(folder), batch_size=1)
-        check_args(training_args)
-        accelerator = create_accelerator(training_args)
+        accelerator = create_accelerator(training_arguments(args, Path(folder), batch_size=1))
         for name in dict.fromkeys(args.models):
             benchmark(name, args, accelerator, Path(folder))
 

@@ -200,6 +200,20 @@ def describe_full_disk(folder: Path, needed_bytes: int | None = None) -> str:
 
 
 @contextlib.contextmanager
+def full_disk_in_one_line(wanted: str, folder: Path) -> Iterator[None]:
+    """Turns a full disk into a UserError that names what was to be written (`wanted`), and where."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"the disk is full: {wanted} cannot be saved in {folder} ({describe_full_disk(folder)}); make room and run"
+            " the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
 def removed_where_the_disk_is_full(unfinished: Path, wanted: str, output_dir: Path) -> Iterator[None]:
     """Turns a full disk into a UserError that names the newest whole checkpoint, and removes `unfinished`.
 

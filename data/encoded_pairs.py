@@ -21,6 +21,7 @@ from datasets import Array2D, Array3D, Dataset, Features
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import ImageOps
 
+from data.checkpoints import full_disk_in_one_line
 from data.dataset import UserError
 from data.sthv2_dataset_hf import derive_seed, frame_pairs_dataset, swap_left_and_right
 
@@ -127,7 +128,7 @@ def encode_once(
     frames_key = digest([precision, *module_bytes(pipeline.vae), bytes(frames["mirrored"]), *read_frames(pairs)])
     prompts_key = digest([precision, *module_bytes(pipeline.text_encoder), token_ids.numpy().tobytes()])
     cache = args.train_data_dir / "encoded_cache"
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), full_disk_in_one_line("the encoded frames and prompts", cache):
         cache.mkdir(exist_ok=True)
         latents = encode_frames(pipeline, frames, cache / f"frames-{frames_key}.arrow", frames_key, accelerator)
         embeddings = encode_prompts(pipeline, prompts, cache / f"prompts-{prompts_key}.arrow", prompts_key, accelerator)

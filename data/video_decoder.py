@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ class VideoError(Exception):
     """A video that cannot be extracted. Arguments: the kind of failure (for counting) and the details."""
 
 
+@functools.cache
 def import_cv2():
     """Import OpenCV on one thread: the workers are the parallelism."""
     try:
@@ -64,6 +66,7 @@ def import_cv2():
     return cv2
 
 
+@functools.cache
 def import_av():
     """Import PyAV, silent: the reasons given for a failure are ours."""
     try:
@@ -163,15 +166,19 @@ def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:
     method does not interpolate.
     """
     cv2, av = import_cv2(), import_av()
-    area = av.video.reformatter.Interpolation.AREA | FULL_CHROMA
+    area = int(av.video.reformatter.Interpolation.AREA) | FULL_CHROMA
     shrinking, converting = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
 
     def resize(frame: av.VideoFrame) -> np.ndarray:
         if min(frame.width, frame.height) >= resolution:
             small = shrinking.reformat(frame, resolution, resolution, "bgr24", interpolation=area, threads=1)
-            return small.to_ndarray()
-        image = converting.reformat(frame, format="bgr24", interpolation="BICUBIC", threads=1).to_ndarray()
-        return cv2.resize(image, (resolution, resolution), interpolation=cv2.INTER_AREA)
+            image = small.to_ndarray()
+        else:
+            large = converting.reformat(frame, format="bgr24", interpolation="BICUBIC", threads=1).to_ndarray()
+            image = cv2.resize(large, (resolution, resolution), interpolation=cv2.INTER_AREA)
+        for _ in range(frame.rotation // 90 % 4):  # the container says how the camera was held
+            image = cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE)
+        return image
 
     return resize
 

@@ -21,6 +21,20 @@ LABELS = {
 }
 
 
+MOST_WORKERS = 8
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: one core for each is quickest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Runs the whole suite on all cores, file by file, unless `-n` or file names say otherwise."""
+    if config.option.file_or_dir or getattr(config.option, "numprocesses", 0) is not None:
+        return
+    config.option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+    config.option.dist = "loadfile"
+
+
 def run(*command: object, check: bool = True, **environment: object) -> subprocess.CompletedProcess:
     """Runs a command in the project's folder as a user would, without a network, output as text."""
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

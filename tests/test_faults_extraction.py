@@ -87,10 +87,10 @@ def test_killed_at_twenty_moments_then_completed_to_the_same_bytes(twin_dirs):
 # Bad and unusual videos.
 
 
-def write_odd_video(path, size, times, codec="libvpx-vp9"):
+def write_odd_video(path, size, times):
     """A clip of noise with PyAV: any size (pixels), each frame shown at the time (ms) given for it; none, if empty."""
     with av.open(str(path), "w", format="webm") as container:
-        stream = container.add_stream(codec, rate=25, options={"deadline": "realtime", "cpu-used": "8"})
+        stream = container.add_stream("libvpx-vp9", rate=25, options={"deadline": "realtime", "cpu-used": "8"})
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
@@ -167,13 +167,16 @@ def test_unusual_videos_are_extracted_whole_in_little_memory(tmp_path):
         "varying": ((64, 48), times),
         "one": ((64, 48), [0]),
         "late": ((64, 48), range(5000, 5400, 40)),
-        "long": ((16, 16), range(0, 400_000, 40)),
+        "long": ((16, 16), range(10_000)),
         "wide": ((1920, 1080), range(0, 120, 40)),
     }
     data_dir = make_data_dir(tmp_path / "data", list(clips))
     for video_id, (size, shown_at) in clips.items():
-        codec = "libvpx" if video_id in ("long", "wide") else "libvpx-vp9"
-        write_odd_video(data_dir / "videos" / f"{video_id}.webm", size, shown_at, codec)
+        path = data_dir / "videos" / f"{video_id}.webm"
+        if video_id == "long":
+            write_video(path, len(shown_at), size, "MJPG", ".avi")  # ten times as fast to write
+        else:
+            write_odd_video(path, size, shown_at)
     command = [sys.executable, "-c", MEASURE, *COMMAND, str(data_dir), "--resolutions", "16"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -184,12 +187,13 @@ def test_unusual_videos_are_extracted_whole_in_little_memory(tmp_path):
     assert int(result.stdout) * 1024 < MEMORY_LIMIT
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind root")
 def test_a_video_that_may_not_be_read_stops_nobody(tmp_path):
     data_dir = make_data_dir(tmp_path / "data", ["1", "2"])
     for video_id in ("1", "2"):
         write_video(data_dir / "videos" / f"{video_id}.webm")
     (data_dir / "videos" / "1.webm").chmod(0)
+    if os.access(data_dir / "videos" / "1.webm", os.R_OK):
+        pytest.skip("permissions do not bind this user, root perhaps")
     assert extract(data_dir, "--resolutions", 16).returncode == 0
     assert "1: unreadable: the file cannot be read: Permission denied" in log_of(data_dir)
     assert num_frames_of(data_dir) == {"1": None, "2": 12}

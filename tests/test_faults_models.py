@@ -14,7 +14,8 @@ import pytest
 
 from data.dataset import UserError, filtered_annotations_path, frames_dir
 from data.pretrained import PARTS, load_pipeline
-from tests.conftest import PROJECT, SIDE, make_tiny_pipeline, run
+from sample_from_pix2pix import read_training_config
+from tests.conftest import PROJECT, SIDE, run
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -50,7 +51,7 @@ class TouchWhenLoaded:
 
 
 def write_trap(path: Path, trap: Path) -> None:
-    path.write_bytes(pickle.dumps({"conv_in.weight": TouchWhenLoaded(trap)}))
+    path.write_bytes(pickle.dumps({"weight": TouchWhenLoaded(trap)}))
 
 
 # Models.
@@ -66,7 +67,8 @@ def test_a_missing_part_is_named(model, part):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello", b"[]", b"{}", b'{"unet": 5}', b"\xff\xfe\x00", b"[" * 100_000, b'{"unet": ["os", "system"]}']
+    "content",
+    [b"", b"hello", b"[]", b"{}", b'{"unet": 5}', b"\xff\xfe\x00", b"[" * 100_000, b'{"unet": ["os", "system"]}'],
 )
 def test_a_broken_index_is_named(model, content):
     (model / "model_index.json").write_bytes(content)
@@ -96,24 +98,24 @@ def test_a_pickle_is_never_loaded(model, tmp_path, part):
     trap = tmp_path / "trap"
     weights = model / part / WEIGHTS[part]
     good = weights.read_bytes()
-    pickled = model / part / weights.name.replace("model.safetensors", "model.bin").replace("model.bin", "model.bin")
-    write_trap(weights, trap)  # a pickle under a safetensors file's name
+    write_trap(weights, trap)  # under a safetensors file's name
     assert "is no whole safetensors file" in refusal(model)
     weights.unlink()
-    for name in (pickled.name, "pytorch_model.bin"):
+    for name in (f"{weights.stem}.bin", "pytorch_model.bin"):
         write_trap(model / part / name, trap)
     message = refusal(model)
     assert f"{part}/ has its weights in a pickle only" in message and "safe_serialization=True" in message
     (model / part / "other.safetensors").write_bytes(good)
-    index = {"metadata": {}, "weight_map": {"conv_in.weight": "pytorch_model.bin"}}
-    (model / part / f"{weights.name}.index.json").write_text(json.dumps(index))
+    refusal(model)  # the only safetensors file has a name that is not looked for
+    index = model / part / f"{weights.name}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "pytorch_model.bin"}}))
     assert "names pytorch_model.bin, which is no safetensors file" in refusal(model)
-    (model / part / f"{weights.name}.index.json").unlink()
-    refusal(model)  # only a file of another name
+    index.unlink()
     (model / part / "other.safetensors").rename(weights)
     load_pipeline(str(model))  # pickles beside whole weights do no harm
     assert not trap.exists()
-    pickle.loads(pickle.dumps(TouchWhenLoaded(trap)))["conv_in.weight"] if False else open(trap, "w").close()
+    pickle.loads((model / part / "pytorch_model.bin").read_bytes())
+    assert trap.exists()  # so the trap works
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,14 @@ def test_a_unet_that_does_not_fit_is_named(model, changes, message):
     assert message in refusal(model)
     (model / "unet" / "config.json").write_text(json.dumps(config))  # weights of another shape than it says
     assert "unet/: " in refusal(model)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"arguments": 5}', b"\xff\xfe", b"[" * 100_000])
+def test_a_broken_training_config_is_named(model, content):
+    path = model / "training_config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path} is not a training config .*copy the model again"):
+        read_training_config(str(model))
 
 
 def sampling_command(data_dir: Path, model: object, output_dir: Path) -> list[str]:

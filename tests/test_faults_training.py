@@ -454,10 +454,10 @@ def test_resuming_with_other_settings_lists_the_differences(start, undisturbed, 
 
 
 def test_out_of_memory_says_which_variables_to_lower(start, tmp_path):
-    options = ("--train_batch_size", 30_000, "--max_train_steps", 1)
-    status, printed = start(tmp_path, *options, memory=600 * 2**20).end()
+    options = ("--train_batch_size", 5_000, "--max_train_steps", 1)
+    status, printed = start(tmp_path, *options, memory=400 * 2**20).end()
     assert status == 1
     line = last_line(printed)
-    assert line.startswith("error: out of memory: lower BATCH_SIZE (now 30000)")
+    assert line.startswith("error: out of memory: lower BATCH_SIZE (now 5000)")
     assert "GRADIENT_ACCUM" in line and "RESOLUTION" in line
     assert 'EXTRA_ARGS="--gradient_checkpointing --use_8bit_adam"' in line

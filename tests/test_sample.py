@@ -142,10 +142,11 @@ def test_choice_is_even_over_tasks_and_independent_of_order(seed, num_samples, r
 
 
 def test_config_of_a_model_on_the_hub_is_read_too(model_with_config, monkeypatch):
-    def download(name, file, revision):
-        assert (name, file, revision) == ("user/model", "training_config.json", "main")
+    def download(name, file, revision, local_files_only):
+        assert (name, file, revision, local_files_only) == ("user/model", "training_config.json", "main", False)
         return str(model_with_config / file)
 
+    monkeypatch.setattr("sample_from_pix2pix.hub_problem", lambda name, revision: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert read_training_config("user/model", revision="main")["add_progress"] is True
 

@@ -1,0 +1,40 @@
+"""The benchmarks of sampling, in their quick form."""
+
+import json
+import re
+import shutil
+
+from tests.conftest import SIDE, run
+
+
+def test_batches_draw_the_pictures_of_single_calls(tiny_model):
+    done = run("python", "-m", "benchmarks.sampling", "--quick", "--model", tiny_model, "--resolution", SIDE)
+    assert re.search(r"\(a\) the pipeline, one by one +[\d.]+ +[\d.]+ +1\.00", done.stdout)
+    assert re.search(r"\(b\) ours, batch 4 +[\d.]+ +[\d.]+ +[\d.]+", done.stdout)
+    difference = re.search(r"largest difference between their pictures: (\d+)", done.stdout)
+    assert int(difference[1]) <= 1
+
+
+def test_options_are_compared_on_the_same_pairs(data_dir, tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = {"arguments": {"resolution": SIDE, "input_frame_idx": 20, "target_frame_idx": 22}}
+    (model / "training_config.json").write_text(json.dumps(config))
+    output = tmp_path / "scores.json"
+    options = ("--model_dir", model, "--data_dir", data_dir, "--output", output)
+    done = run("python", "-m", "benchmarks.sampling_options", "--quick", *options)
+    rows = json.loads(output.read_text())
+    assert len(rows) == 5 and all(name in done.stdout for name in rows)
+    pairs = {tuple(sample["video_id"] for sample in row["samples"]) for row in rows.values()}
+    assert len(pairs) == 1 and sorted(pairs.pop()) == ["val0", "val1", "val2"]
+    copies = {row["summary"]["psnr"]["copy"] for row in rows.values()}
+    predictions = {row["summary"]["psnr"]["prediction"] for row in rows.values()}
+    assert len(copies) == 1 and len(predictions) > 1  # the same pairs, predicted differently
+    assert f"copying: {copies.pop():.2f} dB" in done.stdout
+
+
+def test_a_model_without_pairs_is_one_line(tmp_path, data_dir, tiny_model):
+    options = ("--model_dir", tiny_model, "--data_dir", data_dir)  # no training config: 128 pixels
+    done = run("python", "-m", "benchmarks.sampling_options", "--quick", *options, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
