@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from data.encoded_pairs import TrainingBatches
 
-NUM_PAIRS = 64  # pictures and prompts that the steps draw from
+NUM_PAIRS = 16  # pictures and prompts that the steps draw from
 CHECKED_BATCHES = 2
 CHECKED_LOSS_SCALE = 1024  # so that gradients neither vanish nor overflow in fp16; a power of 2, so exact
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}  # relative, of losses and gradient norms
