@@ -334,9 +334,10 @@ def peak_memory(device: torch.device) -> float:
 
 @dataclass
 class Measured:
-    """One alternative's turns: seconds a step, seconds of each part a step, and the peak of memory in GB."""
+    """One alternative's turns: seconds a step (by the clock; of processors), of each part, and peak memory in GB."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
     memory: float = 0.0
 
@@ -391,14 +392,15 @@ def take_turn(subject: Subject, alternative: str, num_steps: int, measured: Meas
     for _ in range(WARM_UP_STEPS["cuda" if device.type == "cuda" else "cpu"]):
         step()
     stopwatch = Stopwatch(device)
+    totals = []
     if device.type == "cuda":  # the stopwatch waits for the GPU at each part, so the total is timed without it
-        measured.seconds.append(seconds_per_step(step, num_steps, device))
+        totals.append(seconds_per_step(step, num_steps, device))
     with stopwatch.watching(*watched):
-        total = seconds_per_step(step, num_steps, device)
-    if device.type != "cuda":
-        measured.seconds.append(total)
+        totals.append(seconds_per_step(step, num_steps, device))
+    measured.seconds.append(totals[0][0])
+    measured.cpu_seconds.append(totals[0][1])
     parts = {part: seconds / num_steps for part, seconds in stopwatch.seconds.items()}
-    measured.parts.append(parts | {"other": total - sum(parts.values())})
+    measured.parts.append(parts | {"other": totals[-1][0] - sum(parts.values())})
     measured.memory = max(measured.memory, peak_memory(device))
 
     if alternative == "plain":
@@ -407,13 +409,14 @@ def take_turn(subject: Subject, alternative: str, num_steps: int, measured: Meas
     accelerator.free_memory()
 
 
-def seconds_per_step(step: Callable[[], None], num_steps: int, device: torch.device) -> float:
+def seconds_per_step(step: Callable[[], None], num_steps: int, device: torch.device) -> tuple[float, float]:
+    """By the clock, and of all processors together, which other programs on the machine hardly change."""
     synchronise(device)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     for _ in range(num_steps):
         step()
     synchronise(device)
-    return (time.perf_counter() - started) / num_steps
+    return (time.perf_counter() - started) / num_steps, (time.process_time() - cpu_started) / num_steps
 
 
 def losses_and_norms(subject: Subject, alternative: str) -> list[tuple[float, float]]:
@@ -476,15 +479,17 @@ def describe(subject: Subject, model_name: str, num_steps: int, num_rounds: int)
 
 def print_table(results: dict[str, Measured], samples_per_step: int, device_type: str) -> None:
     """Samples per second, seconds per step and in each part, peak memory; ratios to the first alternative."""
-    first = statistics.median(next(iter(results.values())).seconds)
+    first = next(iter(results.values()))
+    first_seconds, first_cpu_seconds = statistics.median(first.seconds), statistics.median(first.cpu_seconds)
     parts = "".join(f"{part:>11}" for part in PARTS)
-    print(f"{'':26}{'samples/s':>10}{'ratio':>7}{'s/step':>9} ={parts}{'GB':>8}")
+    print(f"{'':26}{'samples/s':>10}{'ratio':>7}{'CPU s/step':>12}{'ratio':>7}{'s/step':>9} ={parts}{'GB':>8}")
     for alternative, measured in results.items():
-        seconds = statistics.median(measured.seconds)
+        seconds, cpu_seconds = statistics.median(measured.seconds), statistics.median(measured.cpu_seconds)
         parts = "".join(f"{measured.median_part(part):>11.4f}" for part in PARTS)
         print(
-            f"{ALTERNATIVES[alternative]:26}{samples_per_step / seconds:>10.2f}{first / seconds:>7.2f}{seconds:>9.4f}  "
-            f"{parts}{measured.memory:>8.2f}"
+            f"{ALTERNATIVES[alternative]:26}{samples_per_step / seconds:>10.2f}{first_seconds / seconds:>7.2f}"
+            f"{cpu_seconds:>12.4f}{first_cpu_seconds / cpu_seconds:>7.2f}{seconds:>9.4f}  {parts}"
+            f"{measured.memory:>8.2f}"
         )
     if device_type == "cuda":
         for alternative, measured in results.items():

@@ -29,7 +29,7 @@ PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "scheduler": (None, ("scheduler_config.json",)),
 }
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
-HUB_PATIENCE = 12  # seconds to wait for the hub's first answer; an error has to appear within 30 with all imports
+HUB_PATIENCE = 10  # seconds to wait for the hub's first answer; an error has to appear within 30 with all imports
 
 
 def load_pipeline(
@@ -42,11 +42,11 @@ def load_pipeline(
     the model cannot be found, reached or read, where a part or a weight is missing, and where the parts do not fit
     together.
     """
+    hub_options = {option: value for option, value in hub_options.items() if value}
+    folder = Path(name) if os.path.isdir(name) else fetch_from_hub(name, hub_options)
     quiet_libraries()
     import torch
 
-    hub_options = {option: value for option, value in hub_options.items() if value}
-    folder = Path(name) if os.path.isdir(name) else fetch_from_hub(name, hub_options)
     try:
         check_files(folder)
         pipeline = load_parts(folder, dtype or torch.float32, hub_options.get("variant"))
@@ -177,10 +177,16 @@ def check_parts_fit(pipeline: StableDiffusionInstructPix2PixPipeline) -> None:
 
 def fetch_from_hub(name: str, hub_options: dict[str, str]) -> Path:
     """The directory of a hub model's files, downloaded now or before. Raises UserError where there are none."""
-    from diffusers import StableDiffusionInstructPix2PixPipeline
+    from huggingface_hub import try_to_load_from_cache
 
     problem = hub_problem(name, hub_options.get("revision"))
     try:
+        where = {option: hub_options.get(option) for option in ("cache_dir", "revision")}
+        if problem and not isinstance(try_to_load_from_cache(name, "model_index.json", **where), str):
+            raise UserError(problem)  # before the libraries are loaded, which takes as long again
+        quiet_libraries()
+        from diffusers import StableDiffusionInstructPix2PixPipeline
+
         folder = StableDiffusionInstructPix2PixPipeline.download(
             name, use_safetensors=True, safety_checker=None, local_files_only=problem is not None, **hub_options
         )

@@ -29,7 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: one cor
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Runs the whole suite on all cores, file by file, unless `-n` or file names say otherwise."""
-    if config.option.file_or_dir or getattr(config.option, "numprocesses", 0) is not None:
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # which must not have workers of its own
+    if is_worker or config.option.file_or_dir or getattr(config.option, "numprocesses", 0) is not None:
         return
     config.option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
     config.option.dist = "loadfile"

@@ -14,7 +14,7 @@ from train_instruct_pix2pix import clip_gradients, create_optimizer, parse_args
 
 
 def rows(printed: str) -> dict[str, list[float]]:
-    """The numbers of each alternative's line: samples/s, ratio, s/step, its parts, GB."""
+    """The numbers of each alternative's line: samples/s, ratio, CPU s, ratio, s/step, its parts, GB."""
     lines = [line for line in printed.splitlines() if line.startswith("(") and "take" not in line]
     return {line[:26].strip(): [float(number) for number in line[26:].split()] for line in lines}
 
@@ -24,11 +24,11 @@ def test_quick_run_compares_both_steps():
     printed = run("python", "-m", "benchmarks.train_step", "--quick", "--batch_sizes", 2).stdout
     table = rows(printed)
     assert list(table) == ["(a) as diffusers' example", "(b) ours"]
-    for samples_per_second, _, seconds, *parts, memory in table.values():
+    for samples_per_second, _, _, _, seconds, *parts, memory in table.values():
         assert samples_per_second == pytest.approx(2 / seconds, rel=0.02)
         assert sum(parts) == pytest.approx(seconds, abs=1e-3)
         assert 0.1 < memory < 10
-    assert table["(a) as diffusers' example"][3] > 0 and table["(b) ours"][3] == 0  # ours encodes nothing in a step
+    assert table["(a) as diffusers' example"][5] > 0 and table["(b) ours"][5] == 0  # ours encodes nothing in a step
     assert re.search(r"the same work: losses \(0\.\d+, 0\.\d+\) differ by (0\.0e\+00|\d\.\de-0[5-9])", printed)
     assert "batch 2 x 1" in printed and "128x128" in printed
 
@@ -36,7 +36,7 @@ def test_quick_run_compares_both_steps():
 def test_passes_of_a_step_are_counted():
     options = ("--gradient_accumulation_steps", 2, "--batch_sizes", 1, "--resolution", 32, "--mixed_precision", "bf16")
     table = rows(run("python", "-m", "benchmarks.train_step", "--quick", *options).stdout)
-    for samples_per_second, _, seconds, *_ in table.values():
+    for samples_per_second, _, _, _, seconds, *_ in table.values():
         assert samples_per_second == pytest.approx(2 / seconds, rel=0.02)
 
 
