@@ -162,8 +162,8 @@ def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:
     Where a frame shrinks, FFmpeg averages its planes of brightness and colour before it makes BGR of them. That
     is several times faster than averaging the full-size BGR picture, and on average closer to the exact result: off
     by 0.3 to 0.6 of 255 and unbiased, where OpenCV's route is 1.1 too dark. A few pixels at sharp edges of saturated
-    colours are off by up to 20, OpenCV's by up to 3. Where a frame grows, OpenCV resizes the full-size picture, since FFmpeg's area
-    method does not interpolate.
+    colours are off by up to 20, OpenCV's by up to 3. Where a frame grows, OpenCV resizes the full-size picture,
+    since FFmpeg's area method does not interpolate.
     """
     cv2, av = import_cv2(), import_av()
     area = int(av.video.reformatter.Interpolation.AREA) | FULL_CHROMA
