@@ -78,15 +78,10 @@ def parse_args() -> argparse.Namespace:
 
 def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
     """InstructPix2Pix of Stable Diffusion 1.5's size, random weights (float32, CPU); the tokenizer is the demo's."""
-    from diffusers import (
-        AutoencoderKL,
-        EulerAncestralDiscreteScheduler,
-        StableDiffusionInstructPix2PixPipeline,
-        UNet2DConditionModel,
-    )
+    from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from demo.make_model import build_tokenizer
+    from demo.make_model import assemble_pipeline, build_tokenizer
 
     tokenizer = build_tokenizer()
     text_config = CLIPTextConfig(
@@ -112,16 +107,7 @@ def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
-    return StableDiffusionInstructPix2PixPipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text_config).eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return assemble_pipeline(vae, CLIPTextModel(text_config), tokenizer, unet, scheduler)
 
 
 def build_model(name: str) -> StableDiffusionInstructPix2PixPipeline:

@@ -23,7 +23,12 @@ from data.dataset import TASK_TEMPLATES, UserError, run_command
 from data.sthv2_dataset_hf import build_prompt
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        EulerAncestralDiscreteScheduler,
+        StableDiffusionInstructPix2PixPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextModel, CLIPTokenizer
 
 DEFAULT_OUTPUT_DIR = Path("demo/base_model")
@@ -146,7 +151,7 @@ def build_unet() -> UNet2DConditionModel:
 def build_pipeline(seed: int) -> StableDiffusionInstructPix2PixPipeline:
     """The untrained base model (float32, on the CPU); the same `seed` gives the same weights."""
     import torch
-    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
+    from diffusers import EulerAncestralDiscreteScheduler
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -160,6 +165,19 @@ def build_pipeline(seed: int) -> StableDiffusionInstructPix2PixPipeline:
         prediction_type="v_prediction",  # its loss also counts where all is noise, and there the motion is decided
         timestep_spacing="linspace",
     )
+    return assemble_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
+
+
+def assemble_pipeline(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: EulerAncestralDiscreteScheduler,
+) -> StableDiffusionInstructPix2PixPipeline:
+    """The pipeline of these parts, ready to predict, without a safety checker."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
     return StableDiffusionInstructPix2PixPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
