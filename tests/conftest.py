@@ -1,6 +1,7 @@
 """Small stand-ins that several test files share: a prepared data directory and a base model of 100,000 parameters."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,11 @@ def run(*command: object, check: bool = True, **environment: object) -> subproce
     if check and done.returncode:
         pytest.fail(f"{' '.join(words)} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+def hear_ctrl_c() -> None:
+    """For `preexec_fn`: tests that run in the background ignore SIGINT, and so would the command."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def write_frames(data_dir: Path, video_id: str, indices: range, side: int = SIDE, seed: int = 0) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from data.checkpoints import checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
 from data.dataset import UserError, frame_path, frames_dir
-from tests.conftest import PROJECT, SIDE, make_data_dir, run
+from tests.conftest import PROJECT, SIDE, hear_ctrl_c, make_data_dir, run
 
 STEPS = 30
 RUNNING = re.compile(rf"[1-9]\d*/{STEPS}|[1-9]\d*/5000")  # the progress bar after at least one step
@@ -203,7 +203,13 @@ def interrupt(command: list[str], number: int, log: Path, whole_group: bool, **v
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            command, cwd=PROJECT, env=environment, stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=PROJECT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=hear_ctrl_c,
         )
     try:
         while not RUNNING.search(log.read_text()):

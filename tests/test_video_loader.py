@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import dataset, video_decoder, video_loader
+from tests.conftest import hear_ctrl_c
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -279,7 +280,7 @@ def start_and_wait_for(data_dir, num_entries):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background ignore Ctrl-C
+        preexec_fn=hear_ctrl_c,
     )
     while process.poll() is None and count_entries(data_dir) < num_entries:
         pass
