@@ -44,6 +44,7 @@ SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler",
 }
+DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
 GAIN_NEIGHBOURHOOD = 2.0  # pixels, a Gaussian's standard deviation
 
 
@@ -104,7 +105,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=default.wiener_gain,
         help="change less where several predictions disagree; needs --residual and --num_predictions of 2 or more",
     )
-    add("--batch_size", type=int, default=8, help="frames predicted at once (%(default)s)")
+    add("--batch_size", type=int, default=8, help="pictures predicted at once (%(default)s)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="weights variant of the model files, such as fp16")
@@ -182,11 +183,13 @@ class Prediction:
     uncertainty: np.ndarray | None
 
 
-def create_scheduler(name: str, config: dict[str, Any]) -> Any:
+def create_scheduler(name: str, config: dict[str, Any], num_inference_steps: int) -> Any:
     """The scheduler called `name` in SCHEDULERS, for a model whose own scheduler has `config`."""
     import diffusers
 
     options: dict[str, Any] = {}
+    if num_inference_steps == 1:
+        options = {"timestep_spacing": "trailing"}  # the only one whose single step begins where all is noise
     if name == "ddim":
         # Latents are not bounded by 1 as pictures are, and DDIM's steps fit no other spacing.
         options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
@@ -212,6 +215,8 @@ def encode_frames(pipeline: StableDiffusionInstructPix2PixPipeline, images: Sequ
 def decode_latents(pipeline: StableDiffusionInstructPix2PixPipeline, latents: torch.Tensor) -> np.ndarray:
     """Pictures of unscaled latents: float32 RGB (N, H, W, 3) in grey levels, not clipped to 0..255."""
     decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample
+    if not decoded.isfinite().all():
+        raise UserError("the model's output is not finite: predict with --mixed_precision no, or bf16")
     return ((decoded.float() + 1) * 127.5).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -258,17 +263,18 @@ def denoise(
     """Samples latents (N, 4, h, w), unscaled like `image_latents`, from the noise of each sample's generator."""
     from diffusers.utils.torch_utils import randn_tensor
 
-    scheduler = create_scheduler(options.scheduler, pipeline.scheduler.config)
+    scheduler = create_scheduler(options.scheduler, pipeline.scheduler.config, options.num_inference_steps)
     device, factor = image_latents.device, pipeline.vae.config.scaling_factor
     scheduler.set_timesteps(options.num_inference_steps, device=device)
     num_steps = max(1, round(options.num_inference_steps * options.strength))
-    timesteps = scheduler.timesteps[-num_steps:]
+    # Rounding gives DDIM one step too many for some numbers.
+    timesteps = scheduler.timesteps[: options.num_inference_steps][-num_steps:]
     latents = randn_tensor(image_latents.shape, generator=generators, device=device)
     if options.strength == 1:
         latents = latents * scheduler.init_noise_sigma
     else:
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(len(scheduler.timesteps) - num_steps)
+            scheduler.set_begin_index(options.num_inference_steps - num_steps)
         latents = scheduler.add_noise(image_latents.float() * factor, latents, timesteps[:1])
     empty_embeds = encode_prompts(pipeline, [""]).expand_as(prompt_embeds)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -283,15 +289,15 @@ def denoise(
 def gain_of_agreement(changes: np.ndarray) -> np.ndarray:
     """Wiener's gain for the mean of K changes: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
 
-    Signal / (signal + noise): the mean change squared, against the variance of a mean of K, both summed over the
-    colours and averaged over a small neighbourhood.
+    Signal / (signal + noise), where the mean change squared stands for signal + noise, and the variance of a mean of K
+    for the noise, both summed over the colours and averaged over a small neighbourhood.
     """
     import cv2
 
-    signal = np.square(changes.mean(axis=0)).sum(axis=-1)
+    power = np.square(changes.mean(axis=0)).sum(axis=-1)
     noise = changes.var(axis=0, ddof=1).sum(axis=-1) / len(changes)
-    signal, noise = (cv2.GaussianBlur(power, (0, 0), GAIN_NEIGHBOURHOOD) for power in (signal, noise))
-    return (signal / (signal + noise + 1e-6))[..., None]
+    power, noise = (cv2.GaussianBlur(image, (0, 0), GAIN_NEIGHBOURHOOD) for image in (power, noise))
+    return (np.maximum(power - noise, 0) / (power + 1e-6))[..., None]
 
 
 def predict_frames(
@@ -354,7 +360,7 @@ def predict_pairs(
     options: SamplingOptions = DEFAULT_OPTIONS,
     show_progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Predicts every pair of `find_frame_pairs`, about `batch_size` pictures at once.
+    """Predicts every pair of `find_frame_pairs`, `batch_size` pictures at once, or all predictions of one if more.
 
     Yields one dictionary a pair, as `data.scores` and `data.pictures` take them: `video_id`, `task`, `prompt`, the
     uint8 RGB pictures `input`, `prediction`, `target` and `vae_ceiling` (the last two None where the video lacks the
@@ -422,7 +428,7 @@ def main() -> None:
     settle_frame_indices(args, trained, args.model_dir)
     add_progress = trained.get("add_progress", False)
     if args.frames_dir is None:
-        args.frames_dir = frames_dir(DEFAULT_DATA_DIR, trained.get("resolution", 128))
+        args.frames_dir = frames_dir(DEFAULT_DATA_DIR, trained.get("resolution", DEFAULT_RESOLUTION))
     pairs, left_out = find_frame_pairs(
         read_annotations(args.val_annotations),
         args.frames_dir,
@@ -436,7 +442,7 @@ def main() -> None:
     if not pairs:
         raise UserError(f"no video of {args.val_annotations} has frame {args.input_frame_idx} in {args.frames_dir}")
     pairs = choose_samples(pairs, args.num_samples, args.seed)
-    check_frame_size(pairs[0]["input_image"], trained.get("resolution"), args.model_dir)
+    check_frame_sizes(pairs, trained.get("resolution"), args.model_dir)
     pipeline = place_pipeline(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     options = SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
@@ -452,11 +458,19 @@ def main() -> None:
     )
 
 
-def check_frame_size(frame: str, trained_resolution: int | None, model_dir: str) -> None:
+def check_frame_sizes(pairs: Sequence[dict[str, Any]], trained_resolution: int | None, model_dir: str) -> None:
+    """Raises UserError where frames are damaged, differ in size, or do not fit any model."""
     from PIL import Image
 
-    with Image.open(frame) as image:
-        side = image.width
+    from data.frame_check import check_frames
+
+    frame = pairs[0]["input_image"]
+    try:
+        with Image.open(frame) as image:
+            side = image.width
+    except OSError:  # damaged, as check_frames will say
+        side = trained_resolution or DEFAULT_RESOLUTION
+    check_frames(pairs, side)
     if side % 8:
         raise UserError(f"{frame} is {side} pixels wide; the model needs a multiple of 8")
     if trained_resolution is not None and side != trained_resolution:

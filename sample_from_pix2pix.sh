@@ -23,12 +23,19 @@ RESIDUAL=${RESIDUAL:-True}                            # False: decode the whole 
 WIENER_GAIN=${WIENER_GAIN:-False}                     # True: change less where the predictions disagree
 BATCH_SIZE=${BATCH_SIZE:-8}
 
-if [[ $RESIDUAL == True ]]; then residual=--residual; else residual=--no-residual; fi
-if [[ $WIENER_GAIN == True ]]; then wiener_gain=--wiener_gain; else wiener_gain=--no-wiener_gain; fi
+is_true() {
+  case $2 in
+    [Tt]rue) return 0 ;;
+    [Ff]alse) return 1 ;;
+    *) echo "error: $1 must be True or False, not '$2'" >&2 && exit 1 ;;
+  esac
+}
+if is_true RESIDUAL "$RESIDUAL"; then residual=--residual; else residual=--no-residual; fi
+if is_true WIENER_GAIN "$WIENER_GAIN"; then wiener_gain=--wiener_gain; else wiener_gain=--no-wiener_gain; fi
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 if [[ -n ${HF_ENDPOINT:-} ]]; then export HF_ENDPOINT; fi
 
-python sample_from_pix2pix.py \
+exec python sample_from_pix2pix.py \
   --model_dir "$MODEL_DIR" \
   --frames_dir "$FRAMES_DIR" \
   --val_annotations "$VAL_ANNOTATIONS" \

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -152,6 +153,15 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("lr_warmup_steps", "num_validation_images", "dataloader_num_workers"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0, not {getattr(args, name)}")
+    for name in ("learning_rate", "adam_weight_decay", "adam_epsilon"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must be at least 0, not {getattr(args, name)}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must lie in [0, 1), not {getattr(args, name)}")
+    for name in ("max_grad_norm", "snr_gamma"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
     if args.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8, not {args.resolution}")
     if not 0 <= args.conditioning_dropout_prob <= 1 / 3:
@@ -272,6 +282,7 @@ def resume(accelerator: Accelerator, checkpoint: Path, config: dict[str, Any]) -
             " another OUTPUT_DIR"
         )
     accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # of its passes, which may be divided otherwise now; checkpoints lie between steps
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
@@ -411,6 +422,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # the others wait while one encodes
     )
     args.mixed_precision = accelerator.mixed_precision
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("fp16 needs a GPU: train with MIXED_PRECISION=no (--mixed_precision no)")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise UserError(
             f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient accumulation steps, the"
@@ -441,9 +454,13 @@ def train(
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
-    from data.encoded_pairs import TrainingBatches, check_frames, encode_once
+    from data.encoded_pairs import TrainingBatches, encode_once
+    from data.frame_check import check_frames
+    from data.freed_memory import keep_freed_memory
 
     accelerator = create_accelerator(args)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     stop.share()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -554,10 +571,13 @@ def train(
             save_pipeline(pipeline, args.output_dir, config)
     if accelerator.is_main_process:
         print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")
-        if args.push_to_hub:
+    try:
+        if args.push_to_hub and accelerator.is_main_process:
             upload(args, repository)
             print(f"uploaded to {repository}")
-    accelerator.end_training()
+        accelerator.end_training()
+    except Interrupted as interruption:
+        raise Interrupted(interruption.signal_number, f"after training: the pipeline is in {args.output_dir}") from None
 
 
 def sampling_command(args: argparse.Namespace) -> str:
@@ -616,8 +636,7 @@ def optimisation_step(
             if accelerator.sync_gradients:
                 grad_norm = clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
             optimizer.step()
-            # On the CPU fresh memory for the gradients of every step costs more than zeroing what there is.
-            optimizer.zero_grad(set_to_none=accelerator.device.type != "cpu")
+            optimizer.zero_grad()
     return sum(losses) / len(losses), grad_norm
 
 

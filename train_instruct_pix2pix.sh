@@ -56,6 +56,8 @@ trap 'stop INT 130' INT
 trap 'stop TERM 143' TERM
 trap 'stop TERM 129' HUP
 
+# What torch's launcher leaves its processes after a signal, before it kills them: time for saving a checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub} PYTHONUNBUFFERED=1
 
 launch=(accelerate launch --quiet)
@@ -108,7 +110,11 @@ arguments=(
   --validation_epochs "$VALIDATION_EPOCHS"
   --num_validation_images "$NUM_VALIDATION_IMAGES"
 )
-if [[ $PROGRESS == [Tt]rue ]]; then arguments+=(--add_progress); fi
+case $PROGRESS in
+  [Tt]rue) arguments+=(--add_progress) ;;
+  [Ff]alse) ;;
+  *) echo "error: PROGRESS must be True or False, not '$PROGRESS'" && exit 1 ;;
+esac
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.dataset import UserError, run_command
+from data.dataset import UserError, run_command, write_file
 from sample_from_pix2pix import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions
 
 PAPER = SamplingOptions(
@@ -44,6 +44,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.num_samples, args.batch_size) < 1:
         parser.error("--num_samples and --batch_size must be at least 1")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"there is no folder {args.output.parent} for --output")
     return args
 
 
@@ -57,40 +59,41 @@ def alternatives() -> dict[str, SamplingOptions]:
         "our defaults": base,
     }
     for count in (1, 4, 8):
-        several = {"num_predictions": count, "wiener_gain": False}
         rows[f"plain, {count} predictions"] = replace(plain, num_predictions=count)
-        rows[f"residual, {count} predictions"] = replace(base, residual=True, **several)
+        rows[f"residual, {count} predictions"] = replace(plain, residual=True, num_predictions=count)
         if count > 1:
             rows[f"residual, {count}, Wiener gain"] = replace(
-                base, residual=True, num_predictions=count, wiener_gain=True
+                plain, residual=True, num_predictions=count, wiener_gain=True
             )
     for text, image in ((1.0, 1.0), (1.0, 1.5), (1.5, 1.0), (2.0, 1.5), (3.0, 1.5), (7.5, 1.5), (7.5, 1.0)):
         rows[f"guidance: text {text}, image {image}"] = replace(base, guidance_scale=text, image_guidance_scale=image)
     for name in SCHEDULERS:
         rows[f"scheduler {name}"] = replace(base, scheduler=name)
-    for steps in (5, 10, 20, 50):
-        rows[f"{steps} steps"] = replace(base, num_inference_steps=steps)
-    for strength in (0.5, 0.7, 0.9):
+    for steps in (1, 2, 4, 10, 20, 50):
+        rows[f"steps: {steps}"] = replace(base, num_inference_steps=steps)
+    for strength in (0.5, 0.7, 0.9, 0.99):
         rows[f"from the noised input, strength {strength}"] = replace(base, strength=strength)
     return rows
 
 
 def find_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Validation pairs that have their target, as the model was trained for."""
+    from data.frame_check import check_frames
     from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, load_frame_pairs
-    from sample_from_pix2pix import choose_samples, read_training_config
+    from sample_from_pix2pix import DEFAULT_RESOLUTION, choose_samples, read_training_config
 
     trained = read_training_config(args.model_dir)
     pairs, _ = load_frame_pairs(
         args.data_dir,
         "val",
-        trained.get("resolution", 128),
+        trained.get("resolution", DEFAULT_RESOLUTION),
         trained.get("input_frame_idx", DEFAULT_INPUT_FRAME_IDX),
         trained.get("target_frame_idx", DEFAULT_TARGET_FRAME_IDX),
         trained.get("add_progress", False),
     )
     if not pairs:
         raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")
+    check_frames(pairs, trained.get("resolution", DEFAULT_RESOLUTION))
     return choose_samples(pairs, args.num_samples, args.seed)
 
 
@@ -127,8 +130,14 @@ def main() -> None:
         f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>6}"
         f"{'PSNR where it moves - copying':>32}{'s/pair':>8}"
     )
-    everything = {}
+    everything: dict[str, Any] = {}
+    name_of: dict[SamplingOptions, str] = {}
     for name, options in rows.items():
+        if options in name_of:  # the row of one choice is the default's
+            everything[name] = everything[name_of[options]]
+            print(format_row(name, everything[name]["summary"], everything[name]["seconds_per_pair"]), flush=True)
+            continue
+        name_of[options] = name
         started = time.perf_counter()
         results = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
         seconds = (time.perf_counter() - started) / len(pairs)
@@ -136,14 +145,14 @@ def main() -> None:
         summary = summarise(scores)
         everything[name] = {"seconds_per_pair": seconds, "summary": summary, "samples": scores}
         print(format_row(name, summary, seconds), flush=True)
+        if args.output:
+            write_file(args.output, json.dumps(everything, indent=1) + "\n")
     copy, ceiling = (summary["psnr"][name] for name in ("copy", "vae_ceiling"))
     moving_copy, moving_ceiling = (summary["moving"]["psnr"][name] or 0.0 for name in ("copy", "vae_ceiling"))
     print(
         f"copying: {copy:.2f} dB, where something moves {moving_copy:.2f} dB;"
         f" the VAE's ceiling: {ceiling:.2f} and {moving_ceiling:.2f} dB"
     )
-    if args.output:
-        args.output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -351,9 +351,13 @@ class Subject:
 def take_turn(subject: Subject, alternative: str, num_steps: int, measured: Measured) -> None:
     """Times `num_steps` steps after one that does not count, with an optimiser of its own."""
     import train_instruct_pix2pix as training
+    from data.freed_memory import keep_freed_memory, return_freed_memory
 
     accelerator, args, model = subject.accelerator, subject.args, subject.model(alternative)
     device = accelerator.device
+    return_freed_memory()
+    if alternative != "plain" and device.type == "cpu":
+        keep_freed_memory()
     reset_peak_memory(device)
     if alternative == "plain":
         optimizer = accelerator.prepare(subject.plain.start(model))

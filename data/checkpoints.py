@@ -29,6 +29,10 @@ MAX_THREADS = 8
 HOW_TO_RESUME = "RESUME=latest (--resume_from_checkpoint latest)"
 
 
+class Shortage(UserError):
+    """Memory or disk ran out: on this process, and perhaps on no other of a distributed run."""
+
+
 def checkpoint_steps(output_dir: Path) -> list[int]:
     """The steps that have a checkpoint, damaged ones included, ascending."""
     names = [path.name for path in output_dir.glob("checkpoint-*") if path.is_dir()]
@@ -226,7 +230,7 @@ def removed_where_the_disk_is_full(unfinished: Path, wanted: str, output_dir: Pa
         if not isinstance(error, Exception) or not is_disk_full(error):
             raise
         room = describe_full_disk(output_dir, known_size(output_dir) if "checkpoint-" in unfinished.name else None)
-        raise UserError(
+        raise Shortage(
             f"the disk is full: {wanted} cannot be saved ({room}); {where_training_stands(output_dir)}"
         ) from error
 

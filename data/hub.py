@@ -15,9 +15,8 @@ def create_hub_repository(args: argparse.Namespace) -> str:
     try:
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
     except (OSError, ValueError) as error:  # the library's own errors are of these kinds
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"cannot upload to {name}: {reason}; log in with `hf auth login`, or leave --push_to_hub out"
+            f"cannot upload to {name}: {first_words(error)}; log in with `hf auth login`, or leave --push_to_hub out"
         ) from error
 
 
@@ -26,4 +25,15 @@ def upload(args: argparse.Namespace, repository: str) -> None:
     from huggingface_hub import HfApi
 
     ignored = ["checkpoint-*/**", f"{args.logging_dir}/**", ".*", "train.log"]
-    HfApi(token=args.hub_token).upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
+    api = HfApi(token=args.hub_token)
+    try:
+        api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the trained pipeline is in {args.output_dir}, but its upload failed: {first_words(error)}; upload it"
+            f" with: hf upload {repository} {args.output_dir} --exclude 'checkpoint-*/**'"
+        ) from error
+
+
+def first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

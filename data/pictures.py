@@ -325,19 +325,22 @@ def save_results(
 @contextmanager
 def _unfinished(output_dir: Path) -> Iterator[Path]:
     """A new folder whose content replaces that of the same name in `output_dir` when the block has ended well."""
-    new = output_dir / ".unfinished"
+    new, former, samples = (output_dir / name for name in (".unfinished", ".former", "samples"))
     try:
         with _writing(output_dir):
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
         yield new
         with _writing(output_dir):
-            if (output_dir / "samples").exists():  # a folder that is not empty cannot be replaced by another
-                os.replace(output_dir / "samples", new / ".former")
+            if samples.exists():  # a folder that is not empty cannot be replaced by another
+                os.replace(samples, former)
             for name in ("samples", "overview.png", "scores.png", "metrics.json"):
                 os.replace(new / name, output_dir / name)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if former.exists() and not samples.exists():
+            os.replace(former, samples)
+        for leftover in (new, former):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

@@ -6,12 +6,8 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
-from data.checkpoints import describe_full_disk, is_disk_full, where_training_stands
+from data.checkpoints import Shortage, describe_full_disk, is_disk_full, where_training_stands
 from data.dataset import UserError
-
-
-class Shortage(UserError):
-    """Memory or disk ran out: on this process, and perhaps on no other of a distributed run."""
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -175,6 +175,15 @@ def drop_conditions(batch: PairBatch, generator: torch.Generator) -> PairBatch:
     return PairBatch(batch.targets, batch.inputs * ~drop_image.view(-1, 1, 1, 1), prompts)
 
 
+def draw_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps (count,), mostly late ones: the motion is decided where little but noise is seen.
+
+    46% lie in the last tenth, 21% in the first half; drawn evenly it would be 10% and 50%.
+    """
+    uniform = torch.rand(count, generator=generator)
+    return (num_train_timesteps * (1 - uniform**3)).long().clamp(max=num_train_timesteps - 1)
+
+
 def denoising_loss(
     pipeline: StableDiffusionInstructPix2PixPipeline,
     scheduler: DDPMScheduler,
@@ -184,8 +193,7 @@ def denoising_loss(
     """Mean squared error of the velocity (Salimans and Ho, 2022, arXiv 2202.00512)."""
     device = pipeline.unet.device
     noise = torch.randn(batch.targets.shape, generator=generator)
-    num_timesteps = scheduler.config.num_train_timesteps
-    timesteps = torch.randint(0, num_timesteps, (len(batch.targets),), generator=generator)
+    timesteps = draw_timesteps(len(batch.targets), scheduler.config.num_train_timesteps, generator)
     noisy = scheduler.add_noise(batch.targets, noise, timesteps)
     tokens = pipeline.tokenizer(
         batch.prompts,
@@ -212,7 +220,7 @@ def train_unet(
     for model in models:
         model.to(device).train()
     parameters = [parameter for model in models for parameter in model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=UNET_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=UNET_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
     averaged = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)

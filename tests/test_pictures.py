@@ -1,6 +1,7 @@
 """Comparison pictures, the overview, the plot, and the folder an evaluation leaves behind."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,22 @@ def test_interrupted_run_leaves_the_former_results_whole(tmp_path):
             save_results(results(error), tmp_path, "new", show_progress=False)
         assert snapshot(tmp_path) == former
         assert not (tmp_path / ".unfinished").exists()
+
+
+def test_former_pictures_come_back_where_the_new_ones_cannot_take_their_place(tmp_path, monkeypatch):
+    save_results([result(0)], tmp_path, "former", show_progress=False)
+    former = snapshot(tmp_path)
+    replace = os.replace
+
+    def stubborn(source: Path, destination: Path) -> None:
+        if Path(source).parent.name == ".unfinished":
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", stubborn)
+    with pytest.raises(KeyboardInterrupt):
+        save_results([result(1)], tmp_path, "new", show_progress=False)
+    assert snapshot(tmp_path) == former
 
 
 def test_a_disk_that_refuses_is_one_clear_line(tmp_path):

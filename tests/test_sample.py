@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from data.dataset import UserError, filtered_annotations_path, frames_dir
+from data.dataset import UserError, filtered_annotations_path, frame_path, frames_dir
 from data.sthv2_dataset_hf import load_frame_pairs
 from sample_from_pix2pix import (
     SCHEDULERS,
     SamplingOptions,
     choose_samples,
+    gain_of_agreement,
     load_pipeline,
     predict_frames,
     predict_pairs,
@@ -112,6 +113,12 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
     assert "in (0, 1]" in message("--strength", 0)
     assert "needs --residual" in message("--wiener_gain", "--no-residual")
     assert "no model_index.json" in message(model=data_dir)
+    for name, damage in (("cut", b"cut"), ("empty", b"")):
+        bad = make_data_dir(tmp_path_factory.mktemp(name))
+        frame = frame_path(frames_dir(bad, SIDE), "val1", 20)
+        frame.write_bytes(frame.read_bytes()[:100] if damage else damage)
+        line = message("--frames_dir", frames_dir(bad, SIDE), "--num_samples", "all")
+        assert f"{frame} is " in line and "python -m data.video_loader" in line
     odd = make_data_dir(tmp_path_factory.mktemp("odd"), side=36)
     assert "36 pixels wide; the model needs a multiple of 8" in message("--frames_dir", frames_dir(odd, 36))
 
@@ -229,6 +236,34 @@ def test_several_predictions_are_averaged_and_begin_with_the_single_one():
         assert np.array_equal(mean.uncertainty, gained.uncertainty)
         change, smaller = (np.abs(p.frame.astype(int) - frame) for p in (mean, gained))
         assert (smaller <= change + 1).all() and smaller.sum() < change.sum()
+
+
+@pytest.mark.parametrize("count", (2, 4, 8))
+def test_gain_removes_noise_and_keeps_agreement(count):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 8, (count, 96, 96, 3)).astype(np.float32)
+    assert gain_of_agreement(noise).mean() < 0.15
+    movement = np.zeros((96, 96, 3), np.float32)
+    movement[30:60, 30:60] = 60
+    gain = gain_of_agreement(noise / 4 + movement)
+    assert gain.shape == (96, 96, 1)
+    assert gain[35:55, 35:55].min() > 0.95
+    assert gain[:20].mean() < 0.15
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("num_steps", (1, 2, 20, 61))
+def test_steps_begin_in_noise_and_are_as_many_as_asked(scheduler, num_steps):
+    pipeline = make_tiny_pipeline()
+    frames, prompts = frames_and_prompts(1)
+    timesteps = []
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: timesteps.append(float(inputs[1])))
+    options = SamplingOptions(num_inference_steps=num_steps, scheduler=scheduler, num_predictions=1, wiener_gain=False)
+    options = replace(options, guidance_scale=1.0, image_guidance_scale=1.0, strength=1.0)
+    predict_frames(pipeline, frames, prompts, [0], options)
+    assert len(timesteps) == num_steps
+    assert timesteps[0] > 950 and min(timesteps) >= 0
+    assert timesteps == sorted(timesteps, reverse=True)
 
 
 def test_without_guidance_only_the_conditioned_branch_is_computed():

@@ -79,6 +79,20 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
     assert json.loads((tmp_path / "samples" / "metrics.json").read_text())["summary"]["num_samples"] >= 2
 
 
+@pytest.mark.parametrize(
+    ("script", "variable"),
+    [
+        ("train_instruct_pix2pix.sh", "PROGRESS"),
+        ("sample_from_pix2pix.sh", "RESIDUAL"),
+        ("sample_from_pix2pix.sh", "WIENER_GAIN"),
+    ],
+)
+def test_switches_that_are_neither_true_nor_false_are_refused(script, variable, tmp_path):
+    done = run("bash", script, check=False, OUTPUT_DIR=tmp_path / "output", **{variable: "yes"})
+    assert done.returncode == 1
+    assert f"error: {variable} must be True or False, not 'yes'" in done.stdout + done.stderr
+
+
 def test_failed_training_makes_the_script_fail(data_dir, tmp_path):
     variables = {"DATA_DIR": data_dir, "RESOLUTION": 64, "OUTPUT_DIR": tmp_path / "model"}
     done = run("bash", "train_instruct_pix2pix.sh", check=False, **variables)

@@ -203,6 +203,8 @@ def test_upload_leaves_out_checkpoints_and_never_names_the_token(monkeypatch, tm
             return argparse.Namespace(repo_id=f"user/{name}")
 
         def upload_folder(self, **options):
+            if options["repo_id"] == "user/full":
+                raise OSError("the connection broke")
             calls.append(("upload", options))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
@@ -211,6 +213,10 @@ def test_upload_leaves_out_checkpoints_and_never_names_the_token(monkeypatch, tm
     assert calls[0] == calls[1] == ("token", "hf_secret")
     assert calls[2][1]["repo_id"] == "user/run"
     assert {"checkpoint-*/**", "train.log", "logs/**"} <= set(calls[2][1]["ignore_patterns"])
+    with pytest.raises(
+        UserError, match="pipeline is in .*run, but its upload failed: the connection broke; .*hf upload"
+    ):
+        upload(args, "user/full")
     args.hub_model_id = "taken/name"
     with pytest.raises(UserError, match="cannot upload to taken/name: 403 Forbidden") as refusal:
         create_hub_repository(args)
@@ -245,6 +251,10 @@ def test_a_fresh_run_never_mixes_with_old_checkpoints(data_dir, tiny_model, tmp_
         ("--resolution 100", "multiple of 8"),
         ("--train_batch_size 0", "at least 1"),
         ("--conditioning_dropout_prob 0.5", "1/3"),
+        ("--learning_rate nan", "at least 0"),
+        ("--adam_beta2 1", r"in \[0, 1\)"),
+        ("--max_grad_norm 0", "above 0"),
+        ("--snr_gamma -1", "above 0"),
         ("--use_8bit_adam", "pip install bitsandbytes"),
         ("--enable_xformers_memory_efficient_attention", "pip install xformers"),
     ],
