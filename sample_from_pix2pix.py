@@ -113,6 +113,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def sampling_options(args: argparse.Namespace) -> SamplingOptions:
+    """How the command line wants frames to be predicted."""
+    return SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
+
+
 def number_of_samples(text: str) -> int | None:
     """A count of at least 1, or None for "all"."""
     if text == "all":
@@ -445,8 +450,7 @@ def main() -> None:
     check_frame_sizes(pairs, trained.get("resolution"), args.model_dir)
     pipeline = place_pipeline(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    options = SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
-    results = predict_pairs(pipeline, pairs, args.seed, args.batch_size, options)
+    results = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
     note = f"{args.model_dir}, frame {args.input_frame_idx} to {args.target_frame_idx}"
     summary = save_results(results, args.output_dir, note, show_progress=False)
     print(format_table(summary))

@@ -36,8 +36,14 @@ else
   python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
   python -m data.video_loader --data_dir "$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
-  default_steps=300
-  default_learning_rate=1e-4
+  default_steps=400
+  default_learning_rate=3e-4
+  # Mostly the timesteps where the motion is decided; then the expected frame from one step, without guidance.
+  export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
+  export EXTRA_ARGS=${EXTRA_ARGS:---timestep_bias_strategy later --timestep_bias_portion 0.05 --timestep_bias_multiplier 40}
+  export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-1} GUIDANCE_SCALE=${GUIDANCE_SCALE:-1}
+  export IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1} NUM_PREDICTIONS=${NUM_PREDICTIONS:-8}
+  export WIENER_GAIN=${WIENER_GAIN:-True}
 fi
 echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 

@@ -58,7 +58,7 @@ FROZEN_FOR_RESUME = (
     "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
     " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
-    " schedule_length encoded_data"
+    " schedule_length encoded_data timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion"
 ).split()
 
 
@@ -98,6 +98,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="for text, image, and both; 0 is off (%(default)s)",
     )
     steps("--snr_gamma", type=float, help="min-SNR weighting of the loss (Hang et al., 2023), 5.0 is usual")
+    steps(
+        "--timestep_bias_strategy",
+        choices=["none", "later"],
+        default="none",
+        help="'later' draws the last, noisiest timesteps more often: there the motion is decided (%(default)s)",
+    )
+    steps("--timestep_bias_multiplier", type=float, default=1.0, help="how much more often (%(default)s)")
+    steps("--timestep_bias_portion", type=float, default=0.25, help="the share of timesteps meant (%(default)s)")
 
     optimizer = parser.add_argument_group("optimiser").add_argument
     optimizer("--learning_rate", type=float, default=5e-6, help="(%(default)s)")
@@ -159,11 +167,13 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} must lie in [0, 1), not {getattr(args, name)}")
-    for name in ("max_grad_norm", "snr_gamma"):
+    for name in ("max_grad_norm", "snr_gamma", "timestep_bias_multiplier"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
     if args.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8, not {args.resolution}")
+    if not 0 < args.timestep_bias_portion <= 1:
+        raise UserError(f"--timestep_bias_portion must lie in (0, 1], not {args.timestep_bias_portion}")
     if not 0 <= args.conditioning_dropout_prob <= 1 / 3:
         raise UserError(f"--conditioning_dropout_prob must lie in [0, 1/3], not {args.conditioning_dropout_prob}")
     if args.report_to == "wandb" and not find_spec("wandb"):

@@ -2,21 +2,23 @@
 
     python -m benchmarks.sampling_options --model_dir outputs/run --data_dir data/sthv2
 
-Each row changes what its name says and leaves the rest at the defaults of `sample_from_pix2pix.py`. All rows predict
-the same pairs from the same seeds.
+Each row changes what its name says and leaves the rest as `--sampling_options` has it, or at the defaults of
+`sample_from_pix2pix.py`. All rows predict the same pairs from the same seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import sample_from_pix2pix
 from data.dataset import UserError, run_command, write_file
-from sample_from_pix2pix import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions
+from sample_from_pix2pix import SCHEDULERS, SamplingOptions, sampling_options
 
 PAPER = SamplingOptions(
     num_inference_steps=20,
@@ -39,6 +41,13 @@ def parse_args() -> argparse.Namespace:
     add("--num_samples", type=int, default=60, help="validation pairs, spread over the tasks (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
     add("--batch_size", type=int, default=16, help="pictures predicted at once (%(default)s)")
+    add(
+        "--sampling_options",
+        type=shlex.split,
+        default="",
+        metavar="FLAGS",
+        help='flags of sample_from_pix2pix.py, all rows but the paper\'s: --sampling_options="--num_inference_steps 4"',
+    )
     add("--output", type=Path, help="JSON file for all scores of all pairs")
     add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 5 of the rows")
     args = parser.parse_args()
@@ -49,14 +58,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def alternatives() -> dict[str, SamplingOptions]:
+def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
     """The rows of the table."""
-    base = DEFAULT_OPTIONS
     plain = replace(base, residual=False, wiener_gain=False)
     rows = {
         "the paper's (diffusers' pipeline)": PAPER,
         "the paper's, residual": replace(PAPER, residual=True),
-        "our defaults": base,
+        "what the rows below change": base,
     }
     for count in (1, 4, 8):
         rows[f"plain, {count} predictions"] = replace(plain, num_predictions=count)
@@ -113,7 +121,8 @@ def format_row(name: str, summary: dict[str, Any], seconds: float) -> str:
 
 def main() -> None:
     args = parse_args()
-    rows = alternatives()
+    base = sampling_options(sample_from_pix2pix.parse_args(["--model_dir", args.model_dir, *args.sampling_options]))
+    rows = alternatives(base)
     if args.quick:
         args.num_samples = 3
         rows = {name: replace(options, num_inference_steps=2) for name, options in list(rows.items())[:5]}
@@ -125,26 +134,23 @@ def main() -> None:
     from sample_from_pix2pix import load_pipeline, predict_pairs
 
     pipeline = load_pipeline(args.model_dir).to(PartialState().device)
-    print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}, defaults: {DEFAULT_OPTIONS}")
+    print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}, {base}")
     print(
         f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>6}"
         f"{'PSNR where it moves - copying':>32}{'s/pair':>8}"
     )
     everything: dict[str, Any] = {}
-    name_of: dict[SamplingOptions, str] = {}
+    rows_of: dict[SamplingOptions, dict[str, Any]] = {}
     for name, options in rows.items():
-        if options in name_of:  # the row of one choice is the default's
-            everything[name] = everything[name_of[options]]
-            print(format_row(name, everything[name]["summary"], everything[name]["seconds_per_pair"]), flush=True)
-            continue
-        name_of[options] = name
-        started = time.perf_counter()
-        results = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
-        seconds = (time.perf_counter() - started) / len(pairs)
-        scores = [{key: result[key] for key in ("video_id", "task")} | score_result(result) for result in results]
-        summary = summarise(scores)
-        everything[name] = {"seconds_per_pair": seconds, "summary": summary, "samples": scores}
-        print(format_row(name, summary, seconds), flush=True)
+        if options not in rows_of:  # several rows change nothing
+            started = time.perf_counter()
+            results = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
+            seconds = (time.perf_counter() - started) / len(pairs)
+            scores = [{key: result[key] for key in ("video_id", "task")} | score_result(result) for result in results]
+            rows_of[options] = {"seconds_per_pair": seconds, "summary": summarise(scores), "samples": scores}
+        everything[name] = rows_of[options]
+        summary = everything[name]["summary"]
+        print(format_row(name, summary, everything[name]["seconds_per_pair"]), flush=True)
         if args.output:
             write_file(args.output, json.dumps(everything, indent=1) + "\n")
     copy, ceiling = (summary["psnr"][name] for name in ("copy", "vae_ceiling"))

@@ -230,7 +230,7 @@ class TrainingBatches:
         generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "step", step))
         noise = torch.randn(shape, generator=generator)[mine]
         posterior_noise = torch.randn(shape, generator=generator)[mine]
-        timesteps = torch.randint(self.num_train_timesteps, shape[:1], generator=generator)[mine]
+        timesteps = draw_timesteps(self.args, self.num_train_timesteps, shape[0], generator)[mine]
         dropout = torch.rand(shape[:1], generator=generator)[mine]
         flip = torch.rand(shape[:1], generator=generator)[mine] < 0.5
 
@@ -252,6 +252,17 @@ class TrainingBatches:
             "noise": noise,
             "timesteps": timesteps,
         }
+
+
+def draw_timesteps(
+    args: argparse.Namespace, num_train_timesteps: int, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Timesteps (count,): all equally often, or the last `timestep_bias_portion` more often than the others."""
+    if args.timestep_bias_strategy == "none":
+        return torch.randint(num_train_timesteps, (count,), generator=generator)
+    weights = torch.ones(num_train_timesteps)
+    weights[-math.ceil(args.timestep_bias_portion * num_train_timesteps) :] = args.timestep_bias_multiplier
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def conditioning_dropout(uniform: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,8 @@ def test_options_are_compared_on_the_same_pairs(data_dir, tiny_model, tmp_path):
     config = {"arguments": {"resolution": SIDE, "input_frame_idx": 20, "target_frame_idx": 22}}
     (model / "training_config.json").write_text(json.dumps(config))
     output = tmp_path / "scores.json"
-    options = ("--model_dir", model, "--data_dir", data_dir, "--output", output)
+    options = ["--model_dir", model, "--data_dir", data_dir, "--output", output]
+    options.append("--sampling_options=--wiener_gain --num_predictions 2")
     done = run("python", "-m", "benchmarks.sampling_options", "--quick", *options)
     rows = json.loads(output.read_text())
     assert len(rows) == 5 and all(name in done.stdout for name in rows)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.dataset import filtered_annotations_path, frame_path, frames_dir, read_annotations, write_annotations
-from data.encoded_pairs import TrainingBatches, conditioning_dropout, encode_once
+from data.encoded_pairs import TrainingBatches, conditioning_dropout, draw_timesteps, encode_once
 from data.sthv2_dataset_hf import load_frame_pairs
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline
 
@@ -31,6 +31,9 @@ def arguments(data_dir, **changes):
         "num_train_epochs": 3,
         "seed": 42,
         "conditioning_dropout_prob": 0.2,
+        "timestep_bias_strategy": "none",
+        "timestep_bias_multiplier": 9.0,
+        "timestep_bias_portion": 0.1,
     }
     return argparse.Namespace(**(defaults | changes))
 
@@ -211,3 +214,16 @@ def test_dropout_drops_text_image_and_both_equally_often(encoded):
         for image_latents, embedding in zip(batch["image_latents"], batch["prompt_embeds"]):
             kinds.add((bool((image_latents == 0).all()), torch.equal(embedding, empty)))
     assert kinds == {(True, False), (False, True), (True, True)}
+
+
+@pytest.mark.parametrize(("strategy", "expected"), [("none", 0.1), ("later", 0.5)])
+def test_late_timesteps_are_drawn_as_often_as_asked(strategy, expected):
+    """A tenth of the timesteps, each nine times as likely as one of the others, makes half of the draws."""
+    timesteps = draw_timesteps(
+        arguments(None, timestep_bias_strategy=strategy), 1000, 20_000, torch.Generator().manual_seed(0)
+    )
+    assert timesteps.min() >= 0 and timesteps.max() <= 999
+    assert (timesteps >= 900).float().mean().item() == pytest.approx(expected, abs=0.02)
+    for part in (timesteps[timesteps < 900], timesteps[timesteps >= 900]):  # within each part evenly
+        low, high = (0, 900) if part.max() < 900 else (900, 1000)
+        assert part.float().mean().item() == pytest.approx((low + high - 1) / 2, rel=0.02)

@@ -167,6 +167,7 @@ def test_options_work_together(data_dir, tmp_path):
         " --snr_gamma 5 --gradient_checkpointing --scale_lr --mixed_precision bf16 --allow_tf32 --max_train_samples 3"
     )
     options += (
+        " --timestep_bias_strategy later --timestep_bias_multiplier 5 --timestep_bias_portion 0.2"
         " --dataloader_num_workers 1 --num_validation_images 1 --learning_rate 1e-4 --use_ema --hub_token hf_secret"
     )
     output_dir = tmp_path / "output"
@@ -255,6 +256,7 @@ def test_a_fresh_run_never_mixes_with_old_checkpoints(data_dir, tiny_model, tmp_
         ("--adam_beta2 1", r"in \[0, 1\)"),
         ("--max_grad_norm 0", "above 0"),
         ("--snr_gamma -1", "above 0"),
+        ("--timestep_bias_portion 0", r"in \(0, 1\]"),
         ("--use_8bit_adam", "pip install bitsandbytes"),
         ("--enable_xformers_memory_efficient_attention", "pip install xformers"),
     ],
