@@ -5,8 +5,8 @@
 writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet with
 8 input channels, a VAE, a CLIP text encoder with its tokenizer, and a scheduler, together under 10 million
 parameters. It stands in for `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`. `demo.pretrain` trains
-it on rendered clips, first the VAE, then text encoder and UNet; `--initial_model DIR` goes on from a model written
-before. With 0 steps of either the weights come from `--seed` alone and take seconds.
+it on rendered clips: the VAE, the text encoder, then the UNet. `--initial_model DIR` goes on from a model written
+before. With 0 steps of all three the weights come from `--seed` alone and take seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT_DIR = Path("demo/base_model")
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 DEFAULT_SEED = 0
-DEFAULT_NUM_CLIPS, DEFAULT_VAE_STEPS, DEFAULT_UNET_STEPS = 3000, 2500, 7000
+DEFAULT_NUM_CLIPS = 3000
+DEFAULT_VAE_STEPS, DEFAULT_TEXT_STEPS, DEFAULT_UNET_STEPS = 2500, 300, 7000
 MAX_TOKENS = 77  # CLIP's context length, which every Stable Diffusion pipeline expects
 VOCABULARY_SIZE = 1024
 TEXT_WIDTH = 128
@@ -89,6 +90,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """An untrained CLIP text model of 2 layers, `TEXT_WIDTH` wide."""
+    import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -103,7 +105,12 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    model = CLIPTextModel(config)
+    # CLIP starts them at 0.02, where words and their order are lost beside what the layers add.
+    with torch.no_grad():
+        for embedding in (model.get_input_embeddings(), model.embeddings.position_embedding):
+            embedding.weight *= 0.3 / embedding.weight.std()
+    return model
 
 
 def build_vae() -> AutoencoderKL:
@@ -131,7 +138,11 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """An untrained UNet for latents of side 24 or 32: 4 noisy channels, then the input frame's 4."""
+    """An untrained UNet for latents of side 24 or 32: 4 noisy channels, then the input frame's 4.
+
+    Beside cross-attention, which a small UNet has at its coarse levels alone, a summary of the sentence is added to the
+    timestep's embedding and so reaches every layer.
+    """
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -145,6 +156,8 @@ def build_unet() -> UNet2DConditionModel:
         norm_num_groups=16,
         attention_head_dim=4,
         cross_attention_dim=TEXT_WIDTH,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=8,
     )
 
 
@@ -223,6 +236,10 @@ def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: 
     for weights_path in sorted(partial.rglob("*.safetensors")):
         weights = {name: tensor.half() for name, tensor in load_file(weights_path).items()}
         save_file(weights, weights_path, metadata={"format": "pt"})
+    for config_path in (partial / "model_index.json", *partial.glob("*/config.json")):
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # the directory it was loaded from says nothing to anyone else
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     pipeline.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
     if output_dir.exists():
         os.replace(output_dir, replaced)
@@ -240,10 +257,16 @@ def parse_args() -> argparse.Namespace:
         "--vae_train_steps", type=int, default=DEFAULT_VAE_STEPS, help="0 leaves the VAE as it is; default: %(default)s"
     )
     parser.add_argument(
+        "--text_train_steps",
+        type=int,
+        default=DEFAULT_TEXT_STEPS,
+        help="0 leaves the text encoder as it is; default: %(default)s",
+    )
+    parser.add_argument(
         "--unet_train_steps",
         type=int,
         default=DEFAULT_UNET_STEPS,
-        help="0 leaves UNet and text encoder as they are; default: %(default)s",
+        help="0 leaves the UNet as it is; default: %(default)s",
     )
     parser.add_argument(
         "--num_clips",
@@ -258,7 +281,7 @@ def parse_args() -> argparse.Namespace:
         help="of the weights and of training, not of the clips; default: %(default)s",
     )
     args = parser.parse_args()
-    if min(args.vae_train_steps, args.unet_train_steps) < 0 or args.num_clips < 1:
+    if min(args.vae_train_steps, args.text_train_steps, args.unet_train_steps, args.num_clips - 1) < 0:
         parser.error("steps must be 0 or more, and --num_clips 1 or more")
     return args
 
@@ -283,11 +306,12 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pipeline = load_initial_model(initial) if initial else build_pipeline(args.seed)
-    if args.vae_train_steps or args.unet_train_steps:
+    steps = (args.vae_train_steps, args.text_train_steps, args.unet_train_steps)
+    if any(steps):
         from demo.pretrain import pretrain
 
         try:
-            pretrain(pipeline, args.vae_train_steps, args.unet_train_steps, args.num_clips, args.seed)
+            pretrain(pipeline, *steps, args.num_clips, args.seed)
         except KeyboardInterrupt:
             print("interrupted: nothing was written; the same command starts afresh", file=sys.stderr)
             sys.exit(130)

@@ -43,7 +43,8 @@ def tree_hash(directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "untrained"
-    run("python", "-m", "demo.make_model", "--output_dir", directory, "--vae_train_steps", 0, "--unet_train_steps", 0)
+    steps = ("--vae_train_steps", 0, "--text_train_steps", 0, "--unet_train_steps", 0)
+    run("python", "-m", "demo.make_model", "--output_dir", directory, *steps)
     return directory
 
 
@@ -144,6 +145,21 @@ def test_the_committed_model_is_small_and_of_the_recipe(untrained):
     assert committed.tokenizer("a cup").input_ids == of_recipe.tokenizer("a cup").input_ids
 
 
+def test_a_saved_model_does_not_say_where_it_was_loaded_from(untrained, tmp_path):
+    save_pipeline(load(untrained), tmp_path / "saved")
+    for directory in (BASE_MODEL, tmp_path / "saved"):
+        assert not [path for path in directory.rglob("*.json") if "_name_or_path" in path.read_text(encoding="utf-8")]
+
+
+def test_the_committed_model_reads_the_sentence():
+    from demo.pretrain import encode_clips, validation_loss
+
+    pipeline = load(BASE_MODEL)
+    unseen = encode_clips(pipeline.vae, [clip for index in range(12) for clip in render_frames(index, (96,))])
+    own, of_others = (validation_loss(pipeline, unseen, 0, swap_prompts) for swap_prompts in (False, True))
+    assert of_others > 1.005 * own  # exactly equal in a model that ignores its text
+
+
 # The tokenizer.
 
 
@@ -242,11 +258,27 @@ def test_training_steps_are_functions_of_the_seed_and_the_step():
         assert share.float().mean().item() == pytest.approx(0.05, abs=0.01)
 
 
+def test_the_text_encoder_learns_to_tell_sentences_apart():
+    from demo.text_pretraining import TEMPLATES, sentence_batch, train_text_encoder
+
+    prompts, templates, progresses = sentence_batch(3, 0, 100)
+    for prompt, template, progress in zip(prompts, templates.tolist(), progresses.tolist()):
+        words = re.findall(r"\w+", re.sub(r"\[.*?\]", "", TEMPLATES[template].lower()))
+        assert set(words) <= set(re.findall(r"\w+", prompt.lower()))
+        assert (f"And {10 * progress}% of" in prompt) if progress < 10 else ("And" not in prompt)
+    pipeline = build_pipeline(seed=0)
+    before = train_text_encoder(pipeline, 1, 500, 0, torch.device("cpu"))
+    assert before < 0.2
+    assert train_text_encoder(pipeline, 120, 500, 0, torch.device("cpu")) > 0.6
+
+
 def test_a_short_training_changes_every_model_and_reports_its_figures(untrained, tmp_path):
-    steps = ("--vae_train_steps", 1, "--unet_train_steps", 1, "--num_clips", 2)
+    steps = ("--vae_train_steps", 1, "--text_train_steps", 1, "--unet_train_steps", 1, "--num_clips", 2)
     done = run("python", "-m", "demo.make_model", "--output_dir", tmp_path / "trained", *steps)
     assert re.search(r"VAE at 96 pixels, \d+ held-out clips: [\d.]+ dB", done.stdout)
-    assert "held-out loss" in done.stdout and re.search(r"on cpu .*VAE \d+ s", done.stdout)
+    assert "read rightly" in done.stdout
+    assert re.search(r"held-out loss: [\d.]+; with the sentences of other clips: [\d.]+", done.stdout)
+    assert re.search(r"on cpu .*VAE \d+ s", done.stdout)
     before, after = load(untrained), load(tmp_path / "trained")
     for name in ("unet", "vae", "text_encoder"):
         pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters())
