@@ -45,7 +45,7 @@ SCHEDULERS = {
     "dpmsolver++": "DPMSolverMultistepScheduler",
 }
 DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
-GAIN_NEIGHBOURHOOD = 2.0  # pixels, a Gaussian's standard deviation
+SMALLEST_CHANGE = 6.5  # grey levels, root mean square: predicted changes below it are mostly errors
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SamplingOptions:
     strength: float = 1.0  # share of the steps that are made; anything below 1 starts from the noised input frame
     num_predictions: int = 1  # pictures whose mean is the prediction
     residual: bool = True  # change the input frame by what the model changes, instead of decoding it anew
-    wiener_gain: bool = False  # make the change smaller where the predictions disagree about it
+    wiener_gain: bool = False  # make the change smaller where the predictions disagree, or hardly change
 
 
 DEFAULT_OPTIONS = SamplingOptions()
@@ -103,7 +103,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--wiener_gain",
         action=argparse.BooleanOptionalAction,
         default=default.wiener_gain,
-        help="change less where several predictions disagree; needs --residual and --num_predictions of 2 or more",
+        help="change less where several predictions disagree or hardly change anything; needs --residual and"
+        " --num_predictions of 2 or more",
     )
     add("--batch_size", type=int, default=8, help="pictures predicted at once (%(default)s)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
@@ -292,16 +293,18 @@ def denoise(
 
 
 def gain_of_agreement(changes: np.ndarray) -> np.ndarray:
-    """Wiener's gain for the mean of K changes: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
+    """Wiener's gain for the mean of K changes in grey levels: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
 
-    Signal / (signal + noise), where the mean change squared stands for signal + noise, and the variance of a mean of K
-    for the noise, both summed over the colours and averaged over a small neighbourhood.
+    Signal / (signal + noise), where the mean change squared stands for signal + noise, and for the noise the variance
+    of a mean of K, but never less than SMALLEST_CHANGE squared. Both are summed over the colours and averaged over a
+    neighbourhood of a 16th of the side.
     """
     import cv2
 
     power = np.square(changes.mean(axis=0)).sum(axis=-1)
     noise = changes.var(axis=0, ddof=1).sum(axis=-1) / len(changes)
-    power, noise = (cv2.GaussianBlur(image, (0, 0), GAIN_NEIGHBOURHOOD) for image in (power, noise))
+    power, noise = (cv2.GaussianBlur(image, (0, 0), changes.shape[2] / 16) for image in (power, noise))
+    noise = np.maximum(noise, 3 * SMALLEST_CHANGE**2)
     return (np.maximum(power - noise, 0) / (power + 1e-6))[..., None]
 
 

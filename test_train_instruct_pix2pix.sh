@@ -38,9 +38,11 @@ else
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
   default_steps=400
   default_learning_rate=3e-4
-  # Mostly the timesteps where the motion is decided; then the expected frame from one step, without guidance.
+  # Progress prompts, mirrored clips too, and mostly the timesteps where the motion is decided; then the expected frame
+  # from one step, without guidance.
+  export PROGRESS=${PROGRESS:-True}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
-  export EXTRA_ARGS=${EXTRA_ARGS:---timestep_bias_strategy later --timestep_bias_portion 0.05 --timestep_bias_multiplier 40}
+  export EXTRA_ARGS=${EXTRA_ARGS:---timestep_bias_strategy later --timestep_bias_portion 0.05 --timestep_bias_multiplier 40 --random_flip}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-1} GUIDANCE_SCALE=${GUIDANCE_SCALE:-1}
   export IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1} NUM_PREDICTIONS=${NUM_PREDICTIONS:-8}
   export WIENER_GAIN=${WIENER_GAIN:-True}
