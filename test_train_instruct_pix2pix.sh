@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 DATA_DIR=${DATA_DIR:-}                  # empty: data/sthv2 if it is prepared, else the embedded default
 PRETRAINED_MODEL=${PRETRAINED_MODEL:-}  # empty: timbrooks/instruct-pix2pix, or the demo's own for the embedded default
 DEMO_DIR=${DEMO_DIR:-data/demo}         # where the embedded default's clips go
-NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-240}
+NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-400}
 NUM_VAL_CLIPS=${NUM_VAL_CLIPS:-60}
 TEST_OUTPUT=${TEST_OUTPUT:-test_output}
 RESOLUTION=${RESOLUTION:-96}
