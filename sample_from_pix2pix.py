@@ -332,22 +332,38 @@ def predict_frames(
         decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options))
         decoded = decoded.reshape(len(images), count, *decoded.shape[1:])
         if not options.residual:
-            return [combine(pictures.clip(0, 255)) for pictures in decoded]
+            return [combine_plain(pictures.clip(0, 255)) for pictures in decoded]
         reconstructed = decode_latents(pipeline, image_latents)
     return [
-        combine(pictures - same, image.astype(np.float32), options.wiener_gain)
+        combine_residual(pictures, same, image.astype(np.float32), options.wiener_gain)
         for pictures, same, image in zip(decoded, reconstructed, images)
     ]
 
 
-def combine(changes: np.ndarray, image: np.ndarray | float = 0.0, wiener_gain: bool = False) -> Prediction:
-    """`image` plus the mean of K changes (K, H, W, 3), all in grey levels."""
-    mean = changes.mean(axis=0)
-    if len(changes) == 1:
-        return Prediction(to_picture(image + mean), None)
+def combine_plain(pictures: np.ndarray) -> Prediction:
+    """The mean of K decoded pictures (K, H, W, 3), in grey levels."""
+    return Prediction(to_picture(pictures.mean(axis=0)), spread(pictures))
+
+
+def combine_residual(
+    pictures: np.ndarray, reconstruction: np.ndarray, image: np.ndarray, wiener_gain: bool
+) -> Prediction:
+    """`image` (H, W, 3) plus the mean change of K decoded pictures (K, H, W, 3) from its `reconstruction`.
+
+    With `wiener_gain` a mix of `image` and the mean of `pictures`: what the VAE loses of the input frame belongs where
+    nothing moves (gain 0), and is wrong where something else has come (gain 1). All in grey levels.
+    """
+    mean = pictures.mean(axis=0)
     if wiener_gain:
-        mean = mean * gain_of_agreement(changes)
-    return Prediction(to_picture(image + mean), changes.std(axis=0, ddof=1).mean(axis=-1))
+        result = image + gain_of_agreement(pictures - reconstruction) * (mean - image)
+    else:
+        result = image + mean - reconstruction
+    return Prediction(to_picture(result), spread(pictures))
+
+
+def spread(pictures: np.ndarray) -> np.ndarray | None:
+    """The standard deviation of K pictures (K, H, W, 3), averaged over the colours: (H, W); None for K = 1."""
+    return None if len(pictures) == 1 else pictures.std(axis=0, ddof=1).mean(axis=-1)
 
 
 def reconstruct_frames(

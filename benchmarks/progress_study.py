@@ -8,7 +8,7 @@ seed that neither `demo.make_clips` nor the base model's training uses. On Somet
 
     python -m benchmarks.progress_study --data_dir data/sthv2 --resolution 128 --max_train_steps 3750 \
         --learning_rate 5e-6 --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
-        --training_options="--mixed_precision fp16" --sampling_options=""
+        --training_options="--mixed_precision fp16"
 
 Training and sampling are the repository's own commands. A run that is finished is not repeated, so an interrupted
 study goes on where it stopped. The table is printed; `results.json` in the work directory has every pair's scores.
@@ -44,11 +44,11 @@ SPLIT_SEED = 0  # of filtering, and of choosing held-out pairs
 ENOUGH_PAIRS = 200
 ALL_TASKS = "all"
 MEASURES = {"psnr": "PSNR over the whole picture, dB", "moving_psnr": "PSNR where something moves, dB"}
-# What suits the demo's model, as in the quick test; the mean of several predictions leaves less to chance.
-TRAINING_OPTIONS = (
+# For the demo's base model, which predicts velocity: late timesteps, and a single step without guidance.
+DEMO_TRAINING_OPTIONS = (
     "--lr_scheduler cosine --timestep_bias_strategy later --timestep_bias_portion 0.05 --timestep_bias_multiplier 40"
 )
-SAMPLING_OPTIONS = "--num_inference_steps 1 --guidance_scale 1 --image_guidance_scale 1 --num_predictions 4"
+DEMO_SAMPLING_OPTIONS = "--num_inference_steps 1 --guidance_scale 1 --image_guidance_scale 1 --num_predictions 4"
 QUICK = {
     "work_dir": Path("outputs/progress_study_quick"),
     "target_frame_idx": [25],
@@ -57,7 +57,6 @@ QUICK = {
     "num_val_clips": 6,
     "max_train_steps": 4,
     "train_batch_size": 4,
-    "sampling_options": "--num_inference_steps 4",
 }
 
 
@@ -77,27 +76,31 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--input_frame_idx", type=int, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
     add("--target_frame_idx", type=int, nargs="+", default=[21, 25], help="frames to predict, one study each (21 25)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and sampling (0 1 2)")
-    add("--max_train_steps", type=int, default=200, help="optimiser steps of each run (%(default)s)")
+    add("--max_train_steps", type=int, default=100, help="optimiser steps of each run (%(default)s)")
     add("--train_batch_size", type=int, default=16, help="(%(default)s)")
     add("--learning_rate", type=float, default=3e-4, help="(%(default)s)")
     add(
         "--training_options",
         type=shlex.split,
-        default=TRAINING_OPTIONS,
         metavar="FLAGS",
-        help='more flags of train_instruct_pix2pix.py, ="--mixed_precision fp16" for example ("%(default)s")',
+        help='more flags of train_instruct_pix2pix.py: --training_options="--mixed_precision fp16" (none; for the demo\'s'
+        f' base model "{DEMO_TRAINING_OPTIONS}")',
     )
     add(
         "--sampling_options",
         type=shlex.split,
-        default=SAMPLING_OPTIONS,
         metavar="FLAGS",
-        help='more flags of sample_from_pix2pix.py, ="" for its defaults ("%(default)s")',
+        help=f'more flags of sample_from_pix2pix.py (none; for the demo\'s base model "{DEMO_SAMPLING_OPTIONS}")',
     )
     add("--keep_models", action="store_true", help="keep trained models and predicted pictures, not only scores")
     if parser.parse_args(arguments).quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(arguments)
+    is_demo = Path(args.pretrained_model_name_or_path) == DEMO_MODEL
+    if args.training_options is None:
+        args.training_options = shlex.split(DEMO_TRAINING_OPTIONS) if is_demo else []
+    if args.sampling_options is None:
+        args.sampling_options = shlex.split(DEMO_SAMPLING_OPTIONS) if is_demo else []
     args.seeds = list(dict.fromkeys(args.seeds))
     args.target_frame_idx = list(dict.fromkeys(args.target_frame_idx))
     for name in ("num_train_clips", "num_val_clips", "max_train_steps", "train_batch_size", "resolution"):
