@@ -83,8 +83,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--training_options",
         type=shlex.split,
         metavar="FLAGS",
-        help='more flags of train_instruct_pix2pix.py: --training_options="--mixed_precision fp16" (none; for the demo\'s'
-        f' base model "{DEMO_TRAINING_OPTIONS}")',
+        help='more flags of train_instruct_pix2pix.py: --training_options="--mixed_precision fp16" (none; for the'
+        f' demo\'s base model "{DEMO_TRAINING_OPTIONS}")',
     )
     add(
         "--sampling_options",

@@ -106,7 +106,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = CLIPTextModel(config)
-    # CLIP starts them at 0.02, where words and their order are lost beside what the layers add.
+    # At CLIP's own 0.02 words and their order are lost beside what the layers add to these embeddings.
     with torch.no_grad():
         for embedding in (model.get_input_embeddings(), model.embeddings.position_embedding):
             embedding.weight *= 0.3 / embedding.weight.std()
@@ -140,8 +140,8 @@ def build_vae() -> AutoencoderKL:
 def build_unet() -> UNet2DConditionModel:
     """An untrained UNet for latents of side 24 or 32: 4 noisy channels, then the input frame's 4.
 
-    Beside cross-attention, which a small UNet has at its coarse levels alone, a summary of the sentence is added to the
-    timestep's embedding and so reaches every layer.
+    Beside cross-attention, which this UNet has at its two coarsest levels alone, a summary of the sentence is added to
+    the timestep's embedding and so reaches every layer.
     """
     from diffusers import UNet2DConditionModel
 
@@ -281,8 +281,10 @@ def parse_args() -> argparse.Namespace:
         help="of the weights and of training, not of the clips; default: %(default)s",
     )
     args = parser.parse_args()
-    if min(args.vae_train_steps, args.text_train_steps, args.unet_train_steps, args.num_clips - 1) < 0:
+    if min(args.vae_train_steps, args.text_train_steps, args.unet_train_steps) < 0 or args.num_clips < 1:
         parser.error("steps must be 0 or more, and --num_clips 1 or more")
+    if args.initial_model and args.text_train_steps and not args.unet_train_steps:
+        parser.error("a UNet has to be trained after its text encoder; add --text_train_steps 0 or more UNet steps")
     return args
 
 

@@ -20,6 +20,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
+from data.encoded_pairs import tokenize
 from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
 from demo.pretraining_clips import ClipFrames, render_held_out_clips, render_training_clips
 from demo.text_pretraining import train_text_encoder
@@ -196,15 +197,8 @@ def denoising_loss(
     noise = torch.randn(batch.targets.shape, generator=generator)
     timesteps = draw_timesteps(len(batch.targets), scheduler.config.num_train_timesteps, generator)
     noisy = scheduler.add_noise(batch.targets, noise, timesteps)
-    tokens = pipeline.tokenizer(
-        batch.prompts,
-        padding="max_length",
-        truncation=True,
-        max_length=pipeline.tokenizer.model_max_length,
-        return_tensors="pt",
-    )
     with torch.no_grad():
-        text = pipeline.text_encoder(tokens.input_ids.to(device))[0]
+        text = pipeline.text_encoder(tokenize(pipeline, batch.prompts).to(device))[0]
     latents = torch.cat([noisy, batch.inputs], dim=1).to(device).contiguous(memory_format=torch.channels_last)
     predicted = pipeline.unet(latents, timesteps.to(device), text).sample
     return F.mse_loss(predicted.float(), scheduler.get_velocity(batch.targets, noise, timesteps).to(device))
@@ -247,7 +241,7 @@ def validation_loss(
 ) -> float:
     """The loss over 20 batches of held-out pairs; pairs, noise and timesteps follow from the seed.
 
-    `swap_prompts` gives each pair the prompt of another: where that loses nothing, the model does not read.
+    `swap_prompts` gives each pair the prompt of the batch's next one: a model that ignores its text loses nothing.
     """
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     clips_by_resolution = group_by_resolution(clips)
@@ -293,7 +287,7 @@ def pretrain(
     started = time.monotonic()
     if text_steps:
         share = train_text_encoder(pipeline, text_steps, num_clips, seed, device)
-        print(f"text encoder: {share:.0%} of the last sentences read rightly")
+        print(f"text encoder: {share:.0%} of the last batch read rightly")
     seconds["text encoder"] = time.monotonic() - started
 
     started = time.monotonic()
@@ -306,8 +300,9 @@ def pretrain(
     started = time.monotonic()
     if unet_steps:
         train_unet(pipeline, encoded, unet_steps, seed, device)
-        loss, of_another = (validation_loss(pipeline, encoded_held_out, seed, swapped) for swapped in (False, True))
-        print(f"held-out loss: {loss:.4f}; with the sentences of other clips: {of_another:.4f}")
+        loss = validation_loss(pipeline, encoded_held_out, seed)
+        swapped = validation_loss(pipeline, encoded_held_out, seed, swap_prompts=True)
+        print(f"held-out loss: {loss:.4f}; with each other's sentences: {swapped:.4f}")
     seconds["UNet"] = time.monotonic() - started
     spent = ", ".join(f"{what} {value:.0f} s" for what, value in seconds.items())
     print(f"on {device.type} ({torch.get_num_threads()} threads): {spent}")

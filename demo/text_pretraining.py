@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from tqdm import tqdm
 
+from data.encoded_pairs import tokenize
 from data.sthv2_dataset_hf import build_prompt, derive_seed
 from demo.make_clips import plan_clip
 from demo.pretraining_clips import CLIP_SEED, NUM_HELD_OUT_CLIPS
@@ -20,46 +21,46 @@ from demo.templates import ACTIONS
 
 TEXT_BATCH_SIZE, TEXT_LEARNING_RATE = 32, 1e-3
 TEMPLATES = sorted({action.template for actions in ACTIONS.values() for action in actions})
-NUM_PROGRESS_CLASSES = 11  # 0 to 90%, and a sentence that does not say
+NOT_TOLD = 10  # the class of a sentence without progress; 0 to 9 are tenths
 
 
 def sentence_batch(step: int, seed: int, num_clips: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Prompts of the training clips, and what each says: its template's and its progress's number, int64 (B,).
+    """Prompts of the training clips, and what each says, int64 (B,): its template and its progress.
 
-    Half of the prompts tell the progress. A pure function of (seed, step).
+    The template's place in TEMPLATES; tenths, 0 to 9, or NOT_TOLD, as in half of the prompts. A pure function.
     """
     rng = np.random.default_rng(derive_seed(seed, "sentences", step))
     prompts, templates, progresses = [], [], []
     for clip_index in NUM_HELD_OUT_CLIPS + rng.integers(0, num_clips, TEXT_BATCH_SIZE):
         annotation = plan_clip(CLIP_SEED, "pretrain", int(clip_index)).annotation
-        progress = int(rng.integers(10)) if rng.random() < 0.5 else None
+        progress = int(rng.integers(NOT_TOLD)) if rng.random() < 0.5 else None
         prompts.append(build_prompt(annotation["label"], None if progress is None else 10 * progress))
         templates.append(TEMPLATES.index(annotation["template"]))
-        progresses.append(NUM_PROGRESS_CLASSES - 1 if progress is None else progress)
+        progresses.append(NOT_TOLD if progress is None else progress)
     return prompts, torch.tensor(templates), torch.tensor(progresses)
 
 
 def train_text_encoder(
     pipeline: StableDiffusionInstructPix2PixPipeline, steps: int, num_clips: int, seed: int, device: torch.device
 ) -> float:
-    """Trains the text encoder in place (AdamW) and returns the last batch's share of sentences read rightly.
+    """Trains the text encoder in place (AdamW) and returns the share of the last batch's states that are read rightly.
 
-    A linear layer has to name template and progress from every state from the end token on: those 77 places hold
-    nothing else, so most of what the UNet attends to then says what the sentence means.
+    A linear layer has to name template and progress from every state from the end token to the 77th: those hold no word
+    of their own, so most of what the UNet attends to then says what the sentence means.
     """
-    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder.to(device).train()
+    encoder, num_classes = pipeline.text_encoder.to(device).train(), [len(TEMPLATES), NOT_TOLD + 1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "sentence reader") % 2**63)
-        reader = torch.nn.Linear(encoder.config.hidden_size, len(TEMPLATES) + NUM_PROGRESS_CLASSES).to(device)
+        torch.manual_seed(derive_seed(seed, "sentence reader"))
+        reader = torch.nn.Linear(encoder.config.hidden_size, sum(num_classes)).to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=TEXT_LEARNING_RATE)
     right = 0.0
     with tqdm(range(steps), desc="training the text encoder", unit="step") as bar:
         for step in bar:
             prompts, templates, progresses = sentence_batch(step, seed, num_clips)
-            tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            row, position = torch.nonzero(tokens == tokenizer.eos_token_id, as_tuple=True)  # it also pads
+            tokens = tokenize(pipeline, prompts)
+            row, position = torch.nonzero(tokens == pipeline.tokenizer.eos_token_id, as_tuple=True)  # it also pads
             states = encoder(tokens.to(device))[0][row.to(device), position.to(device)]
-            template_scores, progress_scores = reader(states).split([len(TEMPLATES), NUM_PROGRESS_CLASSES], dim=1)
+            template_scores, progress_scores = reader(states).split(num_classes, dim=1)
             template, progress = templates[row].to(device), progresses[row].to(device)
             loss = F.cross_entropy(template_scores, template) + F.cross_entropy(progress_scores, progress)
             loss.backward()

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.dataset import TASK_TEMPLATES, UserError, plain_template
-from data.sthv2_dataset_hf import build_prompt
+from data.sthv2_dataset_hf import build_prompt, swap_left_and_right
+from demo.make_clips import plan_clip
 from demo.make_model import (
     build_pipeline,
     build_tokenizer,
@@ -22,7 +24,7 @@ from demo.make_model import (
     count_parameters,
     save_pipeline,
 )
-from demo.pretraining_clips import CLIP_SEED, choose_frames, render_frames
+from demo.pretraining_clips import CLIP_SEED, NUM_HELD_OUT_CLIPS, choose_frames, render_frames
 from tests.conftest import PROJECT, run
 
 MEGABYTE = 10**6
@@ -155,9 +157,14 @@ def test_the_committed_model_reads_the_sentence():
     from demo.pretrain import encode_clips, validation_loss
 
     pipeline = load(BASE_MODEL)
-    unseen = encode_clips(pipeline.vae, [clip for index in range(12) for clip in render_frames(index, (96,))])
-    own, of_others = (validation_loss(pipeline, unseen, 0, swap_prompts) for swap_prompts in (False, True))
-    assert of_others > 1.005 * own  # exactly equal in a model that ignores its text
+    sideways = [
+        index
+        for index in range(NUM_HELD_OUT_CLIPS)
+        if re.search(r"\b(left|right)\b", plan_clip(CLIP_SEED, "pretrain", index).annotation["label"])
+    ]
+    unseen = encode_clips(pipeline.vae, [clip for index in sideways for clip in render_frames(index, (96,))])
+    contrary = [replace(clip, label=swap_left_and_right(clip.label)) for clip in unseen]
+    assert validation_loss(pipeline, contrary, 0) > 1.02 * validation_loss(pipeline, unseen, 0)
 
 
 # The tokenizer.
@@ -263,13 +270,13 @@ def test_the_text_encoder_learns_to_tell_sentences_apart():
 
     prompts, templates, progresses = sentence_batch(3, 0, 100)
     for prompt, template, progress in zip(prompts, templates.tolist(), progresses.tolist()):
-        words = re.findall(r"\w+", re.sub(r"\[.*?\]", "", TEMPLATES[template].lower()))
-        assert set(words) <= set(re.findall(r"\w+", prompt.lower()))
+        pattern = re.sub(r"\\\[.*?\\\]", ".+", re.escape(TEMPLATES[template]))
+        assert re.search(pattern, prompt, flags=re.IGNORECASE)
         assert (f"And {10 * progress}% of" in prompt) if progress < 10 else ("And" not in prompt)
-    pipeline = build_pipeline(seed=0)
-    before = train_text_encoder(pipeline, 1, 500, 0, torch.device("cpu"))
-    assert before < 0.2
-    assert train_text_encoder(pipeline, 120, 500, 0, torch.device("cpu")) > 0.6
+    share = {
+        steps: train_text_encoder(build_pipeline(seed=0), steps, 500, 0, torch.device("cpu")) for steps in (1, 120)
+    }
+    assert share[1] < 0.2 and share[120] > 0.6
 
 
 def test_a_short_training_changes_every_model_and_reports_its_figures(untrained, tmp_path):
@@ -277,7 +284,7 @@ def test_a_short_training_changes_every_model_and_reports_its_figures(untrained,
     done = run("python", "-m", "demo.make_model", "--output_dir", tmp_path / "trained", *steps)
     assert re.search(r"VAE at 96 pixels, \d+ held-out clips: [\d.]+ dB", done.stdout)
     assert "read rightly" in done.stdout
-    assert re.search(r"held-out loss: [\d.]+; with the sentences of other clips: [\d.]+", done.stdout)
+    assert re.search(r"held-out loss: [\d.]+; with each other's sentences: [\d.]+", done.stdout)
     assert re.search(r"on cpu .*VAE \d+ s", done.stdout)
     before, after = load(untrained), load(tmp_path / "trained")
     for name in ("unet", "vae", "text_encoder"):

@@ -93,6 +93,8 @@ def test_settings_that_change_results_change_the_runs_folder(tmp_path: Path) -> 
 
     assert folder() == folder()
     others = [
+        folder("--training_options="),
+        folder("--sampling_options="),
         folder("--learning_rate=1e-3"),
         folder("--training_options=--use_ema"),
         folder("--sampling_options=--num_inference_steps 7"),

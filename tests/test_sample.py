@@ -227,15 +227,18 @@ def test_several_predictions_are_averaged_and_begin_with_the_single_one():
         return predict_frames(pipeline, frames, prompts, [5, 6], options)
 
     one, two = predict(1, wiener_gain=False), predict(2, wiener_gain=False)
-    shrunk = predict(2, wiener_gain=True)
-    for frame, first, mean, gained in zip(frames, one, two, shrunk):
+    plain, mixed = predict(2, wiener_gain=False, residual=False), predict(2, wiener_gain=True)
+    for frame, first, mean, decoded, gained in zip(frames, one, two, plain, mixed):
         # Two values lie standard deviation / sqrt(2) from their mean: averaged over colours that bounds the distance.
         distance = np.abs(mean.frame.astype(float) - first.frame).mean(axis=2)
         inside = ((mean.frame > 0) & (mean.frame < 255) & (first.frame > 0) & (first.frame < 255)).all(axis=2)
         assert np.abs(distance - mean.uncertainty / np.sqrt(2))[inside].max() <= 1
         assert np.array_equal(mean.uncertainty, gained.uncertainty)
-        change, smaller = (np.abs(p.frame.astype(int) - frame) for p in (mean, gained))
-        assert (smaller <= change + 1).all() and smaller.sum() < change.sum()
+        # The gain leads from the input frame to the decoded picture.
+        unclipped = (decoded.frame > 0) & (decoded.frame < 255)
+        whole, part = (p.frame.astype(int) - frame for p in (decoded, gained))
+        assert (np.abs(part) <= np.abs(whole) + 1)[unclipped].all() and np.abs(part).sum() < np.abs(whole).sum()
+        assert (part * whole >= -1)[unclipped].all()
 
 
 @pytest.mark.parametrize("count", (2, 4, 8))
