@@ -45,10 +45,11 @@ ENOUGH_PAIRS = 200
 ALL_TASKS = "all"
 MEASURES = {"psnr": "PSNR over the whole picture, dB", "moving_psnr": "PSNR where something moves, dB"}
 # For the demo's base model, which predicts velocity: late timesteps, and a single step without guidance.
-DEMO_TRAINING_OPTIONS = (
-    "--lr_scheduler cosine --timestep_bias_strategy later --timestep_bias_portion 0.05 --timestep_bias_multiplier 40"
-)
-DEMO_SAMPLING_OPTIONS = "--num_inference_steps 1 --guidance_scale 1 --image_guidance_scale 1 --num_predictions 4"
+DEMO_OPTIONS = {
+    "training_options": "--lr_scheduler cosine --timestep_bias_strategy later --timestep_bias_portion 0.05"
+    " --timestep_bias_multiplier 40",
+    "sampling_options": "--num_inference_steps 1 --guidance_scale 1 --image_guidance_scale 1 --num_predictions 4",
+}
 QUICK = {
     "work_dir": Path("outputs/progress_study_quick"),
     "target_frame_idx": [25],
@@ -82,25 +83,26 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--training_options",
         type=shlex.split,
+        default="",
         metavar="FLAGS",
         help='more flags of train_instruct_pix2pix.py: --training_options="--mixed_precision fp16" (none; for the'
-        f' demo\'s base model "{DEMO_TRAINING_OPTIONS}")',
+        f' demo\'s base model "{DEMO_OPTIONS["training_options"]}")',
     )
     add(
         "--sampling_options",
         type=shlex.split,
+        default="",
         metavar="FLAGS",
-        help=f'more flags of sample_from_pix2pix.py (none; for the demo\'s base model "{DEMO_SAMPLING_OPTIONS}")',
+        help="more flags of sample_from_pix2pix.py (none; for the demo's base model"
+        f' "{DEMO_OPTIONS["sampling_options"]}")',
     )
     add("--keep_models", action="store_true", help="keep trained models and predicted pictures, not only scores")
-    if parser.parse_args(arguments).quick:
+    given = parser.parse_args(arguments)
+    if given.quick:
         parser.set_defaults(**QUICK)
+    if Path(given.pretrained_model_name_or_path) == DEMO_MODEL:
+        parser.set_defaults(**DEMO_OPTIONS)
     args = parser.parse_args(arguments)
-    is_demo = Path(args.pretrained_model_name_or_path) == DEMO_MODEL
-    if args.training_options is None:
-        args.training_options = shlex.split(DEMO_TRAINING_OPTIONS) if is_demo else []
-    if args.sampling_options is None:
-        args.sampling_options = shlex.split(DEMO_SAMPLING_OPTIONS) if is_demo else []
     args.seeds = list(dict.fromkeys(args.seeds))
     args.target_frame_idx = list(dict.fromkeys(args.target_frame_idx))
     for name in ("num_train_clips", "num_val_clips", "max_train_steps", "train_batch_size", "resolution"):
