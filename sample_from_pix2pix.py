@@ -50,16 +50,28 @@ SMALLEST_CHANGE = 6.5  # grey levels, root mean square: predicted changes below 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a frame is predicted. With `residual=False` and one prediction it is what diffusers' own pipeline draws."""
+    """How a frame is predicted. With `residual=False` and one prediction it is what diffusers' own pipeline draws.
+
+    Raises `UserError` where a value is out of its range.
+    """
 
     num_inference_steps: int = 20  # denoising steps
-    guidance_scale: float = 7.5  # of the text; 1 is none
+    guidance_scale: float = 1.0  # of the text; 1 is none
     image_guidance_scale: float = 1.5  # of the input frame; 1 is none
     scheduler: str = "euler_ancestral"  # one of SCHEDULERS
     strength: float = 1.0  # share of the steps that are made; anything below 1 starts from the noised input frame
-    num_predictions: int = 1  # pictures whose mean is the prediction
+    num_predictions: int = 4  # pictures whose mean is the prediction
     residual: bool = True  # change the input frame by what the model changes, instead of decoding it anew
-    wiener_gain: bool = False  # make the change smaller where the predictions disagree, or hardly change
+    wiener_gain: bool = True  # make the change smaller where the predictions disagree, or hardly change
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "guidance_scale", "image_guidance_scale", "num_predictions"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.strength <= 1:
+            raise UserError(f"--strength must lie in (0, 1], not {self.strength}")
+        if self.wiener_gain and not (self.residual and self.num_predictions > 1):
+            raise UserError("--wiener_gain needs --residual and --num_predictions of 2 or more")
 
 
 DEFAULT_OPTIONS = SamplingOptions()
@@ -76,6 +88,18 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--target_frame_idx", type=int, help="frame to predict (what the model was trained on, or 21)")
     add("--num_samples", type=number_of_samples, default=3, help="how many entries to predict, or 'all' (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the entries and their noise (%(default)s)")
+    add_sampling_options(parser)
+    add("--batch_size", type=int, default=8, help="pictures predicted at once (%(default)s)")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
+    add("--revision", help="revision of a model on the hub")
+    add("--variant", help="weights variant of the model files, such as fp16")
+    add("--cache_dir", help="where models from the hub are kept")
+    return parser.parse_args(arguments)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The flags that `sampling_options` reads."""
+    add = parser.add_argument_group("how frames are predicted").add_argument
     default = DEFAULT_OPTIONS
     add("--num_inference_steps", type=int, default=default.num_inference_steps, help="denoising steps (%(default)s)")
     add("--guidance_scale", type=float, default=default.guidance_scale, help="of the text; 1 is none (%(default)s)")
@@ -102,21 +126,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--wiener_gain",
         action=argparse.BooleanOptionalAction,
-        default=default.wiener_gain,
         help="change less where several predictions disagree or hardly change anything; needs --residual and"
-        " --num_predictions of 2 or more",
+        " --num_predictions of 2 or more (on wherever these are)",
     )
-    add("--batch_size", type=int, default=8, help="pictures predicted at once (%(default)s)")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
-    add("--revision", help="revision of a model on the hub")
-    add("--variant", help="weights variant of the model files, such as fp16")
-    add("--cache_dir", help="where models from the hub are kept")
-    return parser.parse_args(arguments)
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
     """How the command line wants frames to be predicted."""
-    return SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
+    values = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
+    if values["wiener_gain"] is None:
+        values["wiener_gain"] = values["residual"] and values["num_predictions"] > 1
+    return SamplingOptions(**values)
 
 
 def number_of_samples(text: str) -> int | None:
@@ -416,16 +436,9 @@ def predict_pairs(
 
 
 def check_args(args: argparse.Namespace) -> None:
-    for name in ("num_inference_steps", "batch_size", "num_predictions"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("guidance_scale", "image_guidance_scale"):
-        if not 1 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if not 0 < args.strength <= 1:
-        raise UserError(f"--strength must lie in (0, 1], not {args.strength}")
-    if args.wiener_gain and not (args.residual and args.num_predictions > 1):
-        raise UserError("--wiener_gain needs --residual and --num_predictions of 2 or more")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {args.batch_size}")
+    sampling_options(args)
     if not args.val_annotations.is_file():
         raise UserError(f"there is no {args.val_annotations}; make it with: python -m data.dataset")
 

@@ -15,23 +15,25 @@ NUM_SAMPLES=${NUM_SAMPLES:-3}                         # a number, or all
 SEED=${SEED:-42}                                      # chooses the samples and their noise
 NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-20}
 IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1.5}
-GUIDANCE_SCALE=${GUIDANCE_SCALE:-7.5}                 # of the text
+GUIDANCE_SCALE=${GUIDANCE_SCALE:-1}                   # of the text; 1 is none
 SCHEDULER=${SCHEDULER:-euler_ancestral}               # or euler, ddim, dpmsolver++
-STRENGTH=${STRENGTH:-1.0}                             # below 1: start from the noised input frame
-NUM_PREDICTIONS=${NUM_PREDICTIONS:-1}                 # the result is their mean
+STRENGTH=${STRENGTH:-1}                               # below 1: start from the noised input frame
+NUM_PREDICTIONS=${NUM_PREDICTIONS:-4}                 # the result is their mean
 RESIDUAL=${RESIDUAL:-True}                            # False: decode the whole picture instead of the change alone
-WIENER_GAIN=${WIENER_GAIN:-False}                     # True: change less where the predictions disagree
+WIENER_GAIN=${WIENER_GAIN:-auto}                      # change less where predictions disagree; auto: if it can be
 BATCH_SIZE=${BATCH_SIZE:-8}
 
-is_true() {
-  case $2 in
-    [Tt]rue) return 0 ;;
-    [Ff]alse) return 1 ;;
-    *) echo "error: $1 must be True or False, not '$2'" >&2 && exit 1 ;;
-  esac
-}
-if is_true RESIDUAL "$RESIDUAL"; then residual=--residual; else residual=--no-residual; fi
-if is_true WIENER_GAIN "$WIENER_GAIN"; then wiener_gain=--wiener_gain; else wiener_gain=--no-wiener_gain; fi
+case $RESIDUAL in
+  [Tt]rue) switches=(--residual) ;;
+  [Ff]alse) switches=(--no-residual) ;;
+  *) echo "error: RESIDUAL must be True or False, not '$RESIDUAL'" >&2 && exit 1 ;;
+esac
+case $WIENER_GAIN in
+  [Tt]rue) switches+=(--wiener_gain) ;;
+  [Ff]alse) switches+=(--no-wiener_gain) ;;
+  auto) ;;
+  *) echo "error: WIENER_GAIN must be True, False or auto, not '$WIENER_GAIN'" >&2 && exit 1 ;;
+esac
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 if [[ -n ${HF_ENDPOINT:-} ]]; then export HF_ENDPOINT; fi
 
@@ -50,6 +52,5 @@ exec python sample_from_pix2pix.py \
   --scheduler "$SCHEDULER" \
   --strength "$STRENGTH" \
   --num_predictions "$NUM_PREDICTIONS" \
-  "$residual" \
-  "$wiener_gain" \
+  "${switches[@]}" \
   --batch_size "$BATCH_SIZE"

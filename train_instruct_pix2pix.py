@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +43,15 @@ from data.scores import mean_scores, score_result
 from data.shortage import Shortage, shortages_in_one_line
 from data.step_log import StepLog, check_weights
 from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, describe_left_out, load_frame_pairs
-from sample_from_pix2pix import TRAINING_CONFIG, choose_samples, predict_pairs, warn
+from sample_from_pix2pix import (
+    DEFAULT_OPTIONS,
+    TRAINING_CONFIG,
+    add_sampling_options,
+    choose_samples,
+    predict_pairs,
+    sampling_options,
+    warn,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +154,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     output("--push_to_hub", action="store_true", help="upload the trained pipeline")
     output("--hub_model_id", help="repository to upload to (the output directory's name)")
     output("--hub_token", help="token for the upload (what `hf auth login` stored); never logged")
+    add_sampling_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -158,6 +168,7 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
+    sampling_options(args)
     for name in ("lr_warmup_steps", "num_validation_images", "dataloader_num_workers"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0, not {getattr(args, name)}")
@@ -354,7 +365,8 @@ def validate(
     pipeline.unet = unet.eval()
     pipeline.to(accelerator.device)
     with accelerator.autocast():
-        results = list(predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, show_progress=False))
+        options = sampling_options(args)
+        results = list(predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, options, show_progress=False))
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.to("cpu")
     unet.train()
@@ -599,6 +611,10 @@ def sampling_command(args: argparse.Namespace) -> str:
         "INPUT_FRAME_IDX": args.input_frame_idx,
         "TARGET_FRAME_IDX": args.target_frame_idx,
     }
+    options = sampling_options(args)
+    for field in fields(options):
+        if (value := getattr(options, field.name)) != getattr(DEFAULT_OPTIONS, field.name):
+            variables[field.name.upper()] = value
     words = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
     return " ".join([*words, "bash sample_from_pix2pix.sh"])
 

@@ -115,6 +115,18 @@ case $PROGRESS in
   [Ff]alse) ;;
   *) echo "error: PROGRESS must be True or False, not '$PROGRESS'" && exit 1 ;;
 esac
+# How validation predicts: the variables of sample_from_pix2pix.sh, where they are set.
+for name in NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH NUM_PREDICTIONS; do
+  if [[ -n ${!name:-} ]]; then arguments+=("--${name,,}" "${!name}"); fi
+done
+for name in RESIDUAL WIENER_GAIN; do
+  case ${!name:-auto} in
+    [Tt]rue) arguments+=("--${name,,}") ;;
+    [Ff]alse) arguments+=("--no-${name,,}") ;;
+    auto) ;;
+    *) echo "error: $name must be True or False, not '${!name}'" && exit 1 ;;
+  esac
+done
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
 

@@ -48,7 +48,8 @@ MEASURES = {"psnr": "PSNR over the whole picture, dB", "moving_psnr": "PSNR wher
 DEMO_OPTIONS = {
     "training_options": "--lr_scheduler cosine --timestep_bias_strategy later --timestep_bias_portion 0.05"
     " --timestep_bias_multiplier 40",
-    "sampling_options": "--num_inference_steps 1 --guidance_scale 1 --image_guidance_scale 1 --num_predictions 4",
+    "sampling_options": "--num_inference_steps 1 --guidance_scale 1 --image_guidance_scale 1 --num_predictions 4"
+    " --no-wiener_gain",
 }
 QUICK = {
     "work_dir": Path("outputs/progress_study_quick"),

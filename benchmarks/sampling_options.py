@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         help='flags of sample_from_pix2pix.py, all rows but the paper\'s: --sampling_options="--num_inference_steps 4"',
     )
     add("--output", type=Path, help="JSON file for all scores of all pairs")
-    add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 5 of the rows")
+    add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 6 of the rows")
     args = parser.parse_args()
     if min(args.num_samples, args.batch_size) < 1:
         parser.error("--num_samples and --batch_size must be at least 1")
@@ -61,9 +61,13 @@ def parse_args() -> argparse.Namespace:
 def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
     """The rows of the table."""
     plain = replace(base, residual=False, wiener_gain=False)
+    averaged = replace(PAPER, residual=True, num_predictions=4, wiener_gain=True)
     rows = {
         "the paper's (diffusers' pipeline)": PAPER,
         "the paper's, residual": replace(PAPER, residual=True),
+        "the paper's, residual, 4, Wiener gain": averaged,
+        "the same, guidance: text 1.0": replace(averaged, guidance_scale=1.0),
+        "the same, guidance: text and image 1.0": replace(averaged, guidance_scale=1.0, image_guidance_scale=1.0),
         "what the rows below change": base,
     }
     for count in (1, 4, 8):
@@ -75,12 +79,14 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
             )
     for text, image in ((1.0, 1.0), (1.0, 1.5), (1.5, 1.0), (2.0, 1.5), (3.0, 1.5), (7.5, 1.5), (7.5, 1.0)):
         rows[f"guidance: text {text}, image {image}"] = replace(base, guidance_scale=text, image_guidance_scale=image)
-    for name in SCHEDULERS:
-        rows[f"scheduler {name}"] = replace(base, scheduler=name)
     for steps in (1, 2, 4, 10, 20, 50):
         rows[f"steps: {steps}"] = replace(base, num_inference_steps=steps)
-    for strength in (0.5, 0.7, 0.9, 0.99):
-        rows[f"from the noised input, strength {strength}"] = replace(base, strength=strength)
+    rows["from the noised input"] = replace(base, strength=0.99)
+    several_steps = replace(base, num_inference_steps=10)  # a single one is the same with every scheduler
+    for name in SCHEDULERS:
+        rows[f"10 steps, {name}"] = replace(several_steps, scheduler=name)
+    for strength in (0.3, 0.5, 0.7, 0.9):
+        rows[f"10 steps, strength {strength}"] = replace(several_steps, strength=strength)
     return rows
 
 
@@ -125,7 +131,7 @@ def main() -> None:
     rows = alternatives(base)
     if args.quick:
         args.num_samples = 3
-        rows = {name: replace(options, num_inference_steps=2) for name, options in list(rows.items())[:5]}
+        rows = {name: replace(options, num_inference_steps=2) for name, options in list(rows.items())[:6]}
     pairs = find_pairs(args)
 
     from accelerate import PartialState

@@ -25,7 +25,7 @@ def test_options_are_compared_on_the_same_pairs(data_dir, tiny_model, tmp_path):
     options.append("--sampling_options=--wiener_gain --num_predictions 2")
     done = run("python", "-m", "benchmarks.sampling_options", "--quick", *options)
     rows = json.loads(output.read_text())
-    assert len(rows) == 5 and all(name in done.stdout for name in rows)
+    assert len(rows) == 6 and all(name in done.stdout for name in rows)
     pairs = {tuple(sample["video_id"] for sample in row["samples"]) for row in rows.values()}
     assert len(pairs) == 1 and sorted(pairs.pop()) == ["val0", "val1", "val2"]
     copies = {row["summary"]["psnr"]["copy"] for row in rows.values()}

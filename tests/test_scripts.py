@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 
 import pytest
 
 from data.dataset import filtered_annotations_path, frames_dir
+from sample_from_pix2pix import DEFAULT_OPTIONS
 from tests.conftest import PROJECT, SHARED, SIDE, run
 
 SCRIPTS = ("train_instruct_pix2pix.sh", "test_train_instruct_pix2pix.sh", "sample_from_pix2pix.sh")
@@ -39,6 +41,8 @@ def test_defaults_of_the_scripts_are_the_documented_ones():
     expected |= {"INPUT_FRAME_IDX": "20", "TARGET_FRAME_IDX": "21", "NUM_SAMPLES": "3", "SEED": "42"}
     expected |= {"NUM_INFERENCE_STEPS": "20", "IMAGE_GUIDANCE_SCALE": "1.5"}
     assert {name: sampling[name] for name in expected} == expected
+    for field, value in asdict(DEFAULT_OPTIONS).items():  # the command's defaults are the script's
+        assert sampling[field.upper()] in (f"{value:g}" if isinstance(value, float) else str(value), "auto"), field
 
 
 def test_readme_table_of_sampling_variables_is_the_script():
@@ -54,7 +58,9 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
         "RESOLUTION": SIDE,
         "OUTPUT_DIR": tmp_path / "model",
         "MAX_TRAIN_STEPS": 2,
-        "NUM_VALIDATION_IMAGES": 0,
+        "NUM_VALIDATION_IMAGES": 1,
+        "NUM_INFERENCE_STEPS": 1,
+        "RESIDUAL": "False",
         "PROGRESS": "True",
         "HF_ENDPOINT": "http://localhost:9",
     }
@@ -67,6 +73,8 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
     arguments = json.loads((tmp_path / "model" / "training_config.json").read_text())["arguments"]
     assert (arguments["add_progress"], arguments["gradient_accumulation_steps"]) == (True, 2)
     assert arguments["learning_rate"] == 5e-6
+    assert (arguments["num_inference_steps"], arguments["residual"]) == (1, False)  # of the validation
+    assert re.search("NUM_INFERENCE_STEPS=1 RESIDUAL=False .*bash sample_from_pix2pix.sh", log)
 
     variables = {
         "MODEL_DIR": tmp_path / "model",
@@ -85,12 +93,14 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
         ("train_instruct_pix2pix.sh", "PROGRESS"),
         ("sample_from_pix2pix.sh", "RESIDUAL"),
         ("sample_from_pix2pix.sh", "WIENER_GAIN"),
+        ("train_instruct_pix2pix.sh", "WIENER_GAIN"),
     ],
 )
 def test_switches_that_are_neither_true_nor_false_are_refused(script, variable, tmp_path):
     done = run("bash", script, check=False, OUTPUT_DIR=tmp_path / "output", **{variable: "yes"})
     assert done.returncode == 1
-    assert f"error: {variable} must be True or False, not 'yes'" in done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert f"error: {variable} must be True" in printed and "not 'yes'" in printed
 
 
 def test_failed_training_makes_the_script_fail(data_dir, tmp_path):

@@ -36,7 +36,7 @@ def command_line(data_dir: Path, model: Path, output_dir: Path, *extra: object, 
         command += ["--multi_gpu", "--num_processes", processes, "train_instruct_pix2pix.py"]
     command += ["--train_data_dir", data_dir, "--output_dir", output_dir, "--pretrained_model_name_or_path", model]
     command += ["--resolution", SIDE, "--max_train_steps", STEPS, "--train_batch_size", 4 // processes]
-    command += ["--checkpointing_steps", 3, "--learning_rate", 1e-3]
+    command += ["--checkpointing_steps", 3, "--learning_rate", 1e-3, "--num_inference_steps", 2]
     return [str(word) for word in command + list(extra)]
 
 
@@ -67,7 +67,8 @@ def test_result_is_a_pipeline_that_stock_diffusers_loads(trained, tiny_model):
     image = Image.new("RGB", (SIDE, SIDE), "gray")
     assert pipeline("a cup", image=image, num_inference_steps=2).images[0].size == (SIDE, SIDE)
     sampling = (
-        rf"MODEL_DIR={output_dir} FRAMES_DIR=\S+/frames_{SIDE}x{SIDE} .*TARGET_FRAME_IDX=21 bash sample_from_pix2pix.sh"
+        rf"MODEL_DIR={output_dir} FRAMES_DIR=\S+/frames_{SIDE}x{SIDE} .*TARGET_FRAME_IDX=21 NUM_INFERENCE_STEPS=2"
+        " bash sample_from_pix2pix.sh"
     )
     assert re.search(sampling, printed)
     assert not list(output_dir.rglob("*.bin.index*")) and not list(output_dir.glob(".*"))
