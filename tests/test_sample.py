@@ -57,9 +57,9 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp
         pictures = {path.stem: np.asarray(Image.open(path)) for path in folder.iterdir()}
         if row["video_id"] == "val_short":
             assert row["psnr"] is row["ssim"] is None
-            assert sorted(pictures) == ["comparison", "input", "prediction"]
+            assert sorted(pictures) == ["comparison", "input", "prediction", "uncertainty"]
             continue
-        assert sorted(pictures) == ["comparison", "input", "prediction", "target"]
+        assert sorted(pictures) == ["comparison", "input", "prediction", "target", "uncertainty"]
         target = pictures["target"]
         for name, picture in (("prediction", pictures["prediction"]), ("copy", pictures["input"])):
             expected = peak_signal_noise_ratio(target, picture, data_range=255)
@@ -298,8 +298,8 @@ def test_a_weak_start_stays_near_the_input_frame(scheduler):
     unchanged = np.stack(reconstruct_frames(pipeline, frames)).astype(int)
 
     def distance(strength):
-        options = SamplingOptions(scheduler=scheduler, strength=strength, residual=False, num_inference_steps=10)
-        options = replace(options, num_predictions=1, wiener_gain=False)
+        options = SamplingOptions(residual=False, num_predictions=1, wiener_gain=False)
+        options = replace(options, scheduler=scheduler, strength=strength, num_inference_steps=10)
         predictions = predict_frames(pipeline, frames, prompts, [1, 2, 3], options)
         return np.abs(np.stack([prediction.frame for prediction in predictions]) - unchanged).mean()
 
