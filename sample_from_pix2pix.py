@@ -50,9 +50,11 @@ SMALLEST_CHANGE = 6.5  # grey levels, root mean square: predicted changes below 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a frame is predicted. With `residual=False` and one prediction it is what diffusers' own pipeline draws.
+    """How a frame is predicted.
 
-    Raises `UserError` where a value is out of its range.
+    `residual=False, wiener_gain=False, num_predictions=1` draws the picture of diffusers' own pipeline, which drops the
+    image guidance as well where the text's is 1. Raises `UserError` where a value is out of its range, or where
+    `wiener_gain` is asked of one prediction or of `residual=False`.
     """
 
     num_inference_steps: int = 20  # denoising steps
@@ -68,6 +70,8 @@ class SamplingOptions:
         for name in ("num_inference_steps", "guidance_scale", "image_guidance_scale", "num_predictions"):
             if not 1 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.scheduler not in SCHEDULERS:
+            raise UserError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, not {self.scheduler}")
         if not 0 < self.strength <= 1:
             raise UserError(f"--strength must lie in (0, 1], not {self.strength}")
         if self.wiener_gain and not (self.residual and self.num_predictions > 1):

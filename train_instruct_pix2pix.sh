@@ -119,14 +119,17 @@ esac
 for name in NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH NUM_PREDICTIONS; do
   if [[ -n ${!name:-} ]]; then arguments+=("--${name,,}" "${!name}"); fi
 done
-for name in RESIDUAL WIENER_GAIN; do
-  case ${!name:-auto} in
-    [Tt]rue) arguments+=("--${name,,}") ;;
-    [Ff]alse) arguments+=("--no-${name,,}") ;;
-    auto) ;;
-    *) echo "error: $name must be True or False, not '${!name}'" && exit 1 ;;
-  esac
-done
+case ${RESIDUAL:-True} in
+  [Tt]rue) arguments+=(--residual) ;;
+  [Ff]alse) arguments+=(--no-residual) ;;
+  *) echo "error: RESIDUAL must be True or False, not '$RESIDUAL'" && exit 1 ;;
+esac
+case ${WIENER_GAIN:-auto} in
+  [Tt]rue) arguments+=(--wiener_gain) ;;
+  [Ff]alse) arguments+=(--no-wiener_gain) ;;
+  auto) ;;
+  *) echo "error: WIENER_GAIN must be True, False or auto, not '$WIENER_GAIN'" && exit 1 ;;
+esac
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
 

@@ -3,7 +3,8 @@
     python -m benchmarks.sampling_options --model_dir outputs/run --data_dir data/sthv2
 
 Each row changes what its name says and leaves the rest as `--sampling_options` has it, or at the defaults of
-`sample_from_pix2pix.py`. All rows predict the same pairs from the same seeds.
+`sample_from_pix2pix.py`; the first five start from the paper's settings instead. All rows predict the same pairs from the
+same seeds.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def parse_args() -> argparse.Namespace:
         type=shlex.split,
         default="",
         metavar="FLAGS",
-        help='flags of sample_from_pix2pix.py, all rows but the paper\'s: --sampling_options="--num_inference_steps 4"',
+        help='flags of sample_from_pix2pix.py, all rows but the first five: --sampling_options="--num_inference_steps 4"',
     )
     add("--output", type=Path, help="JSON file for all scores of all pairs")
     add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 6 of the rows")
@@ -66,8 +67,8 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
         "the paper's (diffusers' pipeline)": PAPER,
         "the paper's, residual": replace(PAPER, residual=True),
         "the paper's, residual, 4, Wiener gain": averaged,
-        "the same, guidance: text 1.0": replace(averaged, guidance_scale=1.0),
-        "the same, guidance: text and image 1.0": replace(averaged, guidance_scale=1.0, image_guidance_scale=1.0),
+        "  the same, guidance: text 1.0": replace(averaged, guidance_scale=1.0),
+        "  the same, text and image 1.0": replace(averaged, guidance_scale=1.0, image_guidance_scale=1.0),
         "what the rows below change": base,
     }
     for count in (1, 4, 8):
@@ -81,7 +82,7 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
         rows[f"guidance: text {text}, image {image}"] = replace(base, guidance_scale=text, image_guidance_scale=image)
     for steps in (1, 2, 4, 10, 20, 50):
         rows[f"steps: {steps}"] = replace(base, num_inference_steps=steps)
-    rows["from the noised input"] = replace(base, strength=0.99)
+    rows["from the noised input, strength 0.99"] = replace(base, strength=0.99)
     several_steps = replace(base, num_inference_steps=10)  # a single one is the same with every scheduler
     for name in SCHEDULERS:
         rows[f"10 steps, {name}"] = replace(several_steps, scheduler=name)

@@ -8,9 +8,10 @@ import subprocess
 from dataclasses import asdict
 
 import pytest
+from PIL import Image
 
 from data.dataset import filtered_annotations_path, frames_dir
-from sample_from_pix2pix import DEFAULT_OPTIONS
+from sample_from_pix2pix import DEFAULT_OPTIONS, parse_args, sampling_options
 from tests.conftest import PROJECT, SHARED, SIDE, run
 
 SCRIPTS = ("train_instruct_pix2pix.sh", "test_train_instruct_pix2pix.sh", "sample_from_pix2pix.sh")
@@ -41,8 +42,12 @@ def test_defaults_of_the_scripts_are_the_documented_ones():
     expected |= {"INPUT_FRAME_IDX": "20", "TARGET_FRAME_IDX": "21", "NUM_SAMPLES": "3", "SEED": "42"}
     expected |= {"NUM_INFERENCE_STEPS": "20", "IMAGE_GUIDANCE_SCALE": "1.5"}
     assert {name: sampling[name] for name in expected} == expected
-    for field, value in asdict(DEFAULT_OPTIONS).items():  # the command's defaults are the script's
-        assert sampling[field.upper()] in (f"{value:g}" if isinstance(value, float) else str(value), "auto"), field
+    expected = {
+        name.upper(): f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in asdict(DEFAULT_OPTIONS).items()
+    } | {"WIENER_GAIN": "auto"}
+    assert {name: sampling[name] for name in expected} == expected
+    assert sampling_options(parse_args(["--model_dir", "model"])) == DEFAULT_OPTIONS
 
 
 def test_readme_table_of_sampling_variables_is_the_script():
@@ -60,6 +65,7 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
         "MAX_TRAIN_STEPS": 2,
         "NUM_VALIDATION_IMAGES": 1,
         "NUM_INFERENCE_STEPS": 1,
+        "NUM_PREDICTIONS": 1,
         "RESIDUAL": "False",
         "PROGRESS": "True",
         "HF_ENDPOINT": "http://localhost:9",
@@ -74,7 +80,7 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
     assert (arguments["add_progress"], arguments["gradient_accumulation_steps"]) == (True, 2)
     assert arguments["learning_rate"] == 5e-6
     assert (arguments["num_inference_steps"], arguments["residual"]) == (1, False)  # of the validation
-    assert re.search("NUM_INFERENCE_STEPS=1 RESIDUAL=False .*bash sample_from_pix2pix.sh", log)
+    assert re.search("NUM_INFERENCE_STEPS=1 NUM_PREDICTIONS=1 RESIDUAL=False .*bash sample_from_pix2pix.sh", log)
 
     variables = {
         "MODEL_DIR": tmp_path / "model",
@@ -85,6 +91,10 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
     }
     run("bash", "-c", f"cd {tmp_path} && bash {PROJECT / 'sample_from_pix2pix.sh'}", **variables)
     assert json.loads((tmp_path / "samples" / "metrics.json").read_text())["summary"]["num_samples"] >= 2
+    [validation] = (tmp_path / "model" / "validation").iterdir()
+    [comparison, *_] = (tmp_path / "samples" / "samples").rglob("comparison.png")
+    with Image.open(validation) as one_prediction, Image.open(comparison) as several:
+        assert one_prediction.width < several.width  # which have a map of their uncertainty
 
 
 @pytest.mark.parametrize(
@@ -93,6 +103,7 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
         ("train_instruct_pix2pix.sh", "PROGRESS"),
         ("sample_from_pix2pix.sh", "RESIDUAL"),
         ("sample_from_pix2pix.sh", "WIENER_GAIN"),
+        ("train_instruct_pix2pix.sh", "RESIDUAL"),
         ("train_instruct_pix2pix.sh", "WIENER_GAIN"),
     ],
 )
@@ -100,7 +111,8 @@ def test_switches_that_are_neither_true_nor_false_are_refused(script, variable, 
     done = run("bash", script, check=False, OUTPUT_DIR=tmp_path / "output", **{variable: "yes"})
     assert done.returncode == 1
     printed = done.stdout + done.stderr
-    assert f"error: {variable} must be True" in printed and "not 'yes'" in printed
+    choices = "True, False or auto" if variable == "WIENER_GAIN" else "True or False"
+    assert f"error: {variable} must be {choices}, not 'yes'" in printed
 
 
 def test_failed_training_makes_the_script_fail(data_dir, tmp_path):
