@@ -3,8 +3,8 @@
     python -m benchmarks.sampling_options --model_dir outputs/run --data_dir data/sthv2
 
 Each row changes what its name says and leaves the rest as `--sampling_options` has it, or at the defaults of
-`sample_from_pix2pix.py`; the first five start from the paper's settings instead. All rows predict the same pairs from the
-same seeds.
+`sample_from_pix2pix.py`; the first five start from the paper's settings instead. All rows predict the same pairs from
+the same seeds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
         type=shlex.split,
         default="",
         metavar="FLAGS",
-        help='flags of sample_from_pix2pix.py, all rows but the first five: --sampling_options="--num_inference_steps 4"',
+        help='flags of sample_from_pix2pix.py, for all rows but the first five: --sampling_options="--strength 0.9"',
     )
     add("--output", type=Path, help="JSON file for all scores of all pairs")
     add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 6 of the rows")
