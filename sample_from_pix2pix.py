@@ -82,7 +82,9 @@ DEFAULT_OPTIONS = SamplingOptions()
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Predict frames of validation videos, save pictures and scores.")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description="Predict frames of validation videos, save pictures and scores."
+    )
     add = parser.add_argument
     add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
     add("--frames_dir", type=Path, help=f"frames_<R>x<R> folder (of the model's resolution in {DEFAULT_DATA_DIR})")

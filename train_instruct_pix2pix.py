@@ -73,7 +73,7 @@ FROZEN_FOR_RESUME = (
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; flags that diffusers' training examples have mean the same here."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
     model = parser.add_argument_group("model").add_argument
     model(
         "--pretrained_model_name_or_path",
