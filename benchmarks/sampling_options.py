@@ -123,7 +123,7 @@ def format_row(name: str, summary: dict[str, Any], seconds: float) -> str:
         return f"{scores['psnr']['prediction']:>7.2f}{scores['difference']['psnr']:>+7.2f}{spread:>18}"
 
     better = summary["share_better"]["psnr"]
-    return f"{name:38}{compared(summary)}{better:>6.0%}{compared(summary['moving'])}{seconds:>8.2f}"
+    return f"{name:38}{compared(summary)}{better:>8.0%}{compared(summary['moving'])}{seconds:>8.2f}"
 
 
 def main() -> None:
@@ -143,7 +143,7 @@ def main() -> None:
     pipeline = load_pipeline(args.model_dir).to(PartialState().device)
     print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}, {base}")
     print(
-        f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>6}"
+        f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>8}"
         f"{'PSNR where it moves - copying':>32}{'s/pair':>8}"
     )
     everything: dict[str, Any] = {}
