@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.dataset import DEFAULT_DATA_DIR, UserError, frames_dir, read_annotations, run_command, sampling_rank
+from data.dataset import (
+    DEFAULT_DATA_DIR,
+    UserError,
+    frame_path,
+    frames_dir,
+    make_folder,
+    read_annotations,
+    run_command,
+    sampling_rank,
+)
 from data.pictures import save_results
 from data.pretrained import hub_problem, load_pipeline, one_line
 from data.scores import format_table
@@ -83,7 +92,9 @@ DEFAULT_OPTIONS = SamplingOptions()
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description="Predict frames of validation videos, save pictures and scores."
+        prog="sample_from_pix2pix.py",
+        usage="%(prog)s [options]",
+        description="Predict frames of validation videos, save pictures and scores.",
     )
     add = parser.add_argument
     add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
@@ -446,7 +457,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--batch_size must be at least 1, not {args.batch_size}")
     sampling_options(args)
     if not args.val_annotations.is_file():
-        raise UserError(f"there is no {args.val_annotations}; make it with: python -m data.dataset")
+        raise UserError(f"there is no file {args.val_annotations}; make it with: python -m data.dataset")
 
 
 def place_pipeline(args: argparse.Namespace) -> StableDiffusionInstructPix2PixPipeline:
@@ -483,11 +494,14 @@ def main() -> None:
     if left_out:
         print(describe_left_out(left_out))
     if not pairs:
-        raise UserError(f"no video of {args.val_annotations} has frame {args.input_frame_idx} in {args.frames_dir}")
+        raise UserError(
+            f"no video of {args.val_annotations} has frame {args.input_frame_idx} in {args.frames_dir};"
+            f" {where_frames_may_be(args.frames_dir, args.input_frame_idx)}"
+        )
     pairs = choose_samples(pairs, args.num_samples, args.seed)
     check_frame_sizes(pairs, trained.get("resolution"), args.model_dir)
+    make_folder(args.output_dir)
     pipeline = place_pipeline(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     results = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
     note = f"{args.model_dir}, frame {args.input_frame_idx} to {args.target_frame_idx}"
     summary = save_results(results, args.output_dir, note, show_progress=False)
@@ -498,6 +512,18 @@ def main() -> None:
         f"pictures: {args.output_dir}/overview.png, {args.output_dir}/scores.png, {args.output_dir}/samples/;"
         f" scores: {args.output_dir}/metrics.json"
     )
+
+
+def where_frames_may_be(folder: Path, frame_idx: int) -> str:
+    """Advice for a user whose frames folder holds no frame `frame_idx` of any annotated video."""
+    inside = sorted(path for path in folder.glob("frames_*x*") if path.is_dir())
+    if inside:
+        return f"name a folder of frames in it, such as {inside[0]} (FRAMES_DIR, --frames_dir)"
+    if any(folder.glob(str(frame_path("", "*", frame_idx)))):
+        return "its videos are not those of these annotations: name both from the same data directory"
+    if any(folder.glob("*/*.png")):
+        return "choose an earlier frame (INPUT_FRAME_IDX, --input_frame_idx)"
+    return f"extract the frames with: python -m data.video_loader --data_dir {folder.parent}"
 
 
 def check_frame_sizes(pairs: Sequence[dict[str, Any]], trained_resolution: int | None, model_dir: str) -> None:

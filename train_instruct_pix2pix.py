@@ -34,7 +34,15 @@ from data.checkpoints import (
     removed_where_the_disk_is_full,
     save_checkpoint,
 )
-from data.dataset import DEFAULT_DATA_DIR, UserError, filtered_annotations_path, frames_dir, run_command, write_file
+from data.dataset import (
+    DEFAULT_DATA_DIR,
+    UserError,
+    filtered_annotations_path,
+    frames_dir,
+    make_folder,
+    run_command,
+    write_file,
+)
 from data.hub import create_hub_repository, upload
 from data.interruption import Interrupted, StopRequest
 from data.pictures import comparison_picture, save_picture
@@ -73,7 +81,9 @@ FROZEN_FOR_RESUME = (
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; flags that diffusers' training examples have mean the same here."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="train_instruct_pix2pix.py", usage="%(prog)s [options]", description=__doc__.splitlines()[0]
+    )
     model = parser.add_argument_group("model").add_argument
     model(
         "--pretrained_model_name_or_path",
@@ -484,7 +494,7 @@ def train(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     stop.share()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output_dir)
     if accelerator.is_main_process:
         remove_unfinished(args.output_dir)
     check_frames([*train_pairs, *validation_pairs], args.resolution)

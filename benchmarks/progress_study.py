@@ -33,8 +33,16 @@ import numpy as np
 
 import sample_from_pix2pix
 import train_instruct_pix2pix
-from data.dataset import UserError, filtered_annotations_path, frames_dir, read_annotations, run_command, write_file
-from data.scores import bootstrap_interval, paired_permutation_test
+from data.dataset import (
+    UserError,
+    filtered_annotations_path,
+    frames_dir,
+    make_folder,
+    read_annotations,
+    run_command,
+    write_file,
+)
+from data.scores import FEW_SAMPLES, bootstrap_interval, paired_permutation_test
 from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, describe_left_out, load_frame_pairs
 
 PROJECT = Path(__file__).parents[1]
@@ -141,11 +149,14 @@ def choose_held_out(args: argparse.Namespace, data_dir: Path, target_frame_idx: 
             f" python -m data.sthv2_dataset_hf --data_dir {data_dir} --resolution {args.resolution}"
         )
     if len(chosen) < ENOUGH_PAIRS:
-        print(f"only {len(chosen)} held-out pairs for {args.input_frame_idx} -> {target_frame_idx}: expect no answer")
+        print(
+            f"only {len(chosen)} held-out pairs for {args.input_frame_idx} -> {target_frame_idx}: small differences"
+            f" need {ENOUGH_PAIRS} or more"
+        )
     entries = [entry for entry in read_annotations(filtered_annotations_path(data_dir, "val")) if entry["id"] in chosen]
     content = json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
     name = f"held_out_{args.input_frame_idx}_to_{target_frame_idx}_{digest(content)}.json"
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.work_dir)
     write_file(args.work_dir / name, content)
     return args.work_dir / name
 
@@ -400,14 +411,20 @@ def _table_row(horizon: str, row: dict[str, Any]) -> str:
 def answer(horizon: str, row: dict[str, Any]) -> str:
     """One sentence for the row over all tasks: what the interval and the seeds allow to say."""
     where = "where something moves" if row["measure"] == "moving_psnr" else "over the whole picture"
-    if row["interval"] is None:
-        return f"{horizon}, {where}: too few pairs for an answer."
+    if row["num_pairs"] < FEW_SAMPLES:
+        return (
+            f"{horizon}, {where}: {row['num_pairs']} pairs are too few for an answer, it takes {FEW_SAMPLES} or more."
+        )
     low, high = row["interval"]
     if low <= 0 <= high or row["p_value"] >= 0.05:
         return f"{horizon}, {where}: no difference shown; it lies between {low:+.2f} and {high:+.2f} dB."
-    same_sign = len({difference > 0 for difference in row["difference_per_seed"]}) == 1
+    per_seed = row["difference_per_seed"]
+    same_sign = len({difference > 0 for difference in per_seed}) == 1
     verb = "help" if row["difference"] > 0 else "hurt"
-    seeds = "with every seed" if same_sign else "but not with every seed, so another training could turn it round"
+    if len(per_seed) == 1:
+        seeds = "but only one seed was tried, so another training could turn it round"
+    else:
+        seeds = "with every seed" if same_sign else "but not with every seed, so another training could turn it round"
     return f"{horizon}, {where}: progress prompts {verb} by {abs(row['difference']):.2f} dB, {seeds}."
 
 

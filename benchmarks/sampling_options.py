@@ -69,7 +69,7 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
         "the paper's, residual, 4, Wiener gain": averaged,
         "  the same, guidance: text 1.0": replace(averaged, guidance_scale=1.0),
         "  the same, text and image 1.0": replace(averaged, guidance_scale=1.0, image_guidance_scale=1.0),
-        "what the rows below change": base,
+        "--sampling_options, or the defaults": base,
     }
     for count in (1, 4, 8):
         rows[f"plain, {count} predictions"] = replace(plain, num_predictions=count)
@@ -89,6 +89,17 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
     for strength in (0.3, 0.5, 0.7, 0.9):
         rows[f"10 steps, strength {strength}"] = replace(several_steps, strength=strength)
     return rows
+
+
+def as_flags(options: SamplingOptions) -> str:
+    """The flags of sample_from_pix2pix.py that ask for `options`."""
+    flags = []
+    for name, value in vars(options).items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags.append(f"--{name} {value}")
+    return " ".join(flags)
 
 
 def find_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -133,7 +144,6 @@ def main() -> None:
     if args.quick:
         args.num_samples = 3
         rows = {name: replace(options, num_inference_steps=2) for name, options in list(rows.items())[:6]}
-    pairs = find_pairs(args)
 
     from accelerate import PartialState
 
@@ -141,7 +151,11 @@ def main() -> None:
     from sample_from_pix2pix import load_pipeline, predict_pairs
 
     pipeline = load_pipeline(args.model_dir).to(PartialState().device)
-    print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}, {base}")
+    pairs = find_pairs(args)
+    print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}")
+    if args.quick:
+        print("all rows in 2 steps")
+    print(f"from row 6 on, unless the row says otherwise: {as_flags(list(rows.values())[5])}")
     print(
         f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>8}"
         f"{'PSNR where it moves - copying':>32}{'s/pair':>8}"

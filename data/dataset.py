@@ -111,6 +111,15 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def make_folder(path: Path | str) -> None:
+    """Make a folder and its parents, where they are missing. Raises UserError where that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if Path(path).is_file() else error.strerror
+        raise UserError(f"the folder {path} cannot be made ({reason}); name another one") from None
+
+
 # Paths. Each has its one home here.
 
 
@@ -198,7 +207,7 @@ def _load_json(path: Path) -> object:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again from where it came from") from None
+        raise UserError(f"{path} is not valid JSON ({error}); make or copy it again") from None
 
 
 def _json_type(value: object) -> str:

@@ -70,12 +70,14 @@ def find_frame_pairs(
 
     Returns the pairs, dictionaries with the dataset's columns in which the two images are paths, and a list
     of (video id, reason) for the videos that lack a frame. Without `target_required` a missing target frame
-    is None instead of a reason. Raises UserError where the frames folder is missing and where progress is
-    asked of entries that have no `num_frames`.
+    is None instead of a reason. Raises UserError where the frames folder is missing, where both indices are
+    the same or one is below 0, and where progress is asked of entries that have no `num_frames`.
     """
     frames_folder = Path(frames_folder)
     if min(input_frame_idx, target_frame_idx) < 0:
         raise UserError(f"frame indices start at 0, not {min(input_frame_idx, target_frame_idx)}")
+    if input_frame_idx == target_frame_idx:
+        raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: there is nothing to predict")
     if not frames_folder.is_dir():
         raise UserError(_missing_frames_message(frames_folder))
     pairs, left_out = [], []
@@ -162,17 +164,21 @@ def load_frame_pairs(
     return find_frame_pairs(entries, folder, input_frame_idx, target_frame_idx, add_progress)
 
 
-def describe_left_out(left_out: Sequence[tuple[str, str]], most: int = 5) -> str:
-    """One line that counts the reasons and names the first videos of each; empty where nothing was left out."""
+def describe_left_out(left_out: Sequence[tuple[str, str]], most: int = 5, most_reasons: int = 3) -> str:
+    """One line that counts the commonest reasons and names the first videos of each; empty for none left out."""
     if not left_out:
         return ""
     by_reason: dict[str, list[str]] = {}
     for video_id, reason in left_out:
         by_reason.setdefault(reason, []).append(video_id)
     parts = []
-    for reason, ids in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+    commonest_first = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    for reason, ids in commonest_first[:most_reasons]:
         named = ", ".join(ids[:most]) + (", …" if len(ids) > most else "")
         parts.append(f"{len(ids)} {reason} ({named})")
+    others = [len(ids) for _, ids in commonest_first[most_reasons:]]
+    if others:
+        parts.append(f"{sum(others)} for {len(others)} more reasons such as these")
     return f"{len(left_out)} videos left out: " + "; ".join(parts)
 
 

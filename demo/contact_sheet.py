@@ -10,7 +10,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data.dataset import UserError, filtered_annotations_path, frame_path, frames_dir, read_annotations, run_command
+from data.dataset import (
+    UserError,
+    filtered_annotations_path,
+    frame_path,
+    frames_dir,
+    make_folder,
+    read_annotations,
+    run_command,
+)
 
 SHOWN_FRAMES = (0, 10, 20, 21, 25)  # and the last one
 TITLE_HEIGHT = 20  # pixels
@@ -50,7 +58,7 @@ def main() -> None:
     if not entries or args.num_clips < 1:
         command = f"python -m data.video_loader --data_dir {args.data_dir} --resolutions {args.resolution}"
         raise UserError(f"no frames to show in {folder}; extract them with: {command}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output.parent)
     cv2.imwrite(str(args.output), contact_sheet(entries[: args.num_clips], folder), [cv2.IMWRITE_PNG_COMPRESSION, 9])
     print(f"wrote {args.output}")
 

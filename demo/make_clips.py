@@ -34,7 +34,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data.dataset import UserError, run_command, video_path, write_annotations
+from data.dataset import UserError, make_folder, run_command, video_path, write_annotations
 from demo.actions import Director
 from demo.hand import SKIN_TONES, draw_hands
 from demo.scene import FPS, FRAME_HEIGHT, FRAME_WIDTH, Actor, Light, Pose, draw_background, make_stage, render_frame
@@ -281,7 +281,7 @@ def _claim_folder(output_dir: Path, seed: int) -> None:
     elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} exists and was not made by this command: {way_out}")
     for folder in ("annotations", "videos"):
-        (output_dir / folder).mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir / folder)
     partial = settings_path.with_name(f".{SETTINGS_NAME}.partial")
     partial.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     os.replace(partial, settings_path)

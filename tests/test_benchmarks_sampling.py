@@ -31,7 +31,15 @@ def test_options_are_compared_on_the_same_pairs(data_dir, tiny_model, tmp_path):
     copies = {row["summary"]["psnr"]["copy"] for row in rows.values()}
     predictions = {row["summary"]["psnr"]["prediction"] for row in rows.values()}
     assert len(copies) == 1 and len(predictions) > 1  # the same pairs, predicted differently
+    assert "--num_inference_steps 2 " in done.stdout and "--num_predictions 2 --residual --wiener_gain" in done.stdout
     assert f"copying: {copies.pop():.2f} dB" in done.stdout
+
+
+def test_a_missing_model_is_not_blamed_on_the_data(tmp_path, data_dir):
+    options = ("--model_dir", tmp_path / "nowhere", "--data_dir", data_dir)
+    done = run("python", "-m", "benchmarks.sampling_options", "--quick", *options, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"there is no directory {tmp_path / 'nowhere'}" in done.stderr.splitlines()[-1]
 
 
 def test_a_model_without_pairs_is_one_line(tmp_path, data_dir, tiny_model):

@@ -119,6 +119,13 @@ def test_a_folder_of_another_seed_or_of_someone_else_is_refused(clips_dir: Path,
     assert file_bytes(foreign) == {"annotations/train.json": b"[]"}
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    result = run_make_clips(tmp_path / "file" / "clips", "--num_train_clips", "1", "--num_val_clips", "0")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "file/clips" in result.stderr and "cannot be made" in result.stderr
+
+
 @pytest.mark.parametrize("options", [("--num_workers", "0"), ("--num_train_clips", "-1"), ("--seed", "-3")])
 def test_impossible_options_are_refused(options: tuple[str, str], tmp_path: Path) -> None:
     result = run_make_clips(tmp_path / "demo", *options)

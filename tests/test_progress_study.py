@@ -49,6 +49,7 @@ def test_quick_study_compares_the_same_clips_with_and_without_progress(study: tu
     (row,) = [line for line in output.splitlines() if line.startswith("  20 -> 25  all")][:1]
     assert f"{np.mean(gains):+.2f}" in row
     assert "not SSv2" in output
+    assert "too few for an answer" in output and "progress prompts help" not in output
 
 
 def test_finished_runs_are_not_repeated_and_models_not_kept(study: tuple[Path, str], tiny_model: Path) -> None:
@@ -171,7 +172,7 @@ def test_swapping_the_prompts_turns_the_answer_round(scores: list[tuple[float, f
 
 
 def test_answer_needs_interval_and_seeds_to_agree() -> None:
-    row = {"measure": "psnr", "difference": 0.3, "interval": (0.1, 0.5), "p_value": 0.001}
+    row = {"num_pairs": 200, "measure": "psnr", "difference": 0.3, "interval": (0.1, 0.5), "p_value": 0.001}
     assert "help by 0.30 dB, with every seed" in progress_study.answer(
         "20 -> 25", row | {"difference_per_seed": [0.2, 0.4]}
     )
@@ -180,3 +181,6 @@ def test_answer_needs_interval_and_seeds_to_agree() -> None:
     assert "no difference shown" in progress_study.answer("20 -> 25", unsure)
     harmful = row | {"difference": -0.3, "interval": (-0.5, -0.1), "difference_per_seed": [-0.2, -0.4]}
     assert "hurt by 0.30 dB" in progress_study.answer("20 -> 25", harmful)
+    single = row | {"difference_per_seed": [0.3]}
+    assert "help by 0.30 dB, but only one seed was tried" in progress_study.answer("20 -> 25", single)
+    assert "6 pairs are too few" in progress_study.answer("20 -> 25", single | {"num_pairs": 6})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from data.dataset import UserError, filtered_annotations_path, frame_path, frames_dir
+from data.dataset import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
 from data.sthv2_dataset_hf import load_frame_pairs
 from sample_from_pix2pix import (
     SCHEDULERS,
@@ -100,6 +100,8 @@ def test_other_frames_than_trained_work_with_a_warning(data_dir, model_with_conf
 
 def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tmp_path, tmp_path_factory):
     (tmp_path / "metrics.json").write_text("former")
+    strangers = tmp_path_factory.mktemp("strangers") / "val.json"
+    write_annotations(strangers, [{"id": "stranger", "label": "moving a cup", "template": "Moving [something]"}])
 
     def message(*extra: object, model=tiny_model) -> str:
         done = sample(data_dir, model, tmp_path, *extra, check=False)
@@ -109,7 +111,17 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
 
     assert "python -m data.dataset" in message("--val_annotations", data_dir / "nothing.json")
     assert "python -m data.video_loader" in message("--frames_dir", data_dir / "frames_64x64")
-    assert "no video of" in message("--input_frame_idx", 70)
+    for given, advice in (
+        (("--input_frame_idx", 70), "choose an earlier frame"),
+        (("--frames_dir", data_dir), f"such as {frames_dir(data_dir, SIDE)}"),
+        (("--frames_dir", tmp_path_factory.mktemp("bare")), "python -m data.video_loader"),
+        (("--val_annotations", strangers), "from the same data directory"),
+    ):
+        line = message(*given)
+        assert "no video of" in line and advice in line
+    assert "nothing to predict" in message("--input_frame_idx", 20, "--target_frame_idx", 20)
+    assert "there is no file" in message("--val_annotations", data_dir)
+    assert "metrics.json cannot be made (it is a file)" in message("--output_dir", tmp_path / "metrics.json")
     assert "at least 1" in message("--image_guidance_scale", 0.5)
     assert "in (0, 1]" in message("--strength", 0)
     assert "needs --residual" in message("--wiener_gain", "--no-residual")

@@ -97,6 +97,15 @@ def test_videos_without_a_frame_are_named_with_the_reason(tmp_path):
     assert describe_left_out([]) == ""
 
 
+def test_many_reasons_stay_one_readable_line():
+    left_out = [
+        (f"video{number}", f"too short: {30 + number % 40} frames, frame 900 is wanted") for number in range(100)
+    ]
+    line = describe_left_out(left_out)
+    assert line.startswith("100 videos left out: 3 too short: 30 frames") and len(line) < 400
+    assert line.endswith("; 91 for 37 more reasons such as these")
+
+
 def test_target_may_be_missing_where_it_is_only_predicted(data_dir):
     entries = read_annotations(filtered_annotations_path(data_dir, "val"))
     pairs, left_out = find_frame_pairs(entries, frames_dir(data_dir, SIDE), target_required=False)

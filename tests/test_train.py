@@ -283,6 +283,13 @@ def test_mistakes_get_one_line(data_dir, tiny_model, tmp_path):
     nowhere = message(*here, SIDE, "--pretrained_model_name_or_path", "nobody/nothing")
     assert "HF_ENDPOINT" in nowhere and "nobody/nothing" in nowhere
     assert "no model_index.json" in message(*here, SIDE, "--pretrained_model_name_or_path", tmp_path)
+    taken = tmp_path / "file"
+    taken.write_text("kept")
+    base_model = ("--pretrained_model_name_or_path", tiny_model)
+    assert f"the folder {taken} cannot be made (it is a file)" in message(
+        *here, SIDE, *base_model, "--output_dir", taken
+    )
+    assert taken.read_text() == "kept"
     resumed = ("--pretrained_model_name_or_path", tiny_model, "--resume_from_checkpoint", "checkpoint-77")
     assert "there is no checkpoint checkpoint-77" in message(*here, SIDE, *resumed)
 
