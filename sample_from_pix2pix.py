@@ -23,6 +23,7 @@ import numpy as np
 from data.dataset import (
     DEFAULT_DATA_DIR,
     UserError,
+    extraction_command,
     frame_path,
     frames_dir,
     make_folder,
@@ -500,7 +501,7 @@ def main() -> None:
         )
     pairs = choose_samples(pairs, args.num_samples, args.seed)
     check_frame_sizes(pairs, trained.get("resolution"), args.model_dir)
-    make_folder(args.output_dir)
+    make_folder(args.output_dir)  # a wrong one is refused before the model is loaded
     pipeline = place_pipeline(args)
     results = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
     note = f"{args.model_dir}, frame {args.input_frame_idx} to {args.target_frame_idx}"
@@ -523,7 +524,7 @@ def where_frames_may_be(folder: Path, frame_idx: int) -> str:
         return "its videos are not those of these annotations: name both from the same data directory"
     if any(folder.glob("*/*.png")):
         return "choose an earlier frame (INPUT_FRAME_IDX, --input_frame_idx)"
-    return f"extract the frames with: python -m data.video_loader --data_dir {folder.parent}"
+    return f"extract the frames with: {extraction_command(folder)}"
 
 
 def check_frame_sizes(pairs: Sequence[dict[str, Any]], trained_resolution: int | None, model_dir: str) -> None:

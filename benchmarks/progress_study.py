@@ -296,7 +296,7 @@ def call(words: Sequence[str | Path], log: Path | None = None) -> None:
         if run_child(command, None):
             raise UserError(f"a step of the study failed, see above: {shlex.join(command)}")
         return
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
     with open(log, "wb") as file:
         status = run_child(command, file)
     if status:

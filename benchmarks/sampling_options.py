@@ -31,6 +31,7 @@ PAPER = SamplingOptions(
     residual=False,
     wiener_gain=False,
 )
+BASE_ROW = "--sampling_options, or the defaults"  # the sixth; the rows below it start from it
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,7 +70,7 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
         "the paper's, residual, 4, Wiener gain": averaged,
         "  the same, guidance: text 1.0": replace(averaged, guidance_scale=1.0),
         "  the same, text and image 1.0": replace(averaged, guidance_scale=1.0, image_guidance_scale=1.0),
-        "--sampling_options, or the defaults": base,
+        BASE_ROW: base,
     }
     for count in (1, 4, 8):
         rows[f"plain, {count} predictions"] = replace(plain, num_predictions=count)
@@ -150,12 +151,13 @@ def main() -> None:
     from data.scores import score_result, summarise
     from sample_from_pix2pix import load_pipeline, predict_pairs
 
+    # First, because a model that is missing cannot say which frames to look for.
     pipeline = load_pipeline(args.model_dir).to(PartialState().device)
     pairs = find_pairs(args)
     print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}")
     if args.quick:
         print("all rows in 2 steps")
-    print(f"from row 6 on, unless the row says otherwise: {as_flags(list(rows.values())[5])}")
+    print(f"from row 6 on, unless the row says otherwise: {as_flags(rows[BASE_ROW])}")
     print(
         f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>8}"
         f"{'PSNR where it moves - copying':>32}{'s/pair':>8}"

@@ -111,12 +111,12 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def make_folder(path: Path | str) -> None:
+def make_folder(path: Path) -> None:
     """Make a folder and its parents, where they are missing. Raises UserError where that cannot be done."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = "it is a file" if Path(path).is_file() else error.strerror
+        reason = "it is a file" if path.is_file() else error.strerror
         raise UserError(f"the folder {path} cannot be made ({reason}); name another one") from None
 
 
@@ -131,6 +131,13 @@ def video_path(data_dir: Path | str, video_id: str) -> Path:
 def frames_dir(data_dir: Path | str, resolution: int) -> Path:
     """`<data_dir>/frames_<R>x<R>`, the folder of all videos' frames at `resolution` R (pixels)."""
     return Path(data_dir) / f"frames_{resolution}x{resolution}"
+
+
+def extraction_command(frames_folder: Path) -> str:
+    """The shell command that extracts the frames of `<data_dir>/frames_<R>x<R>`; of any other name, all its sizes."""
+    command = f"python -m data.video_loader --data_dir {frames_folder.parent}"
+    match = re.fullmatch(r"frames_(\d+)x\1", frames_folder.name)
+    return f"{command} --resolutions {match[1]}" if match else command
 
 
 def frame_path(frames_dir: Path | str, video_id: str, frame_idx: int) -> Path:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data.dataset import (
     DEFAULT_DATA_DIR,
     UserError,
+    extraction_command,
     filtered_annotations_path,
     frame_path,
     frames_dir,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 DEFAULT_INPUT_FRAME_IDX = 20
 DEFAULT_TARGET_FRAME_IDX = 21
+# In one line about the videos that are left out:
+MOST_REASONS = 3
+MOST_IDS = 5  # for each reason
 
 
 def build_prompt(label: str, progress: int | None = None) -> str:
@@ -79,7 +83,9 @@ def find_frame_pairs(
     if input_frame_idx == target_frame_idx:
         raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: there is nothing to predict")
     if not frames_folder.is_dir():
-        raise UserError(_missing_frames_message(frames_folder))
+        raise UserError(
+            f"there is no folder {frames_folder}; extract the frames with: {extraction_command(frames_folder)}"
+        )
     pairs, left_out = [], []
     for entry in entries:
         video_id = entry["id"]
@@ -104,14 +110,6 @@ def find_frame_pairs(
             }
         )
     return pairs, left_out
-
-
-def _missing_frames_message(frames_folder: Path) -> str:
-    match = re.fullmatch(r"frames_(\d+)x\1", frames_folder.name)
-    command = f"python -m data.video_loader --data_dir {frames_folder.parent}"
-    if match:
-        command += f" --resolutions {match[1]}"
-    return f"there is no folder {frames_folder}; extract the frames with: {command}"
 
 
 def _why_frame_is_missing(video_frames: Path, frame_idx: int, num_frames: int | None) -> str:
@@ -164,7 +162,7 @@ def load_frame_pairs(
     return find_frame_pairs(entries, folder, input_frame_idx, target_frame_idx, add_progress)
 
 
-def describe_left_out(left_out: Sequence[tuple[str, str]], most: int = 5, most_reasons: int = 3) -> str:
+def describe_left_out(left_out: Sequence[tuple[str, str]]) -> str:
     """One line that counts the commonest reasons and names the first videos of each; empty for none left out."""
     if not left_out:
         return ""
@@ -173,10 +171,10 @@ def describe_left_out(left_out: Sequence[tuple[str, str]], most: int = 5, most_r
         by_reason.setdefault(reason, []).append(video_id)
     parts = []
     commonest_first = sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    for reason, ids in commonest_first[:most_reasons]:
-        named = ", ".join(ids[:most]) + (", …" if len(ids) > most else "")
+    for reason, ids in commonest_first[:MOST_REASONS]:
+        named = ", ".join(ids[:MOST_IDS]) + (", …" if len(ids) > MOST_IDS else "")
         parts.append(f"{len(ids)} {reason} ({named})")
-    others = [len(ids) for _, ids in commonest_first[most_reasons:]]
+    others = [len(ids) for _, ids in commonest_first[MOST_REASONS:]]
     if others:
         parts.append(f"{sum(others)} for {len(others)} more reasons such as these")
     return f"{len(left_out)} videos left out: " + "; ".join(parts)

@@ -12,6 +12,7 @@ import numpy as np
 
 from data.dataset import (
     UserError,
+    extraction_command,
     filtered_annotations_path,
     frame_path,
     frames_dir,
@@ -56,8 +57,7 @@ def main() -> None:
     entries = read_annotations(filtered_annotations_path(args.data_dir, "val"))
     entries = [entry for entry in entries if frame_path(folder, entry["id"], 0).is_file() and "num_frames" in entry]
     if not entries or args.num_clips < 1:
-        command = f"python -m data.video_loader --data_dir {args.data_dir} --resolutions {args.resolution}"
-        raise UserError(f"no frames to show in {folder}; extract them with: {command}")
+        raise UserError(f"no frames to show in {folder}; extract them with: {extraction_command(folder)}")
     make_folder(args.output.parent)
     cv2.imwrite(str(args.output), contact_sheet(entries[: args.num_clips], folder), [cv2.IMWRITE_PNG_COMPRESSION, 9])
     print(f"wrote {args.output}")
