@@ -4,13 +4,12 @@
 
 The frozen VAE and text encoder see every frame and every prompt once, before the first step; a step is the UNet alone.
 What a step sees is a pure function of the seed and the step's number: a resumed run equals an uninterrupted one, and
-several processes equal one. Both are the work of data/encoded_pairs.py.
+several processes equal one. Both are the work of pecn/encoded_frames.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -20,57 +19,27 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data.checkpoints import (
-    HOW_TO_RESUME,
-    find_checkpoint,
-    remove_unfinished,
-    removed_where_the_disk_is_full,
-    save_checkpoint,
-)
-from data.dataset import (
+from data.layout import (
     DEFAULT_DATA_DIR,
     UserError,
     filtered_annotations_path,
     frames_dir,
     make_folder,
     run_command,
+    warn,
     write_file,
 )
-from data.hub import create_hub_repository, upload
-from data.interruption import Interrupted, StopRequest
-from data.pictures import comparison_picture, save_picture
-from data.pretrained import load_pipeline, quiet_libraries
-from data.scores import mean_scores, score_result
-from data.shortage import Shortage, shortages_in_one_line
-from data.step_log import StepLog, check_weights
 from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, describe_left_out, load_frame_pairs
-from sample_from_pix2pix import (
-    DEFAULT_OPTIONS,
-    TRAINING_CONFIG,
-    add_sampling_options,
-    choose_samples,
-    predict_pairs,
-    sampling_options,
-    warn,
-)
-
-if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
-    from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
-    from diffusers.training_utils import EMAModel
-
-    from data.encoded_pairs import TrainingBatches
+from pecn.sampling_options import DEFAULT_OPTIONS, add_sampling_options, sampling_options
 
 PROJECT_NAME = "instruct_pix2pix"
-LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
 FROZEN_FOR_RESUME = (
     "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
@@ -168,6 +137,41 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+if __name__ == "__main__":
+    parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
+
+from accelerate import Accelerator
+from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+
+from pecn.checkpoints import (
+    HOW_TO_RESUME,
+    find_checkpoint,
+    remove_unfinished,
+    removed_where_the_disk_is_full,
+    save_checkpoint,
+)
+from pecn.encoded_frames import TrainingBatches, load_batches
+from pecn.hub import create_hub_repository, upload
+from pecn.interruption import Interrupted, StopRequest
+from pecn.model import TRAINING_CONFIG, load_pipeline, quiet_libraries
+from pecn.optimization import (
+    LOG_EVERY,
+    StepLog,
+    averaged_weights,
+    check_weights,
+    compile_unet,
+    create_lr_scheduler,
+    create_optimizer,
+    optimisation_step,
+    prepare_unet,
+    whole_unet,
+)
+from pecn.pictures import comparison_picture, save_picture
+from pecn.sampling import choose_samples, predict_pairs
+from pecn.scores import mean_scores, score_result
+from pecn.shortage import Shortage, shortages_in_one_line
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Refuses values that could only fail later, before anything heavy is loaded."""
     at_least_one = (
@@ -210,90 +214,6 @@ def check_args(args: argparse.Namespace) -> None:
 # Training
 
 
-def diffusion_loss(
-    unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None
-) -> torch.Tensor:
-    """Mean squared error of the UNet's prediction of the noise (or the velocity, as the scheduler says), float32.
-
-    With `snr_gamma` each sample is weighted by min(SNR, gamma) / SNR for noise and min(SNR, gamma) / (SNR + 1)
-    for velocity (Hang et al., 2023, arXiv 2303.09556).
-    """
-    import torch
-    import torch.nn.functional as F
-    from diffusers.training_utils import compute_snr
-
-    latents, noise, timesteps = batch["target_latents"], batch["noise"], batch["timesteps"]
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    unet_input = torch.cat([noisy_latents, batch["image_latents"]], dim=1)
-    prediction = unet(unet_input, timesteps, batch["prompt_embeds"], return_dict=False)[0].float()
-    velocity = noise_scheduler.config.prediction_type == "v_prediction"
-    target = noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-    if snr_gamma is None:
-        return F.mse_loss(prediction, target)
-    snr = compute_snr(noise_scheduler, timesteps)
-    weights = snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
-    return (F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
-
-
-def add_image_channels(unet: UNet2DConditionModel) -> None:
-    """Widens the first convolution of a 4-channel UNet to 8; the input frame's channels start at zero."""
-    import torch
-
-    old = unet.conv_in
-    new = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, old.stride, old.padding)
-    with torch.no_grad():
-        new.weight.zero_()
-        new.weight[:, : old.in_channels] = old.weight
-        new.bias.copy_(old.bias)
-    unet.conv_in = new
-    unet.register_to_config(in_channels=8)
-
-
-def prepare_unet(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
-    if unet.config.in_channels == 4:
-        add_image_channels(unet)
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.requires_grad_(True)
-    unet.train()
-
-
-def create_optimizer(unet: torch.nn.Module, args: argparse.Namespace, learning_rate: float) -> torch.optim.Optimizer:
-    import torch
-
-    options = {
-        "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if not args.use_8bit_adam:
-        return torch.optim.AdamW(unet.parameters(), fused=True, **options)
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(unet.parameters(), **options)
-
-
-def compile_unet(unet: torch.nn.Module) -> torch.nn.Module:
-    """The UNet compiled for the one shape that training has. Its weights are the UNet's own."""
-    import torch
-
-    # With its layout optimisation on, torch 2.13 compiles an upsampling whose gradient is zero (seen on the CPU).
-    return torch.compile(unet, dynamic=False, options={"layout_optimization": False})
-
-
-def create_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, max_train_steps: int) -> Any:
-    """The schedule over optimiser steps. `constant` with a warm-up warms up, which diffusers' own ignores."""
-    from diffusers.optimization import get_scheduler
-
-    name = args.lr_scheduler
-    if name == "constant" and args.lr_warmup_steps:
-        name = "constant_with_warmup"
-    return get_scheduler(name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps)
-
-
 # Checkpoints, validation, results
 
 
@@ -334,33 +254,6 @@ def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
 
 def as_json(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=1) + "\n"
-
-
-def whole_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DConditionModel:
-    """The UNet without its wrappers; gathered from all processes where they share it out. Call it on every process."""
-    from accelerate import DistributedType
-
-    unwrapped = accelerator.unwrap_model(unet)
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return unwrapped
-    state_dict = accelerator.get_state_dict(unet)
-    if not accelerator.is_main_process:
-        return unwrapped  # only the main process has the whole, and uses it
-    gathered = type(unwrapped).from_config(unwrapped.config)
-    gathered.load_state_dict(state_dict)
-    return gathered.to(accelerator.device)
-
-
-@contextlib.contextmanager
-def averaged_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
-    """Puts the moving average in the UNet's place for a while, where there is one."""
-    if ema is None:
-        yield
-        return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
-    yield
-    ema.restore(unet.parameters())
 
 
 def validate(
@@ -486,9 +379,9 @@ def train(
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
-    from data.encoded_pairs import TrainingBatches, encode_once
-    from data.frame_check import check_frames
-    from data.freed_memory import keep_freed_memory
+    from pecn.encoded_frames import TrainingBatches, encode_once
+    from pecn.frame_check import check_frames
+    from pecn.freed_memory import keep_freed_memory
 
     accelerator = create_accelerator(args)
     if accelerator.device.type == "cpu":
@@ -634,65 +527,6 @@ def steps_to_validate_after(batches: TrainingBatches, validation_epochs: int) ->
     last = batches.max_train_steps
     ends = (batches.steps_after_epochs(epoch) for epoch in itertools.count(validation_epochs, validation_epochs))
     return {*itertools.takewhile(lambda step: step < last, ends), last}
-
-
-def load_batches(
-    batches: TrainingBatches, first_step: int, accelerator: Accelerator, args: argparse.Namespace
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's micro-batches from optimiser step `first_step` (counted from 0) to the end, on its device."""
-    import torch
-
-    first = first_step * args.gradient_accumulation_steps
-    loader = torch.utils.data.DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(first, len(batches)),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    for batch in loader:
-        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def optimisation_step(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    noise_scheduler: Any,
-    loader: Iterator[dict[str, torch.Tensor]],
-    args: argparse.Namespace,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update of the weights from all its passes; returns this process's mean loss and the gradient's norm."""
-    losses = []
-    for batch in itertools.islice(loader, args.gradient_accumulation_steps):
-        with accelerator.accumulate(model):
-            loss = diffusion_loss(model, noise_scheduler, batch, args.snr_gamma)
-            accelerator.backward(loss)
-            losses.append(loss.detach())
-            if accelerator.sync_gradients:
-                grad_norm = clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    return sum(losses) / len(losses), grad_norm
-
-
-def clip_gradients(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
-) -> torch.Tensor:
-    """Sees to it that the optimiser uses gradients of at most this norm together; returns their norm before that.
-
-    A fused optimiser divides by `grad_scale` while it reads the gradients, which saves the pass over all of them
-    that clipping would be. Where there is none, or the processes share out the gradients, accelerate clips them.
-    """
-    import torch
-
-    fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
-    if not fused or accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    accelerator.unscale_gradients(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    optimizer.optimizer.grad_scale = (norm / max_norm).clamp(min=1)
-    return norm
 
 
 def print_plan(accelerator: Accelerator, args: argparse.Namespace, batches: TrainingBatches) -> None:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from data.dataset import (
+from data.layout import (
     SPLITS,
     UserError,
     filtered_annotations_path,

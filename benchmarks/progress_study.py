@@ -33,7 +33,7 @@ import numpy as np
 
 import sample_from_pix2pix
 import train_instruct_pix2pix
-from data.dataset import (
+from data.layout import (
     UserError,
     filtered_annotations_path,
     frames_dir,
@@ -42,8 +42,8 @@ from data.dataset import (
     run_command,
     write_file,
 )
-from data.scores import FEW_SAMPLES, bootstrap_interval, paired_permutation_test
 from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, describe_left_out, load_frame_pairs
+from pecn.scores import FEW_SAMPLES, bootstrap_interval, paired_permutation_test
 
 PROJECT = Path(__file__).parents[1]
 DEMO_MODEL = Path("demo/base_model")

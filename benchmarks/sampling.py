@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.dataset import UserError, run_command
+from data.layout import UserError, run_command
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -66,7 +66,7 @@ def load_model(name: str, mixed_precision: str | None) -> StableDiffusionInstruc
     import torch
     from accelerate import PartialState
 
-    from data.pretrained import load_pipeline, quiet_libraries
+    from pecn.model import load_pipeline, quiet_libraries
 
     quiet_libraries()
     if name == "demo":
@@ -116,7 +116,8 @@ def predict_in_batches(
     batch_size: int,
 ) -> list[np.ndarray]:
     """Ours, as `sample_from_pix2pix.py` calls it, with the plain pipeline's way of decoding."""
-    from sample_from_pix2pix import SamplingOptions, predict_frames
+    from pecn.sampling import predict_frames
+    from pecn.sampling_options import SamplingOptions
 
     options = SamplingOptions(
         num_inference_steps=num_steps,

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import sample_from_pix2pix
-from data.dataset import UserError, run_command, write_file
-from sample_from_pix2pix import SCHEDULERS, SamplingOptions, sampling_options
+from data.layout import UserError, run_command, write_file
+from pecn.sampling_options import SCHEDULERS, SamplingOptions, sampling_options
 
 PAPER = SamplingOptions(
     num_inference_steps=20,
@@ -105,9 +105,11 @@ def as_flags(options: SamplingOptions) -> str:
 
 def find_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Validation pairs that have their target, as the model was trained for."""
-    from data.frame_check import check_frames
     from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, load_frame_pairs
-    from sample_from_pix2pix import DEFAULT_RESOLUTION, choose_samples, read_training_config
+    from pecn.frame_check import check_frames
+    from pecn.model import read_training_config
+    from pecn.sampling import choose_samples
+    from sample_from_pix2pix import DEFAULT_RESOLUTION
 
     trained = read_training_config(args.model_dir)
     pairs, _ = load_frame_pairs(
@@ -148,8 +150,9 @@ def main() -> None:
 
     from accelerate import PartialState
 
-    from data.scores import score_result, summarise
-    from sample_from_pix2pix import load_pipeline, predict_pairs
+    from pecn.model import load_pipeline
+    from pecn.sampling import predict_pairs
+    from pecn.scores import score_result, summarise
 
     # First, because a model that is missing cannot say which frames to look for.
     pipeline = load_pipeline(args.model_dir).to(PartialState().device)

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from data.dataset import UserError, run_command
+from data.layout import UserError, run_command
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    from data.encoded_pairs import TrainingBatches
+    from pecn.encoded_frames import TrainingBatches
 
 NUM_PAIRS = 16  # pictures and prompts that the steps draw from
 CHECKED_BATCHES = 2
@@ -179,7 +179,7 @@ class PlainStep:
         import torch
         from PIL import Image
 
-        from data.encoded_pairs import tokenize
+        from pecn.model import tokenize
 
         self.pipeline, self.scheduler, self.accelerator, self.args = pipeline, scheduler, accelerator, args
         self.weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
@@ -350,8 +350,9 @@ class Subject:
 
 def take_turn(subject: Subject, alternative: str, num_steps: int, measured: Measured) -> None:
     """Times `num_steps` steps after one that does not count, with an optimiser of its own."""
-    import train_instruct_pix2pix as training
-    from data.freed_memory import keep_freed_memory, return_freed_memory
+    from pecn import optimization as training
+    from pecn.encoded_frames import load_batches
+    from pecn.freed_memory import keep_freed_memory, return_freed_memory
 
     accelerator, args, model = subject.accelerator, subject.args, subject.model(alternative)
     device = accelerator.device
@@ -368,7 +369,7 @@ def take_turn(subject: Subject, alternative: str, num_steps: int, measured: Meas
             subject.plain.take(model, optimizer, next(starts))
     else:
         optimizer = accelerator.prepare(training.create_optimizer(model, args, args.learning_rate))
-        loader = training.load_batches(subject.batches, 0, accelerator, args)
+        loader = load_batches(subject.batches, 0, accelerator, args)
         log = training.StepLog(accelerator, subject.batches.global_batch_size)
         watched = [(training, "diffusion_loss", "forward"), (training, "clip_gradients", "clip")]
 
@@ -414,7 +415,7 @@ def losses_and_norms(subject: Subject, alternative: str) -> list[tuple[float, fl
     import torch
 
     from data.sthv2_dataset_hf import derive_seed
-    from train_instruct_pix2pix import diffusion_loss
+    from pecn.diffusion import diffusion_loss
 
     accelerator, model, plain = subject.accelerator, subject.model(alternative), subject.plain
     if alternative == "plain":
@@ -496,8 +497,8 @@ def benchmark(name: str, args: argparse.Namespace, accelerator: Accelerator, dat
     from diffusers import DDPMScheduler
     from tqdm import tqdm
 
-    import train_instruct_pix2pix as training
-    from data.encoded_pairs import TrainingBatches, encode_once
+    from pecn import optimization as training
+    from pecn.encoded_frames import TrainingBatches, encode_once
 
     device_type = "cuda" if accelerator.device.type == "cuda" else "cpu"
     num_steps = args.steps or STEPS[device_type][name]
@@ -550,7 +551,7 @@ def main() -> None:
     import datasets
     import torch
 
-    from data.pretrained import quiet_libraries
+    from pecn.model import quiet_libraries
     from train_instruct_pix2pix import create_accelerator
 
     quiet_libraries()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.dataset import (
+from data.layout import (
     DEFAULT_DATA_DIR,
     UserError,
     extraction_command,

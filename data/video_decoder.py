@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.dataset import UserError, frame_path, frames_dir, video_path
+from data.layout import UserError, frame_path, frames_dir, video_path
 
 if TYPE_CHECKING:
     import av

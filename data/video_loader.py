@@ -25,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 
-from data.dataset import (
+from data.layout import (
     DEFAULT_DATA_DIR,
     DOWNLOAD_HINT,
     SPLITS,

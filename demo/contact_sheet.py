@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data.dataset import (
+from data.layout import (
     UserError,
     extraction_command,
     filtered_annotations_path,

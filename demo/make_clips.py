@@ -34,12 +34,22 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data.dataset import UserError, make_folder, run_command, video_path, write_annotations
-from demo.actions import Director
-from demo.hand import SKIN_TONES, draw_hands
-from demo.scene import FPS, FRAME_HEIGHT, FRAME_WIDTH, Actor, Light, Pose, draw_background, make_stage, render_frame
-from demo.sprites import COLOURS, KINDS, ObjectSpec, draw_object
-from demo.templates import ACTIONS, Action
+from data.layout import UserError, make_folder, run_command, video_path, write_annotations
+from demo.renderer.actions import Director
+from demo.renderer.hand import SKIN_TONES, draw_hands
+from demo.renderer.scene import (
+    FPS,
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
+    Actor,
+    Light,
+    Pose,
+    draw_background,
+    make_stage,
+    render_frame,
+)
+from demo.renderer.sprites import COLOURS, KINDS, ObjectSpec, draw_object
+from demo.renderer.templates import ACTIONS, Action
 
 RENDERER_VERSION = 1  # raised whenever the pictures change, so that old and new clips never mix in one folder
 MIN_FRAMES, TYPICAL_FRAMES, MAX_FRAMES = 24, 43, 72  # SSv2's median is 41 to 47

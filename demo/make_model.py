@@ -4,7 +4,7 @@
 
 writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet with
 8 input channels, a VAE, a CLIP text encoder with its tokenizer, and a scheduler, together under 10 million
-parameters. It stands in for `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`. `demo.pretrain` trains
+parameters. It stands in for `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`. `demo.pretraining.training` trains
 it on rendered clips: the VAE, the text encoder, then the UNet. `--initial_model DIR` goes on from a model written
 before. With 0 steps of all three the weights come from `--seed` alone and take seconds.
 """
@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.dataset import TASK_TEMPLATES, UserError, run_command
+from data.dataset import TASK_TEMPLATES
+from data.layout import UserError, run_command
 from data.sthv2_dataset_hf import build_prompt
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ TEXT_WIDTH = 128
 
 def tokenizer_corpus() -> list[str]:
     """The text whose words get tokens of their own: templates, names of rendered objects, and the prompt."""
-    from demo.sprites import COLOURS, KINDS
+    from demo.renderer.sprites import COLOURS, KINDS
 
     templates = [template for templates in TASK_TEMPLATES.values() for template in templates]
     objects = [f"{colour} {kind}" for kind in KINDS for colour in COLOURS]
@@ -120,7 +121,7 @@ def build_vae() -> AutoencoderKL:
     """
     from diffusers import AutoencoderKL
 
-    from demo.vae_start import start_as_resizing
+    from demo.pretraining.vae_start import start_as_resizing
 
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -310,7 +311,7 @@ def main() -> None:
     pipeline = load_initial_model(initial) if initial else build_pipeline(args.seed)
     steps = (args.vae_train_steps, args.text_train_steps, args.unet_train_steps)
     if any(steps):
-        from demo.pretrain import pretrain
+        from demo.pretraining.training import pretrain
 
         try:
             pretrain(pipeline, *steps, args.num_clips, args.seed)

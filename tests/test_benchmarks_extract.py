@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import extract_frames
-from data.dataset import UserError, frame_path, frames_dir
+from data.layout import UserError, frame_path, frames_dir
 from data.video_decoder import decode_video, make_resizer
 from tests.conftest import run
 

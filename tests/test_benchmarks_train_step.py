@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.train_step import Stopwatch, check_agreement
-from data.dataset import UserError
+from data.layout import UserError
+from pecn.optimization import clip_gradients, create_optimizer
 from tests.conftest import run
-from train_instruct_pix2pix import clip_gradients, create_optimizer, parse_args
+from train_instruct_pix2pix import parse_args
 
 
 def rows(printed: str) -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
 import cv2
 
-from data.dataset import filtered_annotations_path, write_annotations
+from data.layout import filtered_annotations_path, write_annotations
 from tests.conftest import SIDE, entry, run, write_frames
 
 

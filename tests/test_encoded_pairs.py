@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dataset import filtered_annotations_path, frame_path, frames_dir, read_annotations, write_annotations
-from data.encoded_pairs import TrainingBatches, conditioning_dropout, draw_timesteps, encode_once
+from data.layout import filtered_annotations_path, frame_path, frames_dir, read_annotations, write_annotations
 from data.sthv2_dataset_hf import load_frame_pairs
+from pecn.diffusion import conditioning_dropout, draw_timesteps
+from pecn.encoded_frames import TrainingBatches, encode_once
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from data.dataset import UserError, filtered_annotations_path, frames_dir
-from data.pretrained import PARTS, load_pipeline
-from sample_from_pix2pix import read_training_config
+from data.layout import UserError, filtered_annotations_path, frames_dir
+from pecn.model import PARTS, load_pipeline, read_training_config
 from tests.conftest import PROJECT, SIDE, run
 
 WEIGHTS = {

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from data.checkpoints import checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
-from data.dataset import UserError, frame_path, frames_dir
+from data.layout import UserError, frame_path, frames_dir
+from pecn.checkpoints import checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
 from tests.conftest import PROJECT, SIDE, hear_ctrl_c, make_data_dir, run
 
 STEPS = 30
@@ -32,7 +32,7 @@ RUNNING = re.compile(rf"[1-9]\d*/{STEPS}|[1-9]\d*/5000")  # the progress bar aft
 
 def train_as_a_command(arguments: list[str], log: str, memory: int | None) -> None:
     """What `python train_instruct_pix2pix.py` does, in a forked process."""
-    from data.dataset import run_command
+    from data.layout import run_command
     from train_instruct_pix2pix import main
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -85,7 +85,7 @@ def start(data_dir, tiny_model, tmp_path_factory):
             environment.setenv(name, value)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["train_instruct_pix2pix", "data.encoded_pairs", "diffusers.training_utils", "tensorboard", __name__]
+            ["train_instruct_pix2pix", "pecn.encoded_frames", "diffusers.training_utils", "tensorboard", __name__]
         )
         logs = tmp_path_factory.mktemp("logs")
         started: list[Training] = []
@@ -420,7 +420,7 @@ def test_damaged_frames_are_named_before_the_first_step(start, tmp_path):
 @settings(max_examples=200, deadline=None)
 @given(position=st.integers(0, 10**6), change=st.integers(1, 255), cut=st.booleans())
 def test_every_damage_to_a_frame_is_found(data_dir, tmp_path_factory, position, change, cut):
-    from data.frame_check import find_png_damage
+    from pecn.frame_check import find_png_damage
 
     whole = frame_path(frames_dir(data_dir, SIDE), "train0", 20)
     assert find_png_damage(whole, SIDE) is None

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dataset import TASK_TEMPLATES, plain_template
-from demo.actions import falling_height, minimum_jerk
 from demo.make_clips import TASKS, plan_clip, render_clip
-from demo.templates import ACTIONS
+from demo.renderer.actions import falling_height, minimum_jerk
+from demo.renderer.templates import ACTIONS
 
 PROJECT = Path(__file__).parents[1]
 LABELS = PROJECT.parent / "shared" / "sthv2" / "labels.json"

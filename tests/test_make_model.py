@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.dataset import TASK_TEMPLATES, UserError, plain_template
+from data.dataset import TASK_TEMPLATES, plain_template
+from data.layout import UserError
 from data.sthv2_dataset_hf import build_prompt, swap_left_and_right
 from demo.make_clips import plan_clip
 from demo.make_model import (
@@ -24,7 +25,7 @@ from demo.make_model import (
     count_parameters,
     save_pipeline,
 )
-from demo.pretraining_clips import CLIP_SEED, NUM_HELD_OUT_CLIPS, choose_frames, render_frames
+from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS, choose_frames, render_frames
 from tests.conftest import PROJECT, run
 
 MEGABYTE = 10**6
@@ -125,7 +126,7 @@ def test_an_initial_model_that_is_none_is_one_clear_line(tmp_path):
 
 
 def test_the_vae_starts_by_resizing_and_keeps_30_db_of_unseen_frames_when_trained():
-    from demo.pretrain import reconstruction_psnr
+    from demo.pretraining.training import reconstruction_psnr
 
     unseen = [clip for index in range(4) for clip in render_frames(index, (96, 128))]  # held out by the recipe
     trained = load(BASE_MODEL).vae
@@ -154,7 +155,7 @@ def test_a_saved_model_does_not_say_where_it_was_loaded_from(untrained, tmp_path
 
 
 def test_the_committed_model_reads_the_sentence():
-    from demo.pretrain import encode_clips, validation_loss
+    from demo.pretraining.training import encode_clips, validation_loss
 
     pipeline = load(BASE_MODEL)
     sideways = [
@@ -240,7 +241,7 @@ def test_a_clip_is_rendered_once_for_all_sizes_and_never_of_make_clips_own_seed(
 
 
 def test_training_steps_are_functions_of_the_seed_and_the_step():
-    from demo.pretrain import EncodedClip, drop_conditions, pair_batch, step_generator, vae_batch
+    from demo.pretraining.training import EncodedClip, drop_conditions, pair_batch, step_generator, vae_batch
 
     clips = render_frames(30, (96, 128)) + render_frames(31, (96, 128))
     by_size = {96: clips[0::2], 128: clips[1::2]}
@@ -266,7 +267,7 @@ def test_training_steps_are_functions_of_the_seed_and_the_step():
 
 
 def test_the_text_encoder_learns_to_tell_sentences_apart():
-    from demo.text_pretraining import TEMPLATES, sentence_batch, train_text_encoder
+    from demo.pretraining.text_encoder import TEMPLATES, sentence_batch, train_text_encoder
 
     prompts, templates, progresses = sentence_batch(3, 0, 100)
     for prompt, template, progress in zip(prompts, templates.tolist(), progresses.tolist()):

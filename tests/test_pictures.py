@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-import data.pictures
-from data.dataset import UserError
-from data.pictures import (
+import pecn.pictures
+from data.layout import UserError
+from pecn.pictures import (
     choose_for_overview,
     colour_map,
     comparison_picture,
@@ -22,7 +22,7 @@ from data.pictures import (
     save_scores_plot,
     wrap_text,
 )
-from data.scores import score_result, summarise
+from pecn.scores import score_result, summarise
 
 SIDE = 32
 PANEL = 256
@@ -203,7 +203,7 @@ def test_results_may_come_one_by_one(tmp_path, monkeypatch):
             nonlocal alive
             alive -= 1
 
-    monkeypatch.setattr(data.pictures, "save_scores_plot", lambda path, *_: path.write_bytes(b""))
+    monkeypatch.setattr(pecn.pictures, "save_scores_plot", lambda path, *_: path.write_bytes(b""))
     save_results((Counted(result(number)) for number in range(12)), tmp_path, "model", show_progress=False)
     assert most <= 2
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks import progress_study
 from benchmarks.progress_study import Run
-from data.dataset import UserError
+from data.layout import UserError
 from tests.conftest import run
 
 

@@ -12,20 +12,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from data.dataset import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
+from data.layout import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
 from data.sthv2_dataset_hf import load_frame_pairs
-from sample_from_pix2pix import (
-    SCHEDULERS,
-    SamplingOptions,
+from pecn.model import load_pipeline, read_training_config
+from pecn.sampling import (
     choose_samples,
     combine_residual,
     gain_of_agreement,
-    load_pipeline,
     predict_frames,
     predict_pairs,
-    read_training_config,
     reconstruct_frames,
 )
+from pecn.sampling_options import SCHEDULERS, SamplingOptions
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, run
 
 
@@ -166,8 +164,8 @@ def test_config_of_a_model_on_the_hub_is_read_too(model_with_config, monkeypatch
         assert (name, file, revision, local_files_only) == ("user/model", "training_config.json", "main", False)
         return str(model_with_config / file)
 
-    monkeypatch.setattr("sample_from_pix2pix.hub_problem", lambda name, revision: None)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("pecn.model.hub_problem", lambda name, revision: None)
+    monkeypatch.setattr("pecn.model.hf_hub_download", download)
     assert read_training_config("user/model", revision="main")["add_progress"] is True
 
 

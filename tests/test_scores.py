@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from data.scores import (
+from pecn.scores import (
     HIGHEST_PSNR,
     MOVING_THRESHOLD,
     SCORED,

@@ -10,8 +10,9 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
-from data.dataset import filtered_annotations_path, frames_dir
-from sample_from_pix2pix import DEFAULT_OPTIONS, parse_args, sampling_options
+from data.layout import filtered_annotations_path, frames_dir
+from pecn.sampling_options import DEFAULT_OPTIONS, sampling_options
+from sample_from_pix2pix import parse_args
 from tests.conftest import PROJECT, SHARED, SIDE, run
 
 SCRIPTS = ("train_instruct_pix2pix.sh", "test_train_instruct_pix2pix.sh", "sample_from_pix2pix.sh")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.dataset import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
+from data.layout import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
 from data.sthv2_dataset_hf import (
     action_progress,
     build_prompt,

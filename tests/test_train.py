@@ -13,17 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data.dataset import UserError
+from data.layout import UserError
+from pecn.diffusion import add_image_channels, diffusion_loss
+from pecn.optimization import create_lr_scheduler
 from tests.conftest import PROJECT, SIDE, make_tiny_pipeline, run, scalars
-from train_instruct_pix2pix import (
-    add_image_channels,
-    check_args,
-    create_hub_repository,
-    create_lr_scheduler,
-    diffusion_loss,
-    parse_args,
-    upload,
-)
+from train_instruct_pix2pix import check_args, create_hub_repository, parse_args, upload
 
 STEPS = 8
 
@@ -209,7 +203,7 @@ def test_upload_leaves_out_checkpoints_and_never_names_the_token(monkeypatch, tm
                 raise OSError("the connection broke")
             calls.append(("upload", options))
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("pecn.hub.HfApi", Hub)
     args = parse_args(["--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_token", "hf_secret"])
     upload(args, create_hub_repository(args))
     assert calls[0] == calls[1] == ("token", "hf_secret")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from demo.sprites import SUPERSAMPLING, Sprite, coverage, finish
+from demo.renderer.sprites import SUPERSAMPLING, Sprite, coverage, finish
 
 SKIN_TONES = ((238, 198, 172), (222, 172, 140), (198, 142, 108), (160, 108, 78), (116, 76, 54), (84, 56, 42))
 

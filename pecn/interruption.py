@@ -11,6 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
+import torch
+import torch.distributed
+
 
 class Interrupted(KeyboardInterrupt):
     """Work ended because of a signal. The message is one line that says where things stand."""
@@ -66,8 +69,6 @@ class StopRequest:
 
     def share(self) -> None:
         """Lets all processes of a distributed run agree; call it on each, once their process group exists."""
-        import torch.distributed
-
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Of its own, on the CPU: asking at every step must not wait for the GPU.
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -76,7 +77,6 @@ class StopRequest:
         """The signal that any process has received, the same answer on all of them; 0 where there was none."""
         if self.group is None:
             return self.signal_number
-        import torch
 
         number = torch.tensor([self.signal_number])
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from demo.actions import (
+from demo.renderer.actions import (
     Director,
     change_distance,
     cover,
@@ -19,7 +19,7 @@ from demo.actions import (
     slide,
     throw_up,
 )
-from demo.scene import Actor
+from demo.renderer.scene import Actor
 
 SMALL = ("block", "ball", "apple", "lemon", "tomato", "eraser", "matchbox")
 UPRIGHT = ("cup", "can", "candle", "jar", "bottle")

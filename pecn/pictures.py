@@ -6,21 +6,21 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from data.dataset import UserError
-from data.scores import psnr_gain, score_result, summarise
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from matplotlib.axes import Axes
-    from PIL.ImageDraw import ImageDraw
+from data.layout import UserError
+from pecn.scores import psnr_gain, score_result, summarise
 
 PANEL_SIDE = 256  # pixels; smaller frames are enlarged by a whole factor until they reach it
 GAP = 8
@@ -51,8 +51,6 @@ def comparison_picture(result: dict[str, Any], note: str = "", scores: dict[str,
     here if not given. The last panel is there only where the result has an uncertainty. The panels are enlarged
     by a whole factor to at least PANEL_SIDE pixels; without a target the places of target and difference stay grey.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     font = ImageFont.load_default(size=FONT_SIZE)
     panels = _panels(result)
     height, width = (
@@ -102,13 +100,13 @@ def _panels(result: dict[str, Any]) -> list[tuple[str, np.ndarray | None, tuple[
 
 def colour_map(values: np.ndarray, colours: str, highest: float) -> np.ndarray:
     """Values of any shape in matplotlib's colour map named `colours`, from 0 to `highest` and more; uint8 RGB."""
-    import matplotlib
-
     table = (matplotlib.colormaps[colours](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     return table[(np.clip(values / highest, 0, 1) * 255).round().astype(np.uint8)]
 
 
-def _draw_scale(draw: ImageDraw, left: int, top: int, width: int, font: Any, colours: str, highest: int) -> None:
+def _draw_scale(
+    draw: ImageDraw.ImageDraw, left: int, top: int, width: int, font: Any, colours: str, highest: int
+) -> None:
     """A bar with the map's colours and the grey levels at its ends, in the line below a panel."""
     end = f"{highest}+ grey levels"
     start, stop = left + 14, left + width - int(font.getlength(end)) - 6
@@ -187,8 +185,6 @@ def choose_for_overview(gains: Sequence[float | None]) -> list[tuple[int, str]]:
 
 def titled(picture: np.ndarray, title: str) -> np.ndarray:
     """A uint8 RGB picture below a coloured bar with a title."""
-    from PIL import Image, ImageDraw, ImageFont
-
     colour = TITLE_COLOURS.get(title.partition(":")[0], TITLE_COLOURS["Median"])
     bar = Image.new("RGB", (picture.shape[1], LINE_HEIGHT + 8), colour)
     draw = ImageDraw.Draw(bar)
@@ -217,8 +213,6 @@ def save_scores_plot(path: Path, scores: Sequence[dict[str, Any]], note: str = "
     `scores` holds what `score_result` returned for each pair, and its `task`. Dots above the diagonal are
     predictions better than copying. Pairs of BEYOND_PLOT dB and more are drawn at the plot's edge.
     """
-    from matplotlib.figure import Figure  # not pyplot, which would keep the figure and choose a display
-
     tasks = sorted({row["task"] for row in scores})
     moving = [row["moving"] and row["moving"] | {"task": row["task"]} for row in scores]
     figure = Figure(figsize=(12, 7.2), dpi=100)
@@ -239,8 +233,6 @@ def save_scores_plot(path: Path, scores: Sequence[dict[str, Any]], note: str = "
 
 def _plot_against_copy(axes: Axes, title: str, rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:
     """Fills one panel; returns the legend's handles by label."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.set_title(title, fontsize=14)
     axes.set_xlabel("PSNR of copying the input (dB)", fontsize=12)
     axes.set_ylabel("PSNR of the prediction (dB)", fontsize=12)
@@ -297,8 +289,6 @@ def save_results(
     Everything is made under a temporary name first: a run that is interrupted, or that the disk stops (UserError),
     leaves the former results whole.
     """
-    from tqdm import tqdm
-
     output_dir = Path(output_dir)
     records = []
     with _unfinished(output_dir) as new:
@@ -365,15 +355,11 @@ def _save_sample(folder: Path, result: dict[str, Any], comparison: np.ndarray) -
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
     """Writes a PNG of a uint8 RGB picture (H, W, 3), or of uint16 grey levels (H, W)."""
-    from PIL import Image
-
     # Run lengths only: three times as fast as the default, and an eighth larger.
     Image.fromarray(picture).save(path, compress_level=1, compress_type=zlib.Z_RLE)
 
 
 def load_picture(path: Path) -> np.ndarray:
     """Reads a picture as it was written by `save_picture`."""
-    from PIL import Image
-
     with Image.open(path) as image:
         return np.asarray(image)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from tqdm import tqdm
 
-from data.encoded_pairs import tokenize
 from data.sthv2_dataset_hf import build_prompt, derive_seed
 from demo.make_clips import plan_clip
-from demo.pretraining_clips import CLIP_SEED, NUM_HELD_OUT_CLIPS
-from demo.templates import ACTIONS
+from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS
+from demo.renderer.templates import ACTIONS
+from pecn.model import tokenize
 
 TEXT_BATCH_SIZE, TEXT_LEARNING_RATE = 32, 1e-3
 TEMPLATES = sorted({action.template for actions in ACTIONS.values() for action in actions})

@@ -16,12 +16,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from data.dataset import UserError, write_file
+from accelerate import Accelerator
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from data.layout import UserError, write_file
 
 MANIFEST = "manifest.json"
 CHUNK = 16 * 2**20  # bytes that one thread reads and sums at a time

@@ -6,8 +6,8 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
-from data.checkpoints import Shortage, describe_full_disk, is_disk_full, where_training_stands
-from data.dataset import UserError
+from data.layout import UserError
+from pecn.checkpoints import Shortage, describe_full_disk, is_disk_full, where_training_stands
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.dataset import UserError
+from data.layout import UserError
 
 MOST_FOLDERS = 5  # to name in one message
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from data.dataset import UserError
+from huggingface_hub import HfApi
+
+from data.layout import UserError
 
 
 def create_hub_repository(args: argparse.Namespace) -> str:
     """Makes the repository to upload to, or finds it; returns its full name. Done before training, to fail early."""
-    from huggingface_hub import HfApi
 
     name = args.hub_model_id or args.output_dir.name
     try:
@@ -22,7 +23,6 @@ def create_hub_repository(args: argparse.Namespace) -> str:
 
 def upload(args: argparse.Namespace, repository: str) -> None:
     """Uploads the trained pipeline, without checkpoints and logs."""
-    from huggingface_hub import HfApi
 
     ignored = ["checkpoint-*/**", f"{args.logging_dir}/**", ".*", "train.log"]
     api = HfApi(token=args.hub_token)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.morphology import isotropic_dilation
 
 HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
 SCORED = ("prediction", "copy", "vae_ceiling")
@@ -34,8 +36,6 @@ BLOCK_SIZE = 200_000  # random numbers drawn at once: few enough for the process
 
 def score_frame(frame: np.ndarray, target: np.ndarray) -> tuple[float, float]:
     """PSNR in dB (at most HIGHEST_PSNR) and SSIM of a uint8 RGB picture (H, W, 3) against its target."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
     if np.array_equal(frame, target):
         return HIGHEST_PSNR, 1.0
     psnr = peak_signal_noise_ratio(target, frame, data_range=255)
@@ -48,8 +48,6 @@ def moving_region(input_frame: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     Pixels that differ by more than MOVING_THRESHOLD in any channel, dilated by a disk.
     """
-    from skimage.morphology import isotropic_dilation
-
     difference = np.abs(input_frame.astype(np.int16) - target.astype(np.int16)).max(axis=2)
     moved = difference > MOVING_THRESHOLD
     if not moved.any():  # scikit-image's distances to nothing are arbitrary

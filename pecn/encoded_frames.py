@@ -19,8 +19,10 @@ from datasets import Array2D, Array3D, Dataset, Features
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import ImageOps
 
-from data.checkpoints import full_disk_in_one_line
 from data.sthv2_dataset_hf import derive_seed, frame_pairs_dataset, swap_left_and_right
+from pecn.checkpoints import full_disk_in_one_line
+from pecn.diffusion import conditioning_dropout, draw_timesteps
+from pecn.model import tokenize
 
 CACHE_FORMAT = 1  # raise it when what the cache stores changes
 ENCODING_BATCH = 16  # frame pairs of 128 pixels, or prompts; fewer pairs of larger frames
@@ -83,15 +85,6 @@ def encode_once(
     latents = latents.add_column("edit_prompt", list(frames["edit_prompt"]))
     embeddings = embeddings.add_column("prompt", prompts)
     return latents, embeddings, f"{frames_key}-{prompts_key}"
-
-
-def tokenize(pipeline: StableDiffusionInstructPix2PixPipeline, prompts: Sequence[str]) -> torch.Tensor:
-    """Token ids (B, 77), as the pipeline makes them when it samples."""
-    length = pipeline.tokenizer.model_max_length
-    tokens = pipeline.tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    return tokens.input_ids
 
 
 def encode_frames(
@@ -254,22 +247,17 @@ class TrainingBatches:
         }
 
 
-def draw_timesteps(
-    args: argparse.Namespace, num_train_timesteps: int, count: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Timesteps (count,): all equally often, or the last `timestep_bias_portion` more often than the others."""
-    if args.timestep_bias_strategy == "none":
-        return torch.randint(num_train_timesteps, (count,), generator=generator)
-    weights = torch.ones(num_train_timesteps)
-    weights[-math.ceil(args.timestep_bias_portion * num_train_timesteps) :] = args.timestep_bias_multiplier
-    return torch.multinomial(weights, count, replacement=True, generator=generator)
-
-
-def conditioning_dropout(uniform: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which samples lose their text and which their image, as masks, given uniform numbers in [0, 1).
-
-    Text alone, both, and image alone each with `probability` (Brooks et al., 2023, arXiv 2211.09800).
-    """
-    drop_text = uniform < 2 * probability
-    drop_image = (uniform >= probability) & (uniform < 3 * probability)
-    return drop_text, drop_image
+def load_batches(
+    batches: TrainingBatches, first_step: int, accelerator: Accelerator, args: argparse.Namespace
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's micro-batches from optimiser step `first_step` (counted from 0) to the end, on its device."""
+    first = first_step * args.gradient_accumulation_steps
+    loader = torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, len(batches)),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    for batch in loader:
+        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,6 +1,6 @@
 """Pre-training of the demo's base model on rendered clips: the VAE, the text encoder, then the UNet.
 
-`demo.make_model` runs it; `demo.pretraining_clips` renders the clips. What a step sees follows from the seed
+`demo.make_model` runs it; `demo.pretraining.clips` renders the clips. What a step sees follows from the seed
 and the step alone.
 """
 
@@ -20,10 +20,10 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from data.encoded_pairs import tokenize
 from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
-from demo.pretraining_clips import ClipFrames, render_held_out_clips, render_training_clips
-from demo.text_pretraining import train_text_encoder
+from demo.pretraining.clips import ClipFrames, render_held_out_clips, render_training_clips
+from demo.pretraining.text_encoder import train_text_encoder
+from pecn.model import tokenize
 
 MAX_HORIZON = 10  # frames between input and target
 VAE_BATCH_SIZE, VAE_LEARNING_RATE, VAE_CROP = 6, 5e-4, 64

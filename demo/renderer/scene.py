@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from demo.sprites import SUPERSAMPLING, Sprite, smooth_noise
+from demo.renderer.sprites import SUPERSAMPLING, Sprite, smooth_noise
 
 FRAME_WIDTH, FRAME_HEIGHT, FPS = 320, 240, 12
 MARGIN = 10  # pixels drawn beyond each side of the frame, for the camera to move in

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demo.scene import HAND_DEPTH, Actor, Light, Pose
-from demo.sprites import ObjectSpec, Sprite, draw_object
+from demo.renderer.scene import HAND_DEPTH, Actor, Light, Pose
+from demo.renderer.sprites import ObjectSpec, Sprite, draw_object
 
 Point = tuple[float, float, float]  # x, ground y, height z in picture pixels
 

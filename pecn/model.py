@@ -11,14 +11,23 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from data.dataset import UserError
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
-if TYPE_CHECKING:
-    import torch
-    from diffusers import StableDiffusionInstructPix2PixPipeline
+from data.layout import UserError
 
 # Each part, the class it must have (None: any), and a file that its folder must hold (one of the patterns).
 PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
@@ -45,7 +54,6 @@ def load_pipeline(
     hub_options = {option: value for option, value in hub_options.items() if value}
     folder = Path(name) if os.path.isdir(name) else fetch_from_hub(name, hub_options)
     quiet_libraries()
-    import torch
 
     try:
         check_files(folder)
@@ -58,9 +66,6 @@ def load_pipeline(
 
 def quiet_libraries() -> None:
     """Keeps transformers' and diffusers' notes (a missing torchvision, bars while weights load) out of the output."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
@@ -107,8 +112,6 @@ def check_files(folder: Path) -> None:
 
 def check_weights_files(part: Path) -> None:
     """Raises UserError where safetensors files are cut or something else, or an index of several leads elsewhere."""
-    from safetensors import SafetensorError, safe_open
-
     for path in sorted(part.glob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy"):  # reads the header, and compares it with the file's length
@@ -126,9 +129,6 @@ def check_weights_files(part: Path) -> None:
 
 def load_parts(folder: Path, dtype: torch.dtype, variant: str | None) -> StableDiffusionInstructPix2PixPipeline:
     """The pipeline in a directory. Raises UserError where weights are missing, which are otherwise made up."""
-    from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
     models = {}
     for part, model_class in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
         try:
@@ -177,15 +177,12 @@ def check_parts_fit(pipeline: StableDiffusionInstructPix2PixPipeline) -> None:
 
 def fetch_from_hub(name: str, hub_options: dict[str, str]) -> Path:
     """The directory of a hub model's files, downloaded now or before. Raises UserError where there are none."""
-    from huggingface_hub import try_to_load_from_cache
-
     problem = hub_problem(name, hub_options.get("revision"))
     try:
         where = {option: hub_options.get(option) for option in ("cache_dir", "revision")}
         if problem and not isinstance(try_to_load_from_cache(name, "model_index.json", **where), str):
             raise UserError(problem)  # before the libraries are loaded, which takes as long again
         quiet_libraries()
-        from diffusers import StableDiffusionInstructPix2PixPipeline
 
         folder = StableDiffusionInstructPix2PixPipeline.download(
             name, use_safetensors=True, safety_checker=None, local_files_only=problem is not None, **hub_options
@@ -209,10 +206,6 @@ def hub_problem(name: str, revision: str | None = None) -> str | None:
     Asks in a thread of its own: the library waits without limit for an answer, and as long as it takes for the name
     of the hub's computer to be looked up and for each of its addresses to be tried.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
     if HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids to ask the hub"
     outcome: list[Exception | None] = []
@@ -233,3 +226,62 @@ def hub_problem(name: str, revision: str | None = None) -> str | None:
     if error is None or isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
         return None
     return f"the hub cannot be reached ({one_line(error)})"
+
+
+TRAINING_CONFIG = "training_config.json"
+
+
+def read_training_config(model_dir: str, **hub_options: str | None) -> dict[str, Any]:
+    """The arguments a model, in a directory or on the hub, was trained with; empty where there is no such record."""
+    path = Path(model_dir) / TRAINING_CONFIG
+    if not os.path.isdir(model_dir):
+        unreachable = hub_problem(model_dir, hub_options.get("revision")) is not None
+        try:
+            path = Path(hf_hub_download(model_dir, TRAINING_CONFIG, local_files_only=unreachable, **hub_options))
+        except (OSError, ValueError):  # no such file there, or no such model: loading the model will say which
+            return {}
+    if not path.is_file():
+        return {}
+    try:
+        arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        arguments.keys()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a training config written by train_instruct_pix2pix.py ({one_line(error)}); copy the model"
+            " again, or delete the file to sample without it"
+        ) from error
+    return arguments
+
+
+def encode_prompts(pipeline: StableDiffusionInstructPix2PixPipeline, prompts: Sequence[str]) -> torch.Tensor:
+    """The text encoder's states (N, 77, d)."""
+
+    encoder = pipeline.text_encoder
+    return encoder(tokenize(pipeline, prompts).to(encoder.device))[0]
+
+
+def encode_frames(pipeline: StableDiffusionInstructPix2PixPipeline, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """The posterior's mode of uint8 RGB frames (H, W, 3): unscaled latents (N, 4, h, w)."""
+    pixels = pipeline.image_processor.preprocess([Image.fromarray(image) for image in images])
+    return pipeline.vae.encode(pixels.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist.mode()
+
+
+def decode_latents(pipeline: StableDiffusionInstructPix2PixPipeline, latents: torch.Tensor) -> np.ndarray:
+    """Pictures of unscaled latents: float32 RGB (N, H, W, 3) in grey levels, not clipped to 0..255."""
+    decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample
+    if not decoded.isfinite().all():
+        raise UserError("the model's output is not finite: predict with --mixed_precision no, or bf16")
+    return ((decoded.float() + 1) * 127.5).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_picture(grey_levels: np.ndarray) -> np.ndarray:
+    return grey_levels.clip(0, 255).round().astype(np.uint8)
+
+
+def tokenize(pipeline: StableDiffusionInstructPix2PixPipeline, prompts: Sequence[str]) -> torch.Tensor:
+    """Token ids (B, 77), as the pipeline makes them when it samples."""
+    length = pipeline.tokenizer.model_max_length
+    tokens = pipeline.tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids

@@ -1,0 +1,66 @@
+"""What is learnt: the loss of a batch, its timesteps, conditioning dropout, and the UNet's image channels."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+
+
+def diffusion_loss(
+    unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None
+) -> torch.Tensor:
+    """Mean squared error of the UNet's prediction of the noise (or the velocity, as the scheduler says), float32.
+
+    With `snr_gamma` each sample is weighted by min(SNR, gamma) / SNR for noise and min(SNR, gamma) / (SNR + 1)
+    for velocity (Hang et al., 2023, arXiv 2303.09556).
+    """
+    latents, noise, timesteps = batch["target_latents"], batch["noise"], batch["timesteps"]
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    unet_input = torch.cat([noisy_latents, batch["image_latents"]], dim=1)
+    prediction = unet(unet_input, timesteps, batch["prompt_embeds"], return_dict=False)[0].float()
+    velocity = noise_scheduler.config.prediction_type == "v_prediction"
+    target = noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    if snr_gamma is None:
+        return F.mse_loss(prediction, target)
+    snr = compute_snr(noise_scheduler, timesteps)
+    weights = snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+    return (F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
+
+
+def add_image_channels(unet: UNet2DConditionModel) -> None:
+    """Widens the first convolution of a 4-channel UNet to 8; the input frame's channels start at zero."""
+    old = unet.conv_in
+    new = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, old.stride, old.padding)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=8)
+
+
+def draw_timesteps(
+    args: argparse.Namespace, num_train_timesteps: int, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Timesteps (count,): all equally often, or the last `timestep_bias_portion` more often than the others."""
+    if args.timestep_bias_strategy == "none":
+        return torch.randint(num_train_timesteps, (count,), generator=generator)
+    weights = torch.ones(num_train_timesteps)
+    weights[-math.ceil(args.timestep_bias_portion * num_train_timesteps) :] = args.timestep_bias_multiplier
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
+
+
+def conditioning_dropout(uniform: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples lose their text and which their image, as masks, given uniform numbers in [0, 1).
+
+    Text alone, both, and image alone each with `probability` (Brooks et al., 2023, arXiv 2211.09800).
+    """
+    drop_text = uniform < 2 * probability
+    drop_image = (uniform >= probability) & (uniform < 3 * probability)
+    return drop_text, drop_image

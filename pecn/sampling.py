@@ -1,0 +1,229 @@
+"""Predicting frames: guidance, denoising, and what several predictions of one frame are made into."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import diffusers
+import numpy as np
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from tqdm import tqdm
+
+from data.dataset import sampling_rank
+from data.sthv2_dataset_hf import derive_seed, frame_pairs_dataset
+from pecn.model import decode_latents, encode_frames, encode_prompts, to_picture
+from pecn.sampling_options import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions
+
+SMALLEST_CHANGE = 6.5  # grey levels, root mean square: predicted changes below it are mostly errors
+
+
+def choose_samples(pairs: Sequence[dict[str, Any]], num_samples: int | None, seed: int) -> list[dict[str, Any]]:
+    """Draws entries evenly from the tasks; the same ones for the same seed, whatever the order of `pairs`.
+
+    With a larger `num_samples` the smaller choice is its beginning; None takes all.
+    """
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for pair in sorted(pairs, key=lambda pair: sampling_rank(seed, pair["video_id"])):
+        by_task.setdefault(pair["task"], []).append(pair)
+    turns = [(turn, task, pair) for task, of_task in by_task.items() for turn, pair in enumerate(of_task)]
+    turns.sort(key=lambda item: item[:2])
+    return [pair for _, _, pair in turns[:num_samples]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`frame`: uint8 RGB (H, W, 3). `uncertainty`: float32 (H, W), the predictions' standard deviation at each pixel
+    in grey levels of 0..255, averaged over the colours; None where only one was made."""
+
+    frame: np.ndarray
+    uncertainty: np.ndarray | None
+
+
+def create_scheduler(name: str, config: dict[str, Any], num_inference_steps: int) -> Any:
+    """The scheduler called `name` in SCHEDULERS, for a model whose own scheduler has `config`."""
+    options: dict[str, Any] = {}
+    if num_inference_steps == 1:
+        options = {"timestep_spacing": "trailing"}  # the only one whose single step begins where all is noise
+    if name == "ddim":
+        # Latents are not bounded by 1 as pictures are, and DDIM's steps fit no other spacing.
+        options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **options)
+
+
+def guided_prediction(
+    unet: torch.nn.Module,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    image_latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    empty_embeds: torch.Tensor,
+    options: SamplingOptions,
+) -> torch.Tensor:
+    """The UNet's output with guidance, eq. 3 of Brooks et al., 2023 (arXiv 2211.09800), sorted by branches.
+
+    A branch whose weight is zero is not computed: without any guidance that leaves one of three.
+    """
+    no_image = torch.zeros_like(image_latents)
+    text_scale, image_scale = options.guidance_scale, options.image_guidance_scale
+    branches = [
+        (text_scale, image_latents, prompt_embeds),
+        (image_scale - text_scale, image_latents, empty_embeds),
+        (1 - image_scale, no_image, empty_embeds),
+    ]
+    branches = [branch for branch in branches if branch[0] != 0]
+    weights, images, embeds = zip(*branches)
+    unet_input = torch.cat([torch.cat([latents, image], dim=1) for image in images])
+    outputs = unet(unet_input.to(unet.dtype), timestep, torch.cat(embeds), return_dict=False)[0].float()
+    return sum(weight * output for weight, output in zip(weights, outputs.chunk(len(branches))))
+
+
+def denoise(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    image_latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    generators: list[torch.Generator],
+    options: SamplingOptions,
+) -> torch.Tensor:
+    """Samples latents (N, 4, h, w), unscaled like `image_latents`, from the noise of each sample's generator."""
+    scheduler = create_scheduler(options.scheduler, pipeline.scheduler.config, options.num_inference_steps)
+    device, factor = image_latents.device, pipeline.vae.config.scaling_factor
+    scheduler.set_timesteps(options.num_inference_steps, device=device)
+    num_steps = max(1, round(options.num_inference_steps * options.strength))
+    # Rounding gives DDIM one step too many for some numbers.
+    timesteps = scheduler.timesteps[: options.num_inference_steps][-num_steps:]
+    latents = randn_tensor(image_latents.shape, generator=generators, device=device)
+    if options.strength == 1:
+        latents = latents * scheduler.init_noise_sigma
+    else:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(options.num_inference_steps - num_steps)
+        latents = scheduler.add_noise(image_latents.float() * factor, latents, timesteps[:1])
+    empty_embeds = encode_prompts(pipeline, [""]).expand_as(prompt_embeds)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    noise_source = {"generator": generators} if takes_generator else {}
+    for timestep in timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        output = guided_prediction(pipeline.unet, scaled, timestep, image_latents, prompt_embeds, empty_embeds, options)
+        latents = scheduler.step(output, timestep, latents, **noise_source).prev_sample
+    return latents / factor
+
+
+def gain_of_agreement(changes: np.ndarray) -> np.ndarray:
+    """Wiener's gain for the mean of K changes in grey levels: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
+
+    Signal / (signal + noise), where the mean change squared stands for signal + noise, and for the noise the variance
+    of a mean of K, but never less than SMALLEST_CHANGE squared. Both are summed over the colours and averaged over a
+    neighbourhood of a 16th of the side.
+    """
+    power = np.square(changes.mean(axis=0)).sum(axis=-1)
+    noise = changes.var(axis=0, ddof=1).sum(axis=-1) / len(changes)
+    power, noise = (cv2.GaussianBlur(image, (0, 0), changes.shape[2] / 16) for image in (power, noise))
+    noise = np.maximum(noise, 3 * SMALLEST_CHANGE**2)
+    return (np.maximum(power - noise, 0) / (power + 1e-6))[..., None]
+
+
+def predict_frames(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    images: Sequence[np.ndarray],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    options: SamplingOptions = DEFAULT_OPTIONS,
+) -> list[Prediction]:
+    """Predicts one batch from uint8 RGB frames (H, W, 3).
+
+    Each sample has its own noise seed, so its picture does not depend on its neighbours in the batch. Of several
+    predictions the first is the one that would be made alone.
+    """
+    count = options.num_predictions
+    with torch.no_grad():
+        image_latents = encode_frames(pipeline, images)
+        prompt_embeds = encode_prompts(pipeline, prompts)
+        noise_seeds = [seed if k == 0 else derive_seed(seed, "prediction", k) for seed in seeds for k in range(count)]
+        generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
+        repeated = (image_latents.repeat_interleave(count, dim=0), prompt_embeds.repeat_interleave(count, dim=0))
+        decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options))
+        decoded = decoded.reshape(len(images), count, *decoded.shape[1:])
+        if not options.residual:
+            return [combine_plain(pictures.clip(0, 255)) for pictures in decoded]
+        reconstructed = decode_latents(pipeline, image_latents)
+    return [
+        combine_residual(pictures, same, image.astype(np.float32), options.wiener_gain)
+        for pictures, same, image in zip(decoded, reconstructed, images)
+    ]
+
+
+def combine_plain(pictures: np.ndarray) -> Prediction:
+    """The mean of K decoded pictures (K, H, W, 3), in grey levels."""
+    return Prediction(to_picture(pictures.mean(axis=0)), spread(pictures))
+
+
+def combine_residual(
+    pictures: np.ndarray, reconstruction: np.ndarray, image: np.ndarray, wiener_gain: bool
+) -> Prediction:
+    """`image` (H, W, 3) plus the mean change of K decoded pictures (K, H, W, 3) from its `reconstruction`.
+
+    With `wiener_gain` a mix of `image` and the mean of `pictures`: what the VAE loses of the input frame belongs where
+    nothing moves (gain 0), and is wrong where something else has come (gain 1). All in grey levels.
+    """
+    mean = pictures.mean(axis=0)
+    if wiener_gain:
+        result = image + gain_of_agreement(pictures - reconstruction) * (mean - image)
+    else:
+        result = image + mean - reconstruction
+    return Prediction(to_picture(result), spread(pictures))
+
+
+def spread(pictures: np.ndarray) -> np.ndarray | None:
+    """The standard deviation of K pictures (K, H, W, 3), averaged over the colours: (H, W); None for K = 1."""
+    return None if len(pictures) == 1 else pictures.std(axis=0, ddof=1).mean(axis=-1)
+
+
+def reconstruct_frames(
+    pipeline: StableDiffusionInstructPix2PixPipeline, images: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """The pictures after one trip through the VAE (posterior mode), uint8 RGB: as good as decoding alone can be."""
+    with torch.no_grad():
+        return [to_picture(decoded) for decoded in decode_latents(pipeline, encode_frames(pipeline, images))]
+
+
+def predict_pairs(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pairs: Sequence[dict[str, Any]],
+    seed: int,
+    batch_size: int,
+    options: SamplingOptions = DEFAULT_OPTIONS,
+    show_progress: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Predicts every pair of `find_frame_pairs`, `batch_size` pictures at once, or all predictions of one if more.
+
+    Yields one dictionary a pair, as `pecn.scores` and `pecn.pictures` take them: `video_id`, `task`, `prompt`, the
+    uint8 RGB pictures `input`, `prediction`, `target` and `vae_ceiling` (the last two None where the video lacks the
+    target), and `uncertainty` as `Prediction` has it.
+    """
+    dataset = frame_pairs_dataset(pairs)
+    with tqdm(total=len(dataset), desc="Predicting", unit="frame", disable=not show_progress) as progress_bar:
+        for batch in dataset.iter(max(1, batch_size // options.num_predictions)):
+            inputs = [np.asarray(image) for image in batch["input_image"]]
+            targets = [None if image is None else np.asarray(image) for image in batch["edited_image"]]
+            seeds = [derive_seed(seed, video_id) for video_id in batch["video_id"]]
+            predictions = predict_frames(pipeline, inputs, batch["edit_prompt"], seeds, options)
+            known = [target for target in targets if target is not None]
+            ceilings = iter(reconstruct_frames(pipeline, known) if known else [])
+            for index, target in enumerate(targets):
+                yield {
+                    "video_id": batch["video_id"][index],
+                    "task": batch["task"][index],
+                    "prompt": batch["edit_prompt"][index],
+                    "input": inputs[index],
+                    "prediction": predictions[index].frame,
+                    "uncertainty": predictions[index].uncertainty,
+                    "target": target,
+                    "vae_ceiling": None if target is None else next(ceilings),
+                }
+            progress_bar.update(len(targets))
