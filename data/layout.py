@@ -1,15 +1,26 @@
-"""A data directory: its paths, its annotation files, and what every command that works on one shares."""
+"""What all commands share: a data directory's paths and annotations, files that are whole or absent, errors, options."""
 
+from __future__ import annotations
+
+import argparse
+import contextlib
 import json
+import math
+import operator
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 DEFAULT_DATA_DIR = Path("data/sthv2")
 SPLITS = ("train", "val")
 DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
+
+
+# Commands and their errors.
 
 
 class UserError(Exception):
@@ -28,6 +39,65 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, its line breaks removed, at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser whose refusals take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
+def number(
+    kind: type = int,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    multiple_of: int = 0,
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` (int or float) within the bounds."""
+    bounds = ((at_least, operator.ge), (above, operator.gt), (at_most, operator.le), (below, operator.lt))
+    words = {operator.ge: "at least", operator.gt: "above", operator.le: "at most", operator.lt: "below"}
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number")
+        for bound, holds in bounds:
+            if bound is not None and not holds(value, bound):
+                raise argparse.ArgumentTypeError(f"must be {words[holds]} {bound:.4g}, not {text}")
+        if multiple_of and value % multiple_of:
+            raise argparse.ArgumentTypeError(f"must be a multiple of {multiple_of}, not {text}")
+        return value
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """An argparse type: True or False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return text.lower() == "true"
+
+
+# Files and folders that are whole or absent.
+
+PARTIAL_SUFFIX = ".partial"  # `.<name>.partial`: being written
+OUTDATED_SUFFIX = ".outdated"  # `.<name>.outdated`: replaced, about to be deleted
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, where they are missing. Raises UserError where that cannot be done."""
     try:
@@ -35,6 +105,112 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         reason = "it is a file" if path.is_file() else error.strerror
         raise UserError(f"the folder {path} cannot be made ({reason}); name another one") from None
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with its content, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what runs that were killed while they wrote into `folder` have left behind."""
+    for name in os.listdir(folder):
+        if name.startswith(".") and name.endswith((PARTIAL_SUFFIX, OUTDATED_SUFFIX)):
+            remove(folder / name)
+
+
+def partial_path(final: Path) -> Path:
+    """The temporary name under which `whole_or_absent` has `final` written."""
+    return final.with_name(f".{final.name}{PARTIAL_SUFFIX}")
+
+
+@contextlib.contextmanager
+def whole_or_absent(final: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file or folder that takes the place of `final` once the block has ended well.
+
+    Where the block fails, what it has written is removed and a former `final` stays as it was.
+    """
+    partial, outdated = partial_path(final), final.with_name(f".{final.name}{OUTDATED_SUFFIX}")
+    remove(partial)
+    try:
+        yield partial
+        if final.is_dir():  # which os.replace would refuse to replace
+            remove(outdated)
+            os.rename(final, outdated)
+        os.replace(partial, final)
+        remove(outdated)
+    finally:
+        remove(partial)
+
+
+@contextlib.contextmanager
+def parts_replaced_together(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a new folder whose files and folders go into `folder` once the block has ended well.
+
+    They replace those of the same names there, which come back where that fails. The part named `last`, by which a
+    reader knows that all are there, leaves first and arrives last: even a kill never leaves old and new ones mixed.
+    """
+    new, former = folder / f".new{PARTIAL_SUFFIX}", folder / f".former{PARTIAL_SUFFIX}"
+    for path in (new, former):
+        remove(path)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        former.mkdir()
+        names = sorted((path.name for path in new.iterdir()), key=lambda name: name == last)
+        try:
+            for name in reversed(names):
+                if (folder / name).exists():
+                    os.rename(folder / name, former / name)
+            for name in names:
+                os.rename(new / name, folder / name)
+        except BaseException:
+            for name in names:
+                if not (new / name).exists():
+                    remove(folder / name)
+                if (former / name).exists():
+                    os.rename(former / name, folder / name)
+            raise
+    finally:
+        for path in (new, former):
+            remove(path)
+
+
+def write_file(path: Path | str, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all. Raises UserError if the disk does not let us."""
+    try:
+        with whole_or_absent(Path(path)) as partial, open(partial, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())  # else a crash soon after the rename could leave an empty file
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, work: str) -> Iterator[None]:
+    """Refuse to run beside another process that does `work` ("training") in `folder`. Any exit frees the lock."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another {work} is running in {folder}; wait for its end, or name another") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# Paths.
 
 
 def video_path(data_dir: Path | str, video_id: str) -> Path:
@@ -78,7 +254,12 @@ def list_videos(data_dir: Path | str) -> set[str] | None:
 
 
 # An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
-_SAFE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}").fullmatch
+
+
+# Annotations.
+
+# An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
+_is_safe_id = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}").fullmatch
 
 
 def read_annotations(path: Path | str) -> list[dict]:
@@ -93,17 +274,11 @@ def read_annotations(path: Path | str) -> list[dict]:
     entries = _load_json(path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: the file must be a list of entries, but holds {_json_type(entries)}")
-    seen = set()
+    seen: set[str] = set()
     for index, entry in enumerate(entries):
-        try:
-            video_id, label, template = entry["id"], entry["label"], entry["template"]
-            # One test for the usual, good entry; what exactly is wrong is worked out only for a bad one.
-            good = _SAFE_ID(video_id) and video_id not in seen and label.strip() and template.strip()
-        except (TypeError, KeyError, AttributeError):
-            good = False
-        if not good or (("num_frames" in entry or "task" in entry) and _extra_keys_problem(entry)):
-            raise UserError(f"{path}: entry {index + 1}{_problem(entry, seen)}")
-        seen.add(video_id)
+        if problem := _find_problem(entry, seen):
+            raise UserError(f"{path}: entry {index + 1}{problem}")
+        seen.add(entry["id"])
     return entries
 
 
@@ -129,8 +304,8 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _problem(entry: object, seen: set[str]) -> str:
-    """What is wrong with an entry, as the end of the sentence that begins "entry 5"."""
+def _find_problem(entry: Any, seen: set[str]) -> str | None:
+    """What is wrong with an entry, as the end of the sentence that begins "entry 5"; None if nothing is."""
     if not isinstance(entry, dict):
         return f" must be an object with id, label and template, but is {_json_type(entry)}"
     if "id" not in entry:
@@ -138,51 +313,28 @@ def _problem(entry: object, seen: set[str]) -> str:
     video_id = entry["id"]
     if not isinstance(video_id, str):
         return f': the id must be a string such as "74225", but is {_json_type(video_id)}'
-    shown = json.dumps(video_id[:60], ensure_ascii=True)
-    if not _SAFE_ID(video_id):
+    if not _is_safe_id(video_id):
         return (
-            f": the id {shown} cannot name a file safely; an id has at most 100 letters, digits, '-', '_' and"
-            " '.' and does not start with '.'"
+            f": the id {json.dumps(video_id[:60])} cannot name a file safely; an id has at most 100 letters, digits,"
+            " '-', '_' and '.' and does not start with '.'"
         )
     if video_id in seen:
-        return f": the id {shown} occurs twice in this file"
-    for key in ("label", "template"):
+        return f': the id "{video_id}" occurs twice in this file'
+    for key in ("label", "template", *(["task"] if "task" in entry else [])):
         if key not in entry:
-            return f" (id {shown}) has no {key}"
+            return f' (id "{video_id}") has no {key}'
         if not isinstance(entry[key], str):
-            return f" (id {shown}): the {key} must be a string, but is {_json_type(entry[key])}"
+            return f' (id "{video_id}"): the {key} must be a string, but is {_json_type(entry[key])}'
         if not entry[key].strip():
-            return f" (id {shown}): the {key} is blank"
-    return f" (id {shown}): {_extra_keys_problem(entry)}"
-
-
-def _extra_keys_problem(entry: dict) -> str | None:
-    if "task" in entry and not isinstance(entry["task"], str):
-        return f"the task must be a string, but is {_json_type(entry['task'])}"
-    if "num_frames" in entry and (type(entry["num_frames"]) is not int or entry["num_frames"] < 1):
-        return "num_frames must be a positive whole number; run python -m data.video_loader to set it"
+            return f' (id "{video_id}"): the {key} is blank'
+    num_frames = entry.get("num_frames", 1)
+    if type(num_frames) is not int or num_frames < 1:
+        return (
+            f' (id "{video_id}"): num_frames must be a positive whole number; run python -m data.video_loader to set it'
+        )
     return None
 
 
 def write_annotations(path: Path | str, entries: list[dict]) -> None:
     """Write entries as indented UTF-8 JSON: whole or not at all, and the same bytes for the same entries."""
     write_file(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_file(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all. Raises UserError if the disk does not let us."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())  # else a crash soon after the rename could leave an empty file
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
