@@ -23,19 +23,7 @@ RESIDUAL=${RESIDUAL:-True}                            # False: decode the whole 
 WIENER_GAIN=${WIENER_GAIN:-auto}                      # change less where predictions disagree; auto: if it can be
 BATCH_SIZE=${BATCH_SIZE:-8}
 
-case $RESIDUAL in
-  [Tt]rue) switches=(--residual) ;;
-  [Ff]alse) switches=(--no-residual) ;;
-  *) echo "error: RESIDUAL must be True or False, not '$RESIDUAL'" >&2 && exit 1 ;;
-esac
-case $WIENER_GAIN in
-  [Tt]rue) switches+=(--wiener_gain) ;;
-  [Ff]alse) switches+=(--no-wiener_gain) ;;
-  auto) ;;
-  *) echo "error: WIENER_GAIN must be True, False or auto, not '$WIENER_GAIN'" >&2 && exit 1 ;;
-esac
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
-if [[ -n ${HF_ENDPOINT:-} ]]; then export HF_ENDPOINT; fi
 
 exec python sample_from_pix2pix.py \
   --model_dir "$MODEL_DIR" \
@@ -52,5 +40,6 @@ exec python sample_from_pix2pix.py \
   --scheduler "$SCHEDULER" \
   --strength "$STRENGTH" \
   --num_predictions "$NUM_PREDICTIONS" \
-  "${switches[@]}" \
+  --residual "$RESIDUAL" \
+  --wiener_gain "$WIENER_GAIN" \
   --batch_size "$BATCH_SIZE"

@@ -27,8 +27,6 @@ if [[ -z $DATA_DIR ]] && sthv2_is_prepared; then DATA_DIR=data/sthv2; fi
 if [[ -n $DATA_DIR && $DATA_DIR != "$DEMO_DIR" ]]; then
   echo "data: $DATA_DIR (DATA_DIR=$DEMO_DIR chooses the embedded default)"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}
-  default_steps=20
-  default_learning_rate=5e-6
 else
   DATA_DIR=$DEMO_DIR
   echo "data: the embedded default in $DATA_DIR (set DATA_DIR, or prepare data/sthv2, to use your own)"
@@ -36,21 +34,22 @@ else
   python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
   python -m data.video_loader --data_dir "$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
-  default_steps=400
-  default_learning_rate=3e-4
-  # Progress prompts, mirrored clips too, and mostly the timesteps where the motion is decided; then the expected frame
-  # from one step, without guidance.
+  # Progress prompts, mirrored clips too, and mostly the timesteps where the motion is decided.
   export PROGRESS=${PROGRESS:-True}
-  export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export EXTRA_ARGS=${EXTRA_ARGS:---timestep_bias_strategy later --timestep_bias_portion 0.05 --timestep_bias_multiplier 40 --random_flip}
   export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-2} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
+fi
+if [[ $PRETRAINED_MODEL == demo/base_model ]]; then  # small: it learns fast, and predicts the expected frame in one step
+  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-400} LEARNING_RATE=${LEARNING_RATE:-3e-4}
+  export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-1} IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1}
   export NUM_PREDICTIONS=${NUM_PREDICTIONS:-8}
+else
+  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}
 fi
 echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 
 rm -rf "$TEST_OUTPUT/model"  # of an earlier quick test
-export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-$default_steps} LEARNING_RATE=${LEARNING_RATE:-$default_learning_rate}
 env DATA_DIR="$DATA_DIR" PRETRAINED_MODEL="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/model" \
   GRADIENT_ACCUM="${GRADIENT_ACCUM:-1}" bash train_instruct_pix2pix.sh
 

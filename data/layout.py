@@ -1,4 +1,4 @@
-"""What all commands share: a data directory's paths and annotations, files that are whole or absent, errors, options."""
+"""What all commands share: errors, types of options, files that are whole or absent, a data directory's layout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import operator
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,15 +29,25 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`: a UserError ends it with one line and status 1, Ctrl-C with status 130."""
+    """Run a command's `main`: a UserError ends it with one line and status 1, Ctrl-C with status 130.
+
+    An error of a process that is not a distributed run's first names the process.
+    """
+    rank = os.environ.get("RANK", "0")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while libraries were loading, see the scripts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interruption:
+        if rank == "0":
+            print(
+                f"interrupted {str(interruption) or 'before the end: run the same command again to go on'}",
+                file=sys.stderr,
+            )
+        sys.exit(getattr(interruption, "exit_status", 130))
 
 
 def warn(message: str) -> None:
@@ -90,6 +101,10 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
     return text.lower() == "true"
+
+
+# An option that can be written alone (`--residual`) or with its value (`--residual True`), as scripts do.
+SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
 
 
 # Files and folders that are whole or absent.

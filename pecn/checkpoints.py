@@ -1,40 +1,39 @@
-"""Checkpoints that are whole or absent, and can prove it.
+"""Checkpoints and the trained pipeline: saved whole or not at all, verified before they are used.
 
 A checkpoint is the folder `<output_dir>/checkpoint-<step>`. Its manifest.json lists every other file with its size and
 checksum: what a crash, a full disk or a careless deletion has damaged is noticed before it is loaded, and the newest
-whole checkpoint is used instead.
+complete checkpoint is used instead.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import errno
 import json
-import os
+import platform
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import accelerate
+import datasets
+import diffusers
+import torch
+import transformers
 from accelerate import Accelerator
+from diffusers import StableDiffusionInstructPix2PixPipeline
 
-from data.layout import UserError, write_file
+from data.layout import UserError, one_line, partial_path, parts_replaced_together, whole_or_absent, write_file
+from pecn.model import TRAINING_CONFIG
 
 MANIFEST = "manifest.json"
-CHUNK = 16 * 2**20  # bytes that one thread reads and sums at a time
-MAX_THREADS = 8
+PIPELINE_INDEX = "model_index.json"  # the last file of a pipeline to be written
 HOW_TO_RESUME = "RESUME=latest (--resume_from_checkpoint latest)"
 
 
-class Shortage(UserError):
-    """Memory or disk ran out: on this process, and perhaps on no other of a distributed run."""
-
-
-def checkpoint_steps(output_dir: Path) -> list[int]:
-    """The steps that have a checkpoint, damaged ones included, ascending."""
-    names = [path.name for path in output_dir.glob("checkpoint-*") if path.is_dir()]
-    return sorted(int(name.removeprefix("checkpoint-")) for name in names if name.removeprefix("checkpoint-").isdigit())
+# Saving.
 
 
 def save_checkpoint(
@@ -43,102 +42,117 @@ def save_checkpoint(
     """Saves all that resuming needs as `checkpoint-<step>`, whole or not at all; call it on every process.
 
     `notes` are texts to keep beside the state, by file name. Of the checkpoints up to this one the newest
-    `total_limit` are kept. Raises UserError, with everything half-written removed, where the disk has no room.
+    `total_limit` are kept. Raises UserError where it cannot be saved.
     """
     final = output_dir / f"checkpoint-{step}"
-    unfinished = output_dir / f".checkpoint-{step}.unfinished"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    with removed_where_the_disk_is_full(unfinished, str(final), output_dir):
-        accelerator.save_state(str(unfinished))
+    is_main = accelerator.is_main_process
+    with (
+        failed_save_in_one_line(str(final), output_dir),
+        whole_or_absent(final) if is_main else contextlib.nullcontext(partial_path(final)) as partial,
+    ):
+        accelerator.wait_for_everyone()  # the main process has removed what an earlier run left unfinished
+        accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if is_main:
             for name, text in notes.items():
-                write_file(unfinished / name, text)
-            write_manifest(unfinished)
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
+                write_file(partial / name, text)
+            write_file(partial / MANIFEST, json.dumps({"files": list_files(partial)}, indent=1) + "\n")
+    if is_main and total_limit:
         # Later ones are of a run that got further: damaged ones that were passed over, and must not count here.
-        earlier = [other for other in checkpoint_steps(output_dir) if other <= step]
-        for surplus in earlier[:-total_limit] if total_limit else []:
+        for surplus in [other for other in checkpoint_steps(output_dir) if other <= step][:-total_limit]:
             shutil.rmtree(output_dir / f"checkpoint-{surplus}", ignore_errors=True)
     accelerator.wait_for_everyone()
     return final
 
 
-def remove_unfinished(output_dir: Path) -> None:
-    """Removes what a run that was killed while it saved has left behind."""
-    for unfinished in output_dir.glob(".*.unfinished"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, config: dict[str, Any]) -> None:
+    """Puts the whole pipeline and its training config into the output directory, beside the checkpoints."""
+    with (
+        failed_save_in_one_line(f"the pipeline in {output_dir}", output_dir),
+        parts_replaced_together(output_dir, last=PIPELINE_INDEX) as folder,
+    ):
+        pipeline.to("cpu").save_pretrained(folder, safe_serialization=True)
+        write_file(folder / TRAINING_CONFIG, as_json(config))
 
 
-# The manifest
+def as_json(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=1) + "\n"
 
 
-def checksum(path: Path) -> str:
-    """CRC-32 of each 16 MiB chunk of a file, in hexadecimal, joined.
+@contextlib.contextmanager
+def failed_save_in_one_line(what: str, output_dir: Path) -> Iterator[None]:
+    """Turns whatever saving raises into a UserError: the cause, the free space, and where to go on from."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            checkpoint, _ = newest_complete_checkpoint(output_dir)
+        except UserError:
+            checkpoint = None
+        go_on = f"go on from {checkpoint} with {HOW_TO_RESUME}" if checkpoint else "start again"
+        free = shutil.disk_usage(output_dir).free / 1e6
+        raise UserError(
+            f"{what} cannot be saved: {one_line(error)} ({free:,.0f} MB are free there); mend that and {go_on}"
+        ) from error
 
-    The damage to be found is accidental. A CRC finds it at four times the speed of a cryptographic hash (measured),
-    and chunk by chunk it runs in several threads: 10 GB of state take seconds.
-    """
 
-    def crc(start: int) -> str:
-        with open(path, "rb") as file:
-            file.seek(start)
-            return f"{zlib.crc32(file.read(CHUNK)):08x}"
-
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
-        return "".join(threads.map(crc, range(0, path.stat().st_size, CHUNK)))
+# The manifest.
 
 
-def write_manifest(folder: Path) -> None:
-    """Lists the folder's files in its manifest.json: `{"files": {name: {"bytes": size, "crc32": checksum}}}`."""
-    files = {
+def list_files(folder: Path) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of each file in a folder, by its name: `{name: {"bytes": size, "crc32": checksum}}`."""
+    return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    write_file(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
-    """What `write_manifest` wrote under "files"; raises ValueError or OSError where it cannot be read."""
-    try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return {str(name): {"bytes": int(file["bytes"]), "crc32": str(file["crc32"])} for name, file in files.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} lacks {error}") from None
+def checksum(path: Path) -> int:
+    """CRC-32 of a file. The damage to be found is accidental: no cryptographic hash, which takes four times as long."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(16 * 2**20):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, as the end of a sentence that begins with its name; None where it is whole."""
+    """What is wrong with a checkpoint, as the end of a sentence that begins with its name; None if it is complete."""
     try:
-        files = read_manifest(checkpoint)
+        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+        expected = {str(name): (int(file["bytes"]), int(file["crc32"])) for name, file in files.items()}
     except FileNotFoundError:
         return f"has no {MANIFEST}"
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"has an unreadable {MANIFEST}"
     try:
-        for name, expected in files.items():
+        for name, (size, crc) in expected.items():
             path = checkpoint / name
             if not path.is_file():
                 return f"lacks {name}"
-            if path.stat().st_size != expected["bytes"]:
-                return f"is damaged: {name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-        for name, expected in files.items():  # only now, since reading takes longer
-            if checksum(checkpoint / name) != expected["crc32"]:
+            if path.stat().st_size != size:
+                return f"is damaged: {name} has {path.stat().st_size} bytes, not {size}"
+            if checksum(path) != crc:
                 return f"is damaged: the content of {name} has changed"
     except OSError as error:
         return f"cannot be read: {error}"
     return None
 
 
-def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+# Finding.
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """The steps that have a checkpoint, damaged ones included, ascending."""
+    names = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def newest_complete_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint without damage, and a line about each newer one that has some.
 
-    Raises UserError where there are checkpoints, but none is whole.
+    Raises UserError where there are checkpoints, but none is complete.
     """
     passed_over = []
     for step in reversed(checkpoint_steps(output_dir)):
@@ -149,7 +163,7 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
         passed_over.append(f"{checkpoint} {damage}")
     if passed_over:
         raise UserError(
-            f"no checkpoint is whole ({'; '.join(passed_over)}): delete them to start from the base model, or put"
+            f"no checkpoint is complete ({'; '.join(passed_over)}): delete them to start from the base model, or put"
             " back what is missing"
         )
     return None, []
@@ -159,94 +173,55 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> tuple[Path | None, l
     """The checkpoint that `--resume_from_checkpoint` means, and a line about each damaged one that was passed over.
 
     None means to start afresh: nothing was asked for, or 'latest' where there is none yet. Raises UserError where
-    the one asked for is absent or damaged, or where a fresh run would mix with an earlier one.
+    the one asked for is absent or damaged, or where a fresh run would mix with an earlier one or overwrite it.
     """
-    if not asked:
-        steps = checkpoint_steps(output_dir)
-        if steps:
-            raise UserError(
-                f"{output_dir} holds checkpoints of an earlier run (checkpoint-{steps[-1]}): go on with it"
-                " (RESUME=latest), delete them, or choose another OUTPUT_DIR"
-            )
-        return None, []
+    found: tuple[Path | None, list[str]] = (None, [])
     if asked == "latest":
-        return newest_whole_checkpoint(output_dir)
-    checkpoint = Path(asked)
-    if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdigit():
-        raise UserError(f"there is no checkpoint {checkpoint}; name a checkpoint-<step> directory, or 'latest'")
-    damage = find_damage(checkpoint)
-    if damage:
-        raise UserError(f"{checkpoint} {damage}; {HOW_TO_RESUME} goes on from the newest whole checkpoint")
-    return checkpoint, []
-
-
-# A full disk
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether the system refused to store more: no space, no quota, or no larger file."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
-    # safetensors and PyTorch give the reason, or the failed write, only as text.
-    signs = ("No space left", "os error 28", "Disk quota", "File too large", "file write failed", "unexpected pos")
-    return any(sign in text for sign in signs)
-
-
-def describe_full_disk(folder: Path, needed_bytes: int | None = None) -> str:
-    """How much room there is where `folder` lies, and how much is needed, as part of a sentence."""
-    while not folder.exists():
-        folder = folder.parent
-    free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
-    return f"about {needed_bytes / 1e6:,.1f} MB are needed, {free}" if needed_bytes else free
-
-
-@contextlib.contextmanager
-def full_disk_in_one_line(wanted: str, folder: Path) -> Iterator[None]:
-    """Turns a full disk into a UserError that names what was to be written (`wanted`), and where."""
-    try:
-        yield
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
+        found = newest_complete_checkpoint(output_dir)
+    elif asked:
+        checkpoint = Path(asked)
+        if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdigit():
+            raise UserError(f"there is no checkpoint {checkpoint}; name a checkpoint-<step> directory, or 'latest'")
+        if damage := find_damage(checkpoint):
+            raise UserError(f"{checkpoint} {damage}; {HOW_TO_RESUME} goes on from the newest complete checkpoint")
+        found = (checkpoint, [])
+    elif steps := checkpoint_steps(output_dir):
         raise UserError(
-            f"the disk is full: {wanted} cannot be saved in {folder} ({describe_full_disk(folder)}); make room and run"
-            " the same command again"
-        ) from error
+            f"{output_dir} holds checkpoints of an earlier run (checkpoint-{steps[-1]}): go on with it"
+            " (RESUME=latest), delete them, or choose another OUTPUT_DIR"
+        )
+    if found[0] is None and (output_dir / PIPELINE_INDEX).is_file():
+        raise UserError(f"{output_dir} holds a model, which training would overwrite: choose another OUTPUT_DIR")
+    return found
 
 
-@contextlib.contextmanager
-def removed_where_the_disk_is_full(unfinished: Path, wanted: str, output_dir: Path) -> Iterator[None]:
-    """Turns a full disk into a UserError that names the newest whole checkpoint, and removes `unfinished`.
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path, arguments: Mapping[str, Any], frozen: Mapping[str, str]
+) -> int:
+    """Loads a checkpoint; returns the number of steps done. Call it on every process.
 
-    Where something else fails, `unfinished` goes too: what is half-written is of no use to anybody.
+    Raises UserError where one of the `frozen` arguments (name: how to call it) was another when it was saved.
     """
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not isinstance(error, Exception) or not is_disk_full(error):
-            raise
-        room = describe_full_disk(output_dir, known_size(output_dir) if "checkpoint-" in unfinished.name else None)
-        raise Shortage(
-            f"the disk is full: {wanted} cannot be saved ({room}); {where_training_stands(output_dir)}"
-        ) from error
+    saved = json.loads((checkpoint / TRAINING_CONFIG).read_text(encoding="utf-8"))["arguments"]
+    changed = [
+        f"{called} was {saved.get(name)}, is {arguments[name]}"
+        for name, called in frozen.items()
+        if saved.get(name) != arguments[name]
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} belongs to other settings ({'; '.join(changed)}); resume with the same ones, or train into"
+            " another OUTPUT_DIR"
+        )
+    accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # of its passes, which may be divided otherwise now; checkpoints lie between steps
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def known_size(output_dir: Path) -> int | None:
-    """The bytes that the newest listed checkpoint takes: the next one takes as many. None where there is none."""
-    for step in reversed(checkpoint_steps(output_dir)):
-        with contextlib.suppress(OSError, ValueError):
-            return sum(int(file["bytes"]) for file in read_manifest(output_dir / f"checkpoint-{step}").values())
-    return None
-
-
-def where_training_stands(output_dir: Path) -> str:
-    """Which checkpoint to go on from once the fault is mended, as a sentence's end."""
-    try:
-        checkpoint, _ = newest_whole_checkpoint(output_dir)
-    except UserError:
-        checkpoint = None
-    if checkpoint is None:
-        return "there is no whole checkpoint: make room and start again"
-    return f"{checkpoint} is whole: make room and go on from it with {HOW_TO_RESUME}"
+def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
+    """What `training_config.json` records: all arguments but the token, derived figures, library versions."""
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    del arguments["hub_token"]
+    libraries = (torch, diffusers, transformers, accelerate, datasets)
+    versions = {library.__name__: library.__version__ for library in libraries}
+    return {"arguments": arguments | derived, "library_versions": versions | {"python": platform.python_version()}}

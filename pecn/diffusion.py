@@ -1,8 +1,7 @@
-"""What is learnt: the loss of a batch, its timesteps, conditioning dropout, and the UNet's image channels."""
+"""What is learnt: the loss of a batch, how its timesteps and dropped conditions are drawn, the image channels."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
@@ -17,8 +16,8 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Mean squared error of the UNet's prediction of the noise (or the velocity, as the scheduler says), float32.
 
-    With `snr_gamma` each sample is weighted by min(SNR, gamma) / SNR for noise and min(SNR, gamma) / (SNR + 1)
-    for velocity (Hang et al., 2023, arXiv 2303.09556).
+    `batch` is one of `TrainingBatches`. With `snr_gamma` each sample is weighted by min(SNR, gamma) / SNR for noise
+    and min(SNR, gamma) / (SNR + 1) for velocity (Hang et al., 2023, arXiv 2303.09556).
     """
     latents, noise, timesteps = batch["target_latents"], batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
@@ -33,26 +32,24 @@ def diffusion_loss(
     return (F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
 
 
-def add_image_channels(unet: UNet2DConditionModel) -> None:
-    """Widens the first convolution of a 4-channel UNet to 8; the input frame's channels start at zero."""
-    old = unet.conv_in
-    new = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, old.stride, old.padding)
-    with torch.no_grad():
-        new.weight.zero_()
-        new.weight[:, : old.in_channels] = old.weight
-        new.bias.copy_(old.bias)
-    unet.conv_in = new
-    unet.register_to_config(in_channels=8)
+def timestep_weights(num_train_timesteps: int, strategy: str, portion: float, multiplier: float) -> torch.Tensor | None:
+    """How often each timestep is drawn: with "later" the last `portion` of them `multiplier` times as often.
+
+    None for "none": all equally often.
+    """
+    if strategy == "none":
+        return None
+    weights = torch.ones(num_train_timesteps)
+    weights[-math.ceil(portion * num_train_timesteps) :] = multiplier
+    return weights
 
 
 def draw_timesteps(
-    args: argparse.Namespace, num_train_timesteps: int, count: int, generator: torch.Generator
+    count: int, num_train_timesteps: int, weights: torch.Tensor | None, generator: torch.Generator
 ) -> torch.Tensor:
-    """Timesteps (count,): all equally often, or the last `timestep_bias_portion` more often than the others."""
-    if args.timestep_bias_strategy == "none":
+    """Timesteps (count,) in [0, num_train_timesteps), as often as their `weights` say; None: all equally often."""
+    if weights is None:
         return torch.randint(num_train_timesteps, (count,), generator=generator)
-    weights = torch.ones(num_train_timesteps)
-    weights[-math.ceil(args.timestep_bias_portion * num_train_timesteps) :] = args.timestep_bias_multiplier
     return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
@@ -64,3 +61,15 @@ def conditioning_dropout(uniform: torch.Tensor, probability: float) -> tuple[tor
     drop_text = uniform < 2 * probability
     drop_image = (uniform >= probability) & (uniform < 3 * probability)
     return drop_text, drop_image
+
+
+def add_image_channels(unet: UNet2DConditionModel) -> None:
+    """Doubles a text-to-image UNet's input channels: the input frame's come after the noisy ones and start at zero."""
+    old = unet.conv_in
+    new = torch.nn.Conv2d(2 * old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=new.in_channels)

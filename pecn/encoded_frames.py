@@ -5,11 +5,11 @@ Training reads nothing else: `encode_once` fills (or finds) the cache, `Training
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,64 @@ from datasets import Array2D, Array3D, Dataset, Features
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import ImageOps
 
-from data.sthv2_dataset_hf import derive_seed, frame_pairs_dataset, swap_left_and_right
-from pecn.checkpoints import full_disk_in_one_line
+from data.sthv2_dataset_hf import FramePair, derive_seed, frame_pairs_dataset, swap_left_and_right
 from pecn.diffusion import conditioning_dropout, draw_timesteps
-from pecn.model import tokenize
+from pecn.model import encode_pictures, encode_prompts, tokenize
 
-CACHE_FORMAT = 1  # raise it when what the cache stores changes
+CACHE_FORMAT = 2  # raise it when what the cache stores changes
 ENCODING_BATCH = 16  # frame pairs of 128 pixels, or prompts; fewer pairs of larger frames
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """What the frozen models make of the frame pairs; no latents are scaled.
+
+    `latents`: a row for each pair, and with mirroring one for each mirrored pair after them, with `input_latents`
+    (C, h, w), the posterior's mode, `target_moments` (2 C, h, w), its mean and log variance, and `edit_prompt`.
+    `embeddings`: a row for each distinct prompt, with `edit_prompt` and its `embedding` (77, d).
+    `key` names all that determined the content.
+    """
+
+    latents: Dataset
+    embeddings: Dataset
+    num_pairs: int  # without the mirrored ones
+    key: str
+
+
+def encode_once(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pairs: Sequence[FramePair],
+    frames_hash: str,
+    random_flip: bool,
+    cache_dir: Path,
+    accelerator: Accelerator,
+) -> EncodedPairs:
+    """Passes all frames and prompts through the VAE and the text encoder, or finds that done in the cache.
+
+    With `random_flip` mirrored pairs are added. The cache is keyed by all that determines its content: weights,
+    precision, prompts and the bytes of the frames (`frames_hash`, as `verify_frames` gives it).
+    """
+    mirrored_pairs = [replace(pair, edit_prompt=swap_left_and_right(pair.edit_prompt)) for pair in pairs]
+    rows = [*pairs, *(mirrored_pairs if random_flip else [])]
+    frames = frame_pairs_dataset(rows).select_columns(["input_image", "edited_image", "edit_prompt"])
+    frames = frames.add_column("mirrored", [row >= len(pairs) for row in range(len(rows))])
+    prompts = sorted({"", *frames["edit_prompt"]})
+
+    precision = f"format {CACHE_FORMAT}, {accelerator.mixed_precision} on {accelerator.device.type}".encode()
+    frames_key = digest([precision, *module_bytes(pipeline.vae), bytes(frames["mirrored"]), frames_hash.encode()])
+    prompts_key = digest(
+        [precision, *module_bytes(pipeline.text_encoder), tokenize(pipeline, prompts).numpy().tobytes()]
+    )
+    with accelerator.main_process_first():
+        cache_dir.mkdir(exist_ok=True)
+        latents = encode_frames(pipeline, frames, cache_dir / f"frames-{frames_key}.arrow", frames_key, accelerator)
+        embeddings = encode_texts(
+            pipeline, prompts, cache_dir / f"prompts-{prompts_key}.arrow", prompts_key, accelerator
+        )
+    # The prompts are no part of what is kept: texts that give the same tokens share an embedding.
+    latents = latents.add_column("edit_prompt", list(frames["edit_prompt"]))
+    embeddings = embeddings.add_column("edit_prompt", prompts)
+    return EncodedPairs(latents, embeddings, len(pairs), digest([frames_key.encode(), prompts_key.encode()]))
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -45,48 +96,6 @@ def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
         yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def read_frames(pairs: Sequence[dict[str, Any]]) -> Iterator[bytes]:
-    for pair in pairs:
-        for column in ("input_image", "edited_image"):
-            yield Path(pair[column]).read_bytes()
-
-
-def encode_once(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    pairs: Sequence[dict[str, Any]],
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-) -> tuple[Dataset, Dataset, str]:
-    """Passes all frames and prompts through the VAE and the text encoder, or finds that done in the cache.
-
-    Returns a Dataset of frame pairs (`input_latents` (4, h, w), the posterior's mode; `target_moments` (8, h, w), mean
-    and log variance; `edit_prompt`), a Dataset of the distinct prompts (`prompt`, `embedding` (77, d)), and the
-    cache key. With `random_flip` the mirrored pairs follow the plain ones. Latents are not scaled.
-
-    The cache, `<train_data_dir>/encoded_cache/`, is keyed by all that determines its content: weights, precision,
-    prompts and the bytes of the frames.
-    """
-    mirrored_pairs = [pair | {"edit_prompt": swap_left_and_right(pair["edit_prompt"])} for pair in pairs]
-    rows = [*pairs, *(mirrored_pairs if args.random_flip else [])]
-    frames = frame_pairs_dataset(rows).select_columns(["input_image", "edited_image", "edit_prompt"])
-    frames = frames.add_column("mirrored", [row >= len(pairs) for row in range(len(rows))])
-    prompts = sorted({"", *frames["edit_prompt"]})
-    token_ids = tokenize(pipeline, prompts)
-
-    precision = f"format {CACHE_FORMAT}, {accelerator.mixed_precision} on {accelerator.device.type}".encode()
-    frames_key = digest([precision, *module_bytes(pipeline.vae), bytes(frames["mirrored"]), *read_frames(pairs)])
-    prompts_key = digest([precision, *module_bytes(pipeline.text_encoder), token_ids.numpy().tobytes()])
-    cache = args.train_data_dir / "encoded_cache"
-    with accelerator.main_process_first(), full_disk_in_one_line("the encoded frames and prompts", cache):
-        cache.mkdir(exist_ok=True)
-        latents = encode_frames(pipeline, frames, cache / f"frames-{frames_key}.arrow", frames_key, accelerator)
-        embeddings = encode_prompts(pipeline, prompts, cache / f"prompts-{prompts_key}.arrow", prompts_key, accelerator)
-    # The words are not in the cache: its keys know nothing of them but their tokens.
-    latents = latents.add_column("edit_prompt", list(frames["edit_prompt"]))
-    embeddings = embeddings.add_column("prompt", prompts)
-    return latents, embeddings, f"{frames_key}-{prompts_key}"
-
-
 def encode_frames(
     pipeline: StableDiffusionInstructPix2PixPipeline,
     frames: Dataset,
@@ -94,16 +103,15 @@ def encode_frames(
     key: str,
     accelerator: Accelerator,
 ) -> Dataset:
-    vae = pipeline.vae
-    side = frames[0]["input_image"].height // pipeline.vae_scale_factor
-    channels = vae.config.latent_channels
+    vae, height = pipeline.vae, frames[0]["input_image"].height
+    side, channels = height // pipeline.vae_scale_factor, vae.config.latent_channels
 
     @torch.no_grad()
     def encode(batch: dict[str, list]) -> dict[str, Any]:
         pictures = batch["input_image"] + batch["edited_image"]
         pictures = [ImageOps.mirror(p) if mirrored else p for p, mirrored in zip(pictures, batch["mirrored"] * 2)]
         with accelerator.autocast():
-            posterior = vae.encode(pipeline.image_processor.preprocess(pictures).to(vae.device)).latent_dist
+            posterior = encode_pictures(pipeline, pictures)
         half = len(pictures) // 2
         return {
             "input_latents": posterior.mode()[:half].float().cpu().numpy(),
@@ -115,7 +123,7 @@ def encode_frames(
     encoded = frames.map(
         encode,
         batched=True,
-        batch_size=max(1, ENCODING_BATCH * 128**2 // frames[0]["input_image"].height ** 2),
+        batch_size=max(1, ENCODING_BATCH * 128**2 // height**2),
         remove_columns=frames.column_names,
         features=Features(
             input_latents=Array3D((channels, side, side), "float32"),
@@ -129,7 +137,7 @@ def encode_frames(
     return encoded
 
 
-def encode_prompts(
+def encode_texts(
     pipeline: StableDiffusionInstructPix2PixPipeline,
     prompts: Sequence[str],
     cache_file: Path,
@@ -141,17 +149,16 @@ def encode_prompts(
     @torch.no_grad()
     def encode(batch: dict[str, list]) -> dict[str, Any]:
         with accelerator.autocast():
-            hidden_states = text_encoder(tokenize(pipeline, batch["prompt"]).to(text_encoder.device))[0]
-        return {"embedding": hidden_states.float().cpu().numpy()}
+            return {"embedding": encode_prompts(pipeline, batch["edit_prompt"]).float().cpu().numpy()}
 
     if not cache_file.is_file():
         text_encoder.to(accelerator.device)
     shape = (pipeline.tokenizer.model_max_length, text_encoder.config.hidden_size)
-    encoded = Dataset.from_dict({"prompt": list(prompts)}).map(
+    encoded = Dataset.from_dict({"edit_prompt": list(prompts)}).map(
         encode,
         batched=True,
         batch_size=ENCODING_BATCH,
-        remove_columns=["prompt"],
+        remove_columns=["edit_prompt"],
         features=Features(embedding=Array2D(shape, "float32")),
         cache_file_name=str(cache_file),
         new_fingerprint=key,
@@ -161,81 +168,90 @@ def encode_prompts(
     return encoded
 
 
-class TrainingBatches:
+class TrainingBatches(torch.utils.data.Dataset):
     """The micro-batches of a whole run, for a DataLoader: item k is the k-th pass of this process.
 
-    Samples are drawn as one endless stream of epochs, each a new permutation. Everything random in an optimiser
+    Samples are drawn as one endless stream of epochs, each a new permutation. Everything random in an optimizer
     step is drawn for its whole global batch from a generator seeded by (seed, step), of which each process takes
     its share: nothing depends on how often a generator was called before, or on how the batch is divided.
     """
 
     def __init__(
         self,
-        latents: Dataset,
-        embeddings: Dataset,
-        args: argparse.Namespace,
+        encoded: EncodedPairs,
+        *,
+        seed: int,
+        train_batch_size: int,  # samples of one process in one pass
+        gradient_accumulation_steps: int,  # passes in a step
+        num_train_epochs: int,
+        max_train_steps: int | None,  # overrides num_train_epochs
+        scaling_factor: float,  # the VAE's, for target latents
         num_train_timesteps: int,
-        scaling_factor: float,
+        weights_of_timesteps: torch.Tensor | None = None,
+        conditioning_dropout_prob: float = 0.0,
         num_processes: int = 1,
         process_index: int = 0,
     ) -> None:
-        row_of_prompt = {prompt: row for row, prompt in enumerate(embeddings["prompt"])}
-        self.prompt_rows = [row_of_prompt[prompt] for prompt in latents["edit_prompt"]]
+        row_of_prompt = {prompt: row for row, prompt in enumerate(encoded.embeddings["edit_prompt"])}
+        self.prompt_rows = [row_of_prompt[prompt] for prompt in encoded.latents["edit_prompt"]]
         self.empty_prompt_row = row_of_prompt[""]
-        self.latents = latents.select_columns(["input_latents", "target_moments"]).with_format("numpy")
-        self.embeddings = embeddings.select_columns(["embedding"]).with_format("numpy")
-        self.num_samples = len(latents) // (2 if args.random_flip else 1)
-        self.args = args
-        self.num_train_timesteps = num_train_timesteps
-        self.scaling_factor = scaling_factor
+        self.latents = encoded.latents.select_columns(["input_latents", "target_moments"]).with_format("numpy")
+        self.embeddings = encoded.embeddings.select_columns(["embedding"]).with_format("numpy")
+        self.num_samples = encoded.num_pairs
+        self.random_flip = len(encoded.latents) > encoded.num_pairs
+        self.seed, self.size, self.passes = seed, train_batch_size, gradient_accumulation_steps
+        self.scaling_factor, self.conditioning_dropout_prob = scaling_factor, conditioning_dropout_prob
+        self.num_train_timesteps, self.weights_of_timesteps = num_train_timesteps, weights_of_timesteps
         self.num_processes, self.process_index = num_processes, process_index
-        self.global_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
-        self.max_train_steps = args.max_train_steps or self.steps_after_epochs(args.num_train_epochs)
+        self.global_batch_size = train_batch_size * num_processes * gradient_accumulation_steps
+        self.max_train_steps = max_train_steps or math.ceil(
+            num_train_epochs * self.num_samples / self.global_batch_size
+        )
         self.permutations: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
-        return self.max_train_steps * self.args.gradient_accumulation_steps
+        return self.max_train_steps * self.passes
 
-    def steps_after_epochs(self, num_epochs: int) -> int:
-        """The optimiser steps it takes to see every sample `num_epochs` times."""
-        return math.ceil(num_epochs * self.num_samples / self.global_batch_size)
+    def ends_epochs(self, step: int, num_epochs: int) -> bool:
+        """Whether a multiple of `num_epochs` epochs is complete with the optimizer step (counted from 1)."""
+        samples_between = num_epochs * self.num_samples
+        return step * self.global_batch_size // samples_between > (step - 1) * self.global_batch_size // samples_between
 
     def samples_of_step(self, step: int) -> list[int]:
-        """Which frame pairs the optimiser step (counted from 0) sees, over all processes."""
+        """Which frame pairs the optimizer step (counted from 0) sees, over all processes."""
         positions = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         return [int(self.permutation(p // self.num_samples)[p % self.num_samples]) for p in positions]
 
     def permutation(self, epoch: int) -> torch.Tensor:
         if epoch not in self.permutations:
-            generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "order", epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
             self.permutations = {epoch: torch.randperm(self.num_samples, generator=generator)}
         return self.permutations[epoch]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`target_latents` (B, 4, h, w), scaled; `image_latents` (B, 4, h, w), not scaled, 0 where dropped;
-        `prompt_embeds` (B, 77, d); `noise` (B, 4, h, w); `timesteps` (B,)."""
-        step, part = divmod(index, self.args.gradient_accumulation_steps)
-        size = self.args.train_batch_size
-        start = (part * self.num_processes + self.process_index) * size
-        mine = slice(start, start + size)
+        """`target_latents` (B, C, h, w), scaled; `image_latents` (B, C, h, w), not scaled, 0 where dropped;
+        `prompt_embeds` (B, 77, d); `noise` (B, C, h, w); `timesteps` (B,)."""
+        step, part = divmod(index, self.passes)
+        start = (part * self.num_processes + self.process_index) * self.size
+        mine = slice(start, start + self.size)
 
         shape = (self.global_batch_size, *self.latents.features["input_latents"].shape)
-        generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "step", step))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", step))
         noise = torch.randn(shape, generator=generator)[mine]
         posterior_noise = torch.randn(shape, generator=generator)[mine]
-        timesteps = draw_timesteps(self.args, self.num_train_timesteps, shape[0], generator)[mine]
+        timesteps = draw_timesteps(shape[0], self.num_train_timesteps, self.weights_of_timesteps, generator)[mine]
         dropout = torch.rand(shape[:1], generator=generator)[mine]
         flip = torch.rand(shape[:1], generator=generator)[mine] < 0.5
 
         rows = self.samples_of_step(step)[mine]
-        if self.args.random_flip:
+        if self.random_flip:
             rows = [row + self.num_samples * int(flipped) for row, flipped in zip(rows, flip)]
         frames = self.latents[rows]
         mean, logvar = torch.from_numpy(frames["target_moments"]).chunk(2, dim=1)
         # The bounds are those of diffusers' DiagonalGaussianDistribution.
         target_latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise
 
-        drop_text, drop_image = conditioning_dropout(dropout, self.args.conditioning_dropout_prob)
+        drop_text, drop_image = conditioning_dropout(dropout, self.conditioning_dropout_prob)
         prompt_rows = [self.empty_prompt_row if drop else self.prompt_rows[row] for row, drop in zip(rows, drop_text)]
         image_latents = torch.from_numpy(frames["input_latents"]) * ~drop_image[:, None, None, None]
         return {
@@ -248,16 +264,15 @@ class TrainingBatches:
 
 
 def load_batches(
-    batches: TrainingBatches, first_step: int, accelerator: Accelerator, args: argparse.Namespace
+    batches: TrainingBatches, first_step: int, device: torch.device, num_workers: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's micro-batches from optimiser step `first_step` (counted from 0) to the end, on its device."""
-    first = first_step * args.gradient_accumulation_steps
+    """This process's micro-batches from optimizer step `first_step` (counted from 0) to the end, on `device`."""
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
-        sampler=range(first, len(batches)),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
+        sampler=range(first_step * batches.passes, len(batches)),
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
     )
     for batch in loader:
-        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

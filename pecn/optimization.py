@@ -1,8 +1,7 @@
-"""What each training step gives, on its way to the trackers, and the check that it is finite."""
+"""How the UNet is updated: optimizer, schedule, one step with clipping, the moving average, and what each step logs."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import math
@@ -17,11 +16,105 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from data.layout import UserError
-from pecn.diffusion import add_image_channels, diffusion_loss
+from pecn.diffusion import diffusion_loss
 
+LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
 HOW_TO_KEEP_FINITE = (
     "training stopped, earlier checkpoints are untouched. Lower LEARNING_RATE, or use bf16 or no mixed precision"
 )
+
+
+def create_optimizer(
+    unet: torch.nn.Module, learning_rate: float, use_8bit_adam: bool = False, **options: Any
+) -> torch.optim.Optimizer:
+    """AdamW; `options` are its `betas`, `weight_decay` and `eps`. `use_8bit_adam` needs the package bitsandbytes."""
+    if not use_8bit_adam:
+        return torch.optim.AdamW(unet.parameters(), lr=learning_rate, fused=True, **options)
+    import bitsandbytes  # optional, and only for GPUs
+
+    return bitsandbytes.optim.AdamW8bit(unet.parameters(), lr=learning_rate, **options)
+
+
+def create_lr_scheduler(
+    name: str, optimizer: torch.optim.Optimizer, lr_warmup_steps: int, max_train_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule over optimizer steps. `constant` with a warm-up warms up, which diffusers' own ignores."""
+    if name == "constant" and lr_warmup_steps:
+        name = "constant_with_warmup"
+    return get_scheduler(name, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=max_train_steps)
+
+
+def compile_unet(unet: torch.nn.Module) -> torch.nn.Module:
+    """The UNet compiled for the one shape that training has. Its weights are the UNet's own."""
+    # With its layout optimization on, torch 2.13 compiles an upsampling whose gradient is zero (seen on the CPU).
+    return torch.compile(unet, dynamic=False, options={"layout_optimization": False})
+
+
+def optimizer_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    noise_scheduler: Any,
+    batches: Iterator[dict[str, torch.Tensor]],
+    max_grad_norm: float,
+    snr_gamma: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update of the weights from all its passes; returns this process's mean loss and the gradient's norm."""
+    losses = []
+    for batch in itertools.islice(batches, accelerator.gradient_accumulation_steps):
+        with accelerator.accumulate(model):
+            loss = diffusion_loss(model, noise_scheduler, batch, snr_gamma)
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                grad_norm = clip_gradients(accelerator, model, optimizer, max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return sum(losses) / len(losses), grad_norm
+
+
+def clip_gradients(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> torch.Tensor:
+    """Sees to it that the optimizer uses gradients of at most this norm together; returns their norm before that.
+
+    A fused optimizer divides by `grad_scale` while it reads the gradients, which saves the pass over all of them
+    that clipping would be. Where there is none, or the processes share out the gradients, accelerate clips them.
+    """
+    fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
+    if not fused or accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        return accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    accelerator.unscale_gradients(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    optimizer.optimizer.grad_scale = (norm / max_grad_norm).clamp(min=1)
+    return norm
+
+
+@contextlib.contextmanager
+def averaged_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
+    """Puts the moving average in the UNet's place for a while, where there is one."""
+    if ema is None:
+        yield
+        return
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(unet.parameters())
+
+
+def gather_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DConditionModel:
+    """The UNet without its wrappers; gathered from all processes where they share it out. Call it on every process."""
+    unwrapped = accelerator.unwrap_model(unet)
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return unwrapped
+    state_dict = accelerator.get_state_dict(unet)
+    if not accelerator.is_main_process:
+        return unwrapped  # only the main process has the whole, and uses it
+    gathered = type(unwrapped).from_config(unwrapped.config)
+    gathered.load_state_dict(state_dict)
+    return gathered.to(accelerator.device)
 
 
 class StepLog:
@@ -43,15 +136,12 @@ class StepLog:
     def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float) -> None:
         self.pending.append((step, loss, grad_norm, learning_rate))
 
-    def flush(self) -> dict[str, float]:
-        """Writes what was collected; returns the last step's figures."""
-        if not self.pending:
-            return {}
+    def flush(self) -> float:
+        """Writes what was collected; returns the last step's loss."""
         losses = self.accelerator.reduce(torch.stack([loss for _, loss, _, _ in self.pending]), "mean").tolist()
         # DeepSpeed gives a number or nothing in place of a tensor.
         grad_norms = [math.nan if norm is None else float(norm) for _, _, norm, _ in self.pending]
         samples_per_second = len(self.pending) * self.samples_per_step / (time.perf_counter() - self.started)
-        figures: dict[str, float] = {}
         for (step, _, _, learning_rate), loss, grad_norm in zip(self.pending, losses, grad_norms):
             figures = {
                 "train/loss": loss,
@@ -64,7 +154,7 @@ class StepLog:
                 raise UserError(f"the loss of step {step} is {loss}; {HOW_TO_KEEP_FINITE}")
         self.pending.clear()
         self.restart_clock()
-        return figures
+        return losses[-1]
 
 
 def check_weights(accelerator: Accelerator, unet: torch.nn.Module, step: int) -> None:
@@ -72,110 +162,3 @@ def check_weights(accelerator: Accelerator, unet: torch.nn.Module, step: int) ->
     finite = torch.stack([parameter.detach().isfinite().all() for parameter in unet.parameters()]).all()
     if accelerator.reduce(finite.float(), "sum").item() < accelerator.num_processes:
         raise UserError(f"after step {step} the weights are not finite; {HOW_TO_KEEP_FINITE}")
-
-
-LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
-
-
-def prepare_unet(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
-    if unet.config.in_channels == 4:
-        add_image_channels(unet)
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.requires_grad_(True)
-    unet.train()
-
-
-def create_optimizer(unet: torch.nn.Module, args: argparse.Namespace, learning_rate: float) -> torch.optim.Optimizer:
-    options = {
-        "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if not args.use_8bit_adam:
-        return torch.optim.AdamW(unet.parameters(), fused=True, **options)
-
-    import bitsandbytes  # an optional package
-
-    return bitsandbytes.optim.AdamW8bit(unet.parameters(), **options)
-
-
-def compile_unet(unet: torch.nn.Module) -> torch.nn.Module:
-    """The UNet compiled for the one shape that training has. Its weights are the UNet's own."""
-    # With its layout optimisation on, torch 2.13 compiles an upsampling whose gradient is zero (seen on the CPU).
-    return torch.compile(unet, dynamic=False, options={"layout_optimization": False})
-
-
-def create_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, max_train_steps: int) -> Any:
-    """The schedule over optimiser steps. `constant` with a warm-up warms up, which diffusers' own ignores."""
-    name = args.lr_scheduler
-    if name == "constant" and args.lr_warmup_steps:
-        name = "constant_with_warmup"
-    return get_scheduler(name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps)
-
-
-def optimisation_step(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    noise_scheduler: Any,
-    loader: Iterator[dict[str, torch.Tensor]],
-    args: argparse.Namespace,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update of the weights from all its passes; returns this process's mean loss and the gradient's norm."""
-    losses = []
-    for batch in itertools.islice(loader, args.gradient_accumulation_steps):
-        with accelerator.accumulate(model):
-            loss = diffusion_loss(model, noise_scheduler, batch, args.snr_gamma)
-            accelerator.backward(loss)
-            losses.append(loss.detach())
-            if accelerator.sync_gradients:
-                grad_norm = clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    return sum(losses) / len(losses), grad_norm
-
-
-def clip_gradients(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
-) -> torch.Tensor:
-    """Sees to it that the optimiser uses gradients of at most this norm together; returns their norm before that.
-
-    A fused optimiser divides by `grad_scale` while it reads the gradients, which saves the pass over all of them
-    that clipping would be. Where there is none, or the processes share out the gradients, accelerate clips them.
-    """
-    fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
-    if not fused or accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    accelerator.unscale_gradients(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    optimizer.optimizer.grad_scale = (norm / max_norm).clamp(min=1)
-    return norm
-
-
-def whole_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DConditionModel:
-    """The UNet without its wrappers; gathered from all processes where they share it out. Call it on every process."""
-    unwrapped = accelerator.unwrap_model(unet)
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return unwrapped
-    state_dict = accelerator.get_state_dict(unet)
-    if not accelerator.is_main_process:
-        return unwrapped  # only the main process has the whole, and uses it
-    gathered = type(unwrapped).from_config(unwrapped.config)
-    gathered.load_state_dict(state_dict)
-    return gathered.to(accelerator.device)
-
-
-@contextlib.contextmanager
-def averaged_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
-    """Puts the moving average in the UNet's place for a while, where there is one."""
-    if ema is None:
-        yield
-        return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
-    yield
-    ema.restore(unet.parameters())

@@ -15,34 +15,34 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
-from data.dataset import sampling_rank
-from data.sthv2_dataset_hf import derive_seed, frame_pairs_dataset
-from pecn.model import decode_latents, encode_frames, encode_prompts, to_picture
+from data.sthv2_dataset_hf import FramePair, derive_seed, frame_pairs_dataset
+from pecn.model import decode_latents, encode_pictures, encode_prompts, to_picture
 from pecn.sampling_options import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions
 
-SMALLEST_CHANGE = 6.5  # grey levels, root mean square: predicted changes below it are mostly errors
+SMALLEST_CHANGE = 6.5  # gray levels, root mean square: predicted changes below it are mostly errors
 
 
-def choose_samples(pairs: Sequence[dict[str, Any]], num_samples: int | None, seed: int) -> list[dict[str, Any]]:
-    """Draws entries evenly from the tasks; the same ones for the same seed, whatever the order of `pairs`.
+@dataclass(frozen=True)
+class PredictedFrame:
+    """`frame`: uint8 RGB (H, W, 3). `uncertainty`: float32 (H, W), the predictions' standard deviation at each pixel
+    in gray levels of 0..255, averaged over the colors; None where only one was made."""
 
-    With a larger `num_samples` the smaller choice is its beginning; None takes all.
-    """
-    by_task: dict[str, list[dict[str, Any]]] = {}
-    for pair in sorted(pairs, key=lambda pair: sampling_rank(seed, pair["video_id"])):
-        by_task.setdefault(pair["task"], []).append(pair)
-    turns = [(turn, task, pair) for task, of_task in by_task.items() for turn, pair in enumerate(of_task)]
-    turns.sort(key=lambda item: item[:2])
-    return [pair for _, _, pair in turns[:num_samples]]
+    frame: np.ndarray
+    uncertainty: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """`frame`: uint8 RGB (H, W, 3). `uncertainty`: float32 (H, W), the predictions' standard deviation at each pixel
-    in grey levels of 0..255, averaged over the colours; None where only one was made."""
+    """A pair's prediction beside its input and its target; pictures are uint8 RGB (H, W, 3)."""
 
-    frame: np.ndarray
-    uncertainty: np.ndarray | None
+    video_id: str
+    task: str
+    edit_prompt: str
+    input: np.ndarray
+    prediction: np.ndarray
+    uncertainty: np.ndarray | None  # as PredictedFrame has it
+    target: np.ndarray | None  # None where the video lacks the frame
+    vae_ceiling: np.ndarray | None  # the target after one trip through the VAE: as good as decoding alone can be
 
 
 def create_scheduler(name: str, config: dict[str, Any], num_inference_steps: int) -> Any:
@@ -90,7 +90,7 @@ def denoise(
     generators: list[torch.Generator],
     options: SamplingOptions,
 ) -> torch.Tensor:
-    """Samples latents (N, 4, h, w), unscaled like `image_latents`, from the noise of each sample's generator."""
+    """Samples latents (N, C, h, w), unscaled like `image_latents`, from the noise of each sample's generator."""
     scheduler = create_scheduler(options.scheduler, pipeline.scheduler.config, options.num_inference_steps)
     device, factor = image_latents.device, pipeline.vae.config.scaling_factor
     scheduler.set_timesteps(options.num_inference_steps, device=device)
@@ -114,11 +114,11 @@ def denoise(
     return latents / factor
 
 
-def gain_of_agreement(changes: np.ndarray) -> np.ndarray:
-    """Wiener's gain for the mean of K changes in grey levels: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
+def wiener_gain_map(changes: np.ndarray) -> np.ndarray:
+    """Wiener's gain for the mean of K changes in gray levels: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
 
     Signal / (signal + noise), where the mean change squared stands for signal + noise, and for the noise the variance
-    of a mean of K, but never less than SMALLEST_CHANGE squared. Both are summed over the colours and averaged over a
+    of a mean of K, but never less than SMALLEST_CHANGE squared. Both are summed over the colors and averaged over a
     neighbourhood of a 16th of the side.
     """
     power = np.square(changes.mean(axis=0)).sum(axis=-1)
@@ -131,10 +131,10 @@ def gain_of_agreement(changes: np.ndarray) -> np.ndarray:
 def predict_frames(
     pipeline: StableDiffusionInstructPix2PixPipeline,
     images: Sequence[np.ndarray],
-    prompts: Sequence[str],
+    edit_prompts: Sequence[str],
     seeds: Sequence[int],
     options: SamplingOptions = DEFAULT_OPTIONS,
-) -> list[Prediction]:
+) -> list[PredictedFrame]:
     """Predicts one batch from uint8 RGB frames (H, W, 3).
 
     Each sample has its own noise seed, so its picture does not depend on its neighbours in the batch. Of several
@@ -142,8 +142,8 @@ def predict_frames(
     """
     count = options.num_predictions
     with torch.no_grad():
-        image_latents = encode_frames(pipeline, images)
-        prompt_embeds = encode_prompts(pipeline, prompts)
+        image_latents = encode_pictures(pipeline, images).mode()
+        prompt_embeds = encode_prompts(pipeline, edit_prompts)
         noise_seeds = [seed if k == 0 else derive_seed(seed, "prediction", k) for seed in seeds for k in range(count)]
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         repeated = (image_latents.repeat_interleave(count, dim=0), prompt_embeds.repeat_interleave(count, dim=0))
@@ -158,29 +158,29 @@ def predict_frames(
     ]
 
 
-def combine_plain(pictures: np.ndarray) -> Prediction:
-    """The mean of K decoded pictures (K, H, W, 3), in grey levels."""
-    return Prediction(to_picture(pictures.mean(axis=0)), spread(pictures))
+def combine_plain(pictures: np.ndarray) -> PredictedFrame:
+    """The mean of K decoded pictures (K, H, W, 3), in gray levels."""
+    return PredictedFrame(to_picture(pictures.mean(axis=0)), spread(pictures))
 
 
 def combine_residual(
     pictures: np.ndarray, reconstruction: np.ndarray, image: np.ndarray, wiener_gain: bool
-) -> Prediction:
+) -> PredictedFrame:
     """`image` (H, W, 3) plus the mean change of K decoded pictures (K, H, W, 3) from its `reconstruction`.
 
     With `wiener_gain` a mix of `image` and the mean of `pictures`: what the VAE loses of the input frame belongs where
-    nothing moves (gain 0), and is wrong where something else has come (gain 1). All in grey levels.
+    nothing moves (gain 0), and is wrong where something else has come (gain 1). All in gray levels.
     """
     mean = pictures.mean(axis=0)
     if wiener_gain:
-        result = image + gain_of_agreement(pictures - reconstruction) * (mean - image)
+        result = image + wiener_gain_map(pictures - reconstruction) * (mean - image)
     else:
         result = image + mean - reconstruction
-    return Prediction(to_picture(result), spread(pictures))
+    return PredictedFrame(to_picture(result), spread(pictures))
 
 
 def spread(pictures: np.ndarray) -> np.ndarray | None:
-    """The standard deviation of K pictures (K, H, W, 3), averaged over the colours: (H, W); None for K = 1."""
+    """The standard deviation of K pictures (K, H, W, 3), averaged over the colors: (H, W); None for K = 1."""
     return None if len(pictures) == 1 else pictures.std(axis=0, ddof=1).mean(axis=-1)
 
 
@@ -189,41 +189,36 @@ def reconstruct_frames(
 ) -> list[np.ndarray]:
     """The pictures after one trip through the VAE (posterior mode), uint8 RGB: as good as decoding alone can be."""
     with torch.no_grad():
-        return [to_picture(decoded) for decoded in decode_latents(pipeline, encode_frames(pipeline, images))]
+        return [to_picture(decoded) for decoded in decode_latents(pipeline, encode_pictures(pipeline, images).mode())]
 
 
 def predict_pairs(
     pipeline: StableDiffusionInstructPix2PixPipeline,
-    pairs: Sequence[dict[str, Any]],
+    pairs: Sequence[FramePair],
     seed: int,
     batch_size: int,
     options: SamplingOptions = DEFAULT_OPTIONS,
     show_progress: bool = True,
-) -> Iterator[dict[str, Any]]:
-    """Predicts every pair of `find_frame_pairs`, `batch_size` pictures at once, or all predictions of one if more.
-
-    Yields one dictionary a pair, as `pecn.scores` and `pecn.pictures` take them: `video_id`, `task`, `prompt`, the
-    uint8 RGB pictures `input`, `prediction`, `target` and `vae_ceiling` (the last two None where the video lacks the
-    target), and `uncertainty` as `Prediction` has it.
-    """
+) -> Iterator[Prediction]:
+    """Predicts every pair, `batch_size` pictures at once, or all predictions of one pair if these are more."""
     dataset = frame_pairs_dataset(pairs)
     with tqdm(total=len(dataset), desc="Predicting", unit="frame", disable=not show_progress) as progress_bar:
         for batch in dataset.iter(max(1, batch_size // options.num_predictions)):
             inputs = [np.asarray(image) for image in batch["input_image"]]
             targets = [None if image is None else np.asarray(image) for image in batch["edited_image"]]
             seeds = [derive_seed(seed, video_id) for video_id in batch["video_id"]]
-            predictions = predict_frames(pipeline, inputs, batch["edit_prompt"], seeds, options)
+            predicted = predict_frames(pipeline, inputs, batch["edit_prompt"], seeds, options)
             known = [target for target in targets if target is not None]
             ceilings = iter(reconstruct_frames(pipeline, known) if known else [])
             for index, target in enumerate(targets):
-                yield {
-                    "video_id": batch["video_id"][index],
-                    "task": batch["task"][index],
-                    "prompt": batch["edit_prompt"][index],
-                    "input": inputs[index],
-                    "prediction": predictions[index].frame,
-                    "uncertainty": predictions[index].uncertainty,
-                    "target": target,
-                    "vae_ceiling": None if target is None else next(ceilings),
-                }
+                yield Prediction(
+                    video_id=batch["video_id"][index],
+                    task=batch["task"][index],
+                    edit_prompt=batch["edit_prompt"][index],
+                    input=inputs[index],
+                    prediction=predicted[index].frame,
+                    uncertainty=predicted[index].uncertainty,
+                    target=target,
+                    vae_ceiling=None if target is None else next(ceilings),
+                )
             progress_bar.update(len(targets))

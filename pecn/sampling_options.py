@@ -1,12 +1,15 @@
-"""How a frame is predicted: the options of sampling and validation, and their flags. Imports no library."""
+"""How a frame is predicted: the options of sampling and validation, and their flags.
+
+Apart from pecn/sampling.py, since a command reads its options before it loads torch.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
+import shlex
 from dataclasses import dataclass, fields
 
-from data.layout import UserError
+from data.layout import SWITCH, UserError, boolean, filtered_annotations_path, frames_dir, number
 
 SCHEDULERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
@@ -18,12 +21,8 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a frame is predicted.
-
-    `residual=False, wiener_gain=False, num_predictions=1` draws the picture of diffusers' own pipeline, which drops the
-    image guidance as well where the text's is 1. Raises `UserError` where a value is out of its range, or where
-    `wiener_gain` is asked of one prediction or of `residual=False`.
-    """
+    """`residual=False, num_predictions=1` draws the picture of diffusers' own pipeline, which drops the image
+    guidance as well where the text's is 1."""
 
     num_inference_steps: int = 20  # denoising steps
     guidance_scale: float = 1.0  # of the text; 1 is none
@@ -32,18 +31,14 @@ class SamplingOptions:
     strength: float = 1.0  # share of the steps that are made; anything below 1 starts from the noised input frame
     num_predictions: int = 4  # pictures whose mean is the prediction
     residual: bool = True  # change the input frame by what the model changes, instead of decoding it anew
-    wiener_gain: bool = True  # make the change smaller where the predictions disagree, or hardly change
+    wiener_gain: bool | None = None  # make small or uncertain changes smaller; None: wherever that is possible
 
     def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "guidance_scale", "image_guidance_scale", "num_predictions"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.scheduler not in SCHEDULERS:
-            raise UserError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, not {self.scheduler}")
-        if not 0 < self.strength <= 1:
-            raise UserError(f"--strength must lie in (0, 1], not {self.strength}")
-        if self.wiener_gain and not (self.residual and self.num_predictions > 1):
+        possible = self.residual and self.num_predictions > 1
+        if self.wiener_gain and not possible:
             raise UserError("--wiener_gain needs --residual and --num_predictions of 2 or more")
+        if self.wiener_gain is None:
+            object.__setattr__(self, "wiener_gain", possible)
 
 
 DEFAULT_OPTIONS = SamplingOptions()
@@ -51,50 +46,64 @@ DEFAULT_OPTIONS = SamplingOptions()
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The flags that `sampling_options` reads."""
-    add = parser.add_argument_group("how frames are predicted").add_argument
-    default = DEFAULT_OPTIONS
-    add("--num_inference_steps", type=int, default=default.num_inference_steps, help="denoising steps (%(default)s)")
-    add("--guidance_scale", type=float, default=default.guidance_scale, help="of the text; 1 is none (%(default)s)")
+    add, default = parser.add_argument_group("how frames are predicted").add_argument, DEFAULT_OPTIONS
+    count, scale = number(at_least=1), number(float, at_least=1)
+    add("--num_inference_steps", type=count, default=default.num_inference_steps, help="denoising steps (%(default)s)")
+    add("--guidance_scale", type=scale, default=default.guidance_scale, help="of the text; 1 is none (%(default)s)")
     add(
         "--image_guidance_scale",
-        type=float,
+        type=scale,
         default=default.image_guidance_scale,
         help="of the input frame; 1 is none (%(default)s)",
     )
     add("--scheduler", choices=list(SCHEDULERS), default=default.scheduler, help="(%(default)s)")
     add(
         "--strength",
-        type=float,
+        type=number(float, above=0, at_most=1),
         default=default.strength,
         help="share of the steps to make, from the noised input frame; 1 starts from noise alone (%(default)s)",
     )
-    add("--num_predictions", type=int, default=default.num_predictions, help="the result is their mean (%(default)s)")
+    add("--num_predictions", type=count, default=default.num_predictions, help="the result is their mean (%(default)s)")
     add(
         "--residual",
-        action=argparse.BooleanOptionalAction,
-        default=default.residual,
-        help="add the predicted change to the input frame, instead of decoding the whole picture anew",
+        **SWITCH | {"default": default.residual},
+        help="add the predicted change to the input frame, instead of decoding the whole picture anew (%(default)s)",
     )
     add(
         "--wiener_gain",
-        action=argparse.BooleanOptionalAction,
-        help="change less where several predictions disagree or hardly change anything; needs --residual and"
-        " --num_predictions of 2 or more (on wherever these are)",
+        **SWITCH | {"type": boolean_or_auto, "default": None, "metavar": "True|False|auto"},
+        help="change less where several predictions disagree or hardly change anything; auto: with --residual and"
+        " --num_predictions of 2 or more (auto)",
     )
 
 
+def boolean_or_auto(text: str) -> bool | None:
+    return None if text == "auto" else boolean(text)
+
+
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
-    """How the command line wants frames to be predicted."""
-    values = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
-    if values["wiener_gain"] is None:
-        values["wiener_gain"] = values["residual"] and values["num_predictions"] > 1
-    return SamplingOptions(**values)
+    """How the command line wants frames to be predicted. Raises UserError where options do not go together."""
+    return SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
 
 
 def number_of_samples(text: str) -> int | None:
-    """A count of at least 1, or None for "all"."""
-    if text == "all":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor 'all'")
-    return int(text)
+    """An argparse type: a count of at least 1, or None for "all"."""
+    return None if text == "all" else number(at_least=1)(text)
+
+
+def sampling_command(args: argparse.Namespace) -> str:
+    """The shell command that samples from the trained model on the validation videos of its training data."""
+    variables = {
+        "MODEL_DIR": args.output_dir,
+        "FRAMES_DIR": frames_dir(args.train_data_dir, args.resolution),
+        "VAL_ANNOTATIONS": filtered_annotations_path(args.train_data_dir, "val"),
+        "INPUT_FRAME_IDX": args.input_frame_idx,
+        "TARGET_FRAME_IDX": args.target_frame_idx,
+    }
+    for name in (field.name for field in fields(DEFAULT_OPTIONS) if field.name != "wiener_gain"):
+        if (value := getattr(args, name)) != getattr(DEFAULT_OPTIONS, name):
+            variables[name.upper()] = value
+    if args.wiener_gain is not None:
+        variables["WIENER_GAIN"] = args.wiener_gain
+    words = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
+    return " ".join([*words, "bash sample_from_pix2pix.sh"])

@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.morphology import isotropic_dilation
+
+from pecn.sampling import Prediction
 
 HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
 SCORED = ("prediction", "copy", "vae_ceiling")
 METRICS = ("psnr", "ssim")
 
-# A pixel moves where any colour channel of input and target differs by more than this many of 256 grey levels.
+# A pixel moves where any color channel of input and target differs by more than this many of 256 gray levels.
 # Where nothing moves, sensor noise and VP9 at 96 and 128 pixels made 99.99% of pixels differ by at most 10 levels
 # and none by more than 14 (30 rendered clips, frame 20 to 25).
 MOVING_THRESHOLD = 20
@@ -28,7 +31,7 @@ DILATION_RADIUS = 1 / 48  # of the picture's longer side
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 FEW_SAMPLES = 20  # bootstrap intervals of fewer are known to be too narrow
-BLOCK_SIZE = 200_000  # random numbers drawn at once: few enough for the processor's cache and for any memory
+NUMBERS_AT_ONCE = 2_000_000  # resampled in one go: few enough for any memory
 
 
 # One pair.
@@ -64,25 +67,22 @@ def region_psnr(frame: np.ndarray, target: np.ndarray, region: np.ndarray) -> fl
     return HIGHEST_PSNR if error == 0 else min(float(10 * np.log10(255**2 / error)), HIGHEST_PSNR)
 
 
-def score_result(result: dict[str, Any]) -> dict[str, Any]:
+def score_prediction(prediction: Prediction) -> dict[str, Any]:
     """Scores one pair against its target.
-
-    `result` holds uint8 RGB pictures (H, W, 3) of one size: `input`, `prediction`, `target` and `vae_ceiling`
-    (the last two None where the video has no target frame).
 
     Returns {"psnr": {"prediction": dB, "copy": dB, "vae_ceiling": dB}, "ssim": {the same keys},
     "moving": {"psnr": {the same keys}, "share": the region's part of the picture, 0..1}}. `moving` is None where
     nothing moves, all three are None without a target.
     """
-    target = result["target"]
+    target = prediction.target
     if target is None:
         return {"psnr": None, "ssim": None, "moving": None}
-    frames = dict(zip(SCORED, (result["prediction"], result["input"], result["vae_ceiling"])))
+    frames = dict(zip(SCORED, (prediction.prediction, prediction.input, prediction.vae_ceiling)))
     both = {name: score_frame(frame, target) for name, frame in frames.items()}
     scores: dict[str, Any] = {
         metric: {name: pair[column] for name, pair in both.items()} for column, metric in enumerate(METRICS)
     }
-    region = moving_region(result["input"], target)
+    region = moving_region(prediction.input, target)
     scores["moving"] = None
     if region.any():
         psnr = {name: region_psnr(frame, target, region) for name, frame in frames.items()}
@@ -98,39 +98,25 @@ def psnr_gain(scores: dict[str, Any]) -> float | None:
 # Statistics.
 
 
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
-    num_resamples: int = NUM_RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """The percentile bootstrap interval (low, high) of the mean of one number a pair.
+def bootstrap_intervals(table: np.ndarray) -> list[tuple[float, float] | None]:
+    """The 95% percentile bootstrap interval (low, high) of the mean of each column of a table (pairs, columns).
 
-    The pairs are drawn with replacement `num_resamples` times (Efron and Tibshirani, 1993, section 13.3). None
-    for fewer than two values: one alone says nothing about how much others would differ.
+    The pairs are drawn with replacement NUM_RESAMPLES times, the same ones for all columns (Efron and Tibshirani,
+    1993, section 13.3). None for fewer than two pairs: one alone says nothing about how much others would differ.
     """
-    return _bootstrap_intervals(np.asarray(values, np.float64)[:, None], num_resamples, confidence, seed)[0]
-
-
-def _bootstrap_intervals(
-    table: np.ndarray, num_resamples: int = NUM_RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
-) -> list[tuple[float, float] | None]:
-    """`bootstrap_interval` of each column of a table (pairs, columns); all columns share the resamples."""
     num_pairs, num_columns = table.shape
     if num_pairs < 2:
         return [None] * num_columns
-    rng = np.random.default_rng(seed)
-    block = max(1, BLOCK_SIZE // num_pairs)
-    means = []
-    for start in range(0, num_resamples, block):
-        rows = min(block, num_resamples - start)
-        drawn = rng.integers(num_pairs, size=(rows, num_pairs))
-        cells = drawn + np.arange(rows)[:, None] * num_pairs
-        times_drawn = np.bincount(cells.ravel(), minlength=rows * num_pairs).reshape(rows, num_pairs)
-        means.append(times_drawn @ table / num_pairs)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    return list(zip(low.tolist(), high.tolist()))
+    result = stats.bootstrap(
+        (table,),
+        np.mean,
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, NUMBERS_AT_ONCE // table.size),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=0,
+    )
+    return list(zip(*(bound.tolist() for bound in result.confidence_interval)))
 
 
 def share_interval(num_successes: int, num_trials: int) -> tuple[float, float] | None:
@@ -140,43 +126,32 @@ def share_interval(num_successes: int, num_trials: int) -> tuple[float, float] |
     """
     if num_trials == 0:
         return None
-    z = 1.959964  # the normal distribution's 97.5% quantile
-    share = num_successes / num_trials
-    centre = share + z**2 / (2 * num_trials)
-    spread = z * np.sqrt(share * (1 - share) / num_trials + z**2 / (4 * num_trials**2))
-    scale = 1 + z**2 / num_trials
-    return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
+    interval = stats.binomtest(num_successes, num_trials).proportion_ci(CONFIDENCE, method="wilson")
+    return interval.low, interval.high
 
 
-def paired_permutation_test(
-    differences: Sequence[float] | np.ndarray, num_permutations: int = 10_000, seed: int = 0
-) -> float:
+def paired_permutation_test(differences: Sequence[float] | np.ndarray, seed: int = 0) -> float:
     """Two-sided p-value that paired differences are symmetric about zero, by random changes of their signs.
 
-    p = (c + 1) / (n + 1), where c of n permutations have a mean at least as far from zero as the observed one
-    (Phipson and Smyth, 2010). Raises ValueError without any difference.
+    All changes are tried where these are fewer than NUM_RESAMPLES (Phipson and Smyth, 2010).
     """
-    differences = np.asarray(differences, np.float64)
-    if differences.ndim != 1 or not len(differences):
-        raise ValueError(f"differences must be a list of at least one number, got shape {differences.shape}")
-    # Rounding must not tell apart permutations that give the same sum.
-    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
-    rng = np.random.default_rng(seed)
-    block = max(1, BLOCK_SIZE // len(differences))
-    as_far = 0
-    for start in range(0, num_permutations, block):
-        rows = min(block, num_permutations - start)
-        kept = rng.integers(2, size=(rows, len(differences)), dtype=np.int8)
-        sums = 2 * (kept @ differences) - differences.sum()
-        as_far += int(np.count_nonzero(np.abs(sums) >= observed))
-    return (as_far + 1) / (num_permutations + 1)
+    table = np.asarray(differences, np.float64)
+    result = stats.permutation_test(
+        (table,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, NUMBERS_AT_ONCE // table.size),
+        rng=seed,
+    )
+    return float(result.pvalue)
 
 
 # All pairs.
 
 
 def mean_scores(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over what `score_result` returned for each pair, leaving out pairs without a target.
+    """Means over what `score_prediction` returned for each pair, leaving out pairs without a target.
 
     Returns {"num_samples", "psnr": {"prediction", "copy", "vae_ceiling"}, "ssim": {the same keys}, "moving":
     {"num_samples", "share", "psnr": {the same keys}}}; a mean over no pair is None.
@@ -198,10 +173,10 @@ def _means(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, 
     return means
 
 
-def summarise(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The summary of metrics.json: means with intervals, the comparison with copying, all that for each task too.
 
-    `scores` holds one dictionary a pair: what `score_result` returned, and `task`.
+    `scores` holds one dictionary a pair: what `score_prediction` returned, and `task`.
 
     Beside the keys of `mean_scores` the summary has, and so have its `moving` (PSNR only) and each task's entry in
     `per_task`: `psnr_interval`, `ssim_interval` (95% bootstrap interval [low, high] of each mean), `difference`
@@ -237,7 +212,7 @@ def _comparison(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[
     for metric in metrics:
         table = np.array([[row[metric][name] for name in SCORED] for row in rows]).reshape(len(rows), len(SCORED))
         gain = table[:, 0] - table[:, 1]
-        *of_means, of_gain = _bootstrap_intervals(np.column_stack([table, gain]))
+        *of_means, of_gain = bootstrap_intervals(np.column_stack([table, gain]))
         comparison[f"{metric}_interval"] = dict(zip(SCORED, of_means))
         num_better = int(np.count_nonzero(gain > 0))
         comparison["difference"] |= {metric: _mean(gain), f"{metric}_interval": of_gain}
@@ -252,7 +227,7 @@ def _comparison(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[
 
 
 def format_table(summary: dict[str, Any]) -> str:
-    """`summarise`'s summary as text of at most 110 columns: for each score a row per task and one for all."""
+    """`summarize`'s summary as text of at most 110 columns: for each score a row per task and one for all."""
     rows = {**summary["per_task"], "all": summary}
     moving = {task: row["moving"] for task, row in rows.items()}
     width = max(16, *(len(task) + 2 for task in rows))

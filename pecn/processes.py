@@ -1,0 +1,66 @@
+"""The processes of a run: one, or several that work on one model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+from data.layout import UserError
+
+
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    state = PartialState(timeout=timedelta(days=1))  # the others wait while one encodes
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if mixed_precision == "fp16" and state.device.type == "cpu":
+        mixed_precision = "no"
+        state.print("no GPU found: training on the CPU without mixed precision")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
+    )
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise UserError(
+            f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient accumulation steps, the"
+            f" command line says {args.gradient_accumulation_steps}: set GRADIENT_ACCUM to the former"
+        )
+    if args.use_ema and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            "--use_ema needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
+        )
+    if accelerator.state.deepspeed_plugin is not None:
+        # DeepSpeed takes it from the DataLoader that is prepared; ours divides its batches itself.
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns on the main process, handed to all; its UserError ends them all."""
+    outcome, error = [False, None], None
+    if accelerator.is_main_process:
+        try:
+            outcome = [True, function(*arguments)]
+        except UserError as raised:
+            error = raised
+    broadcast_object_list(outcome)
+    if not outcome[0]:
+        raise error or SystemExit(1)
+    return outcome[1]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Only a GPU's allocator has an exception of its own; those of the CPU and of C++ differ in their words alone."""
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in ("memory", "bad_alloc"))

@@ -1,0 +1,56 @@
+"""Predictions of a few validation pairs while training goes on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+
+from data.sthv2_dataset_hf import FramePair
+from pecn.pictures import comparison_picture, save_picture
+from pecn.sampling import predict_pairs
+from pecn.sampling_options import sampling_options
+from pecn.scores import mean_scores, score_prediction
+
+
+def validate(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    unet: UNet2DConditionModel,
+    pairs: Sequence[FramePair],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Predicts the validation pairs with the UNet as it is, saves the pictures and logs them with their scores."""
+    pipeline.unet = unet.eval()
+    pipeline.to(accelerator.device)
+    with accelerator.autocast():
+        options = sampling_options(args)
+        predictions = list(
+            predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, options, show_progress=False)
+        )
+    for frozen in (pipeline.vae, pipeline.text_encoder):
+        frozen.to("cpu")
+    unet.train()
+
+    folder = args.output_dir / "validation"
+    folder.mkdir(exist_ok=True)
+    pictures, scores = {}, [score_prediction(prediction) for prediction in predictions]
+    for prediction, its_scores in zip(predictions, scores):
+        picture = comparison_picture(prediction, f"step {step}", its_scores)
+        save_picture(folder / f"step-{step:06}_{prediction.video_id}.png", picture)
+        pictures[f"validation/{prediction.video_id}"] = picture[None]
+    means = mean_scores(scores)
+    # A dictionary becomes several lines in one chart, so that the prediction is seen to pass the copy.
+    charts = {"psnr": means["psnr"], "ssim": means["ssim"], "psnr_where_something_moves": means["moving"]["psnr"]}
+    accelerator.log({f"validation/{name}": lines for name, lines in charts.items() if None not in lines.values()}, step)
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images(pictures, step=step, **layout)
+    psnr = means["psnr"]
+    accelerator.print(
+        f"step {step}: validation PSNR {psnr['prediction']:.2f} dB, copying the input {psnr['copy']:.2f} dB,"
+        f" pictures in {folder}"
+    )
