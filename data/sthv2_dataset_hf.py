@@ -46,11 +46,11 @@ MOST_REASONS, MOST_IDS = 3, 5  # in one line about the videos that are left out;
 class FramePair:
     """One training or validation sample: a row of the Dataset, whose two pictures are paths here."""
 
-    video_id: str
-    task: str
-    edit_prompt: str  # the sentence that goes to the tokenizer
     input_image: str
     edited_image: str | None  # the frame to predict; None where the video lacks it
+    edit_prompt: str  # the sentence that goes to the tokenizer
+    video_id: str
+    task: str
     num_frames: int | None  # of the video, None where it was not recorded
 
 
@@ -120,11 +120,11 @@ def find_frame_pairs(
         progress = action_progress(input_frame_idx, num_frames) if add_progress else None
         pairs.append(
             FramePair(
-                video_id=video_id,
-                task=entry.get("task", "unknown"),
-                edit_prompt=build_prompt(entry["label"], progress),
                 input_image=str(input_frame),
                 edited_image=str(target_frame) if has_target else None,
+                edit_prompt=build_prompt(entry["label"], progress),
+                video_id=video_id,
+                task=entry.get("task", "unknown"),
                 num_frames=num_frames,
             )
         )
@@ -144,11 +144,11 @@ def frame_pairs_dataset(pairs: Sequence[FramePair]) -> Dataset:
     from datasets import Dataset, Features, Image, Value
 
     features = Features(
-        video_id=Value("string"),
-        task=Value("string"),
-        edit_prompt=Value("string"),
         input_image=Image(mode="RGB"),
         edited_image=Image(mode="RGB"),
+        edit_prompt=Value("string"),
+        video_id=Value("string"),
+        task=Value("string"),
         num_frames=Value("int32"),
     )
     return Dataset.from_list([asdict(pair) for pair in pairs], features=features)

@@ -1,1 +1,6 @@
-"""The method: models, encoding, training, sampling, scoring. All but pecn/sampling_options.py load torch."""
+"""The method: models, encoding, training, sampling, scoring. All modules but sampling_options load torch."""
+
+import os
+
+for _library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes, as that torchvision is missing, are of no use here
+    os.environ.setdefault(f"{_library}_VERBOSITY", "error")

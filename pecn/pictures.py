@@ -143,6 +143,7 @@ def describe_gain(gain: float) -> str:
 
 def wrap_text(text: str, font: Any, width: int) -> list[str]:
     """Breaks a text into lines of about 0.9 of `width` pixels, judged by the average width of its characters."""
+    text = " ".join(text.split())
     return textwrap.wrap(text, max(1, int(0.9 * width * len(text) / font.getlength(text)))) if text else []
 
 

@@ -34,7 +34,7 @@ def model(tiny_model, tmp_path):
 def refusal(model: Path) -> str:
     """The one line that loading the model ends in."""
     with pytest.raises(UserError) as error:
-        load_pipeline(str(model))
+        load_pipeline(model)
     message = str(error.value)
     assert message.startswith(f"the model {model} cannot be loaded: ") and "\n" not in message
     return message
@@ -112,7 +112,7 @@ def test_a_pickle_is_never_loaded(model, tmp_path, part):
     assert "names pytorch_model.bin, which is no safetensors file" in refusal(model)
     index.unlink()
     (model / part / "other.safetensors").rename(weights)
-    load_pipeline(str(model))  # pickles beside whole weights do no harm
+    load_pipeline(model)  # pickles beside whole weights do no harm
     assert not trap.exists()
     pickle.loads((model / part / "pytorch_model.bin").read_bytes())
     assert trap.exists()  # so the trap works
@@ -141,7 +141,7 @@ def test_a_broken_training_config_is_named(model, content):
     path = model / "training_config.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"^{path} is not a training config .*copy the model again"):
-        read_training_config(str(model))
+        read_training_config(model)
 
 
 def sampling_command(data_dir: Path, model: object, output_dir: Path) -> list[str]:

@@ -351,7 +351,7 @@ def test_damaged_checkpoint_is_named_and_passed_over(described, undisturbed, tmp
     with pytest.raises(UserError, match="checkpoint-20 .*; RESUME=latest"):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"))
     DAMAGE[described](tmp_path / "checkpoint-10")
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is complete"):
         find_checkpoint(tmp_path, "latest")
 
 

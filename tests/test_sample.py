@@ -13,15 +13,14 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from data.layout import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
-from data.sthv2_dataset_hf import load_frame_pairs
-from pecn.model import load_pipeline, read_training_config
+from data.sthv2_dataset_hf import FramePair, choose_pairs, load_frame_pairs
+from pecn.model import load_pipeline
 from pecn.sampling import (
-    choose_samples,
     combine_residual,
-    gain_of_agreement,
     predict_frames,
     predict_pairs,
     reconstruct_frames,
+    wiener_gain_map,
 )
 from pecn.sampling_options import SCHEDULERS, SamplingOptions
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, run
@@ -45,6 +44,7 @@ def model_with_config(tiny_model, tmp_path_factory):
 
 def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp_path):
     (tmp_path / "samples" / "old").mkdir(parents=True)
+    (tmp_path / "metrics.json").write_text("of an earlier run")
     done = sample(data_dir, model_with_config, tmp_path, "--num_samples", "all", "--batch_size", 3)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     summary, samples = metrics["summary"], metrics["samples"]
@@ -64,7 +64,7 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp
             assert row["psnr"][name] == pytest.approx(expected)
             expected = structural_similarity(target, picture, channel_axis=2, data_range=255)
             assert row["ssim"][name] == pytest.approx(expected)
-    assert sum(row["prompt"].endswith("And 50% of the action has been completed.") for row in samples) == 3
+    assert sum(row["edit_prompt"].endswith("And 50% of the action has been completed.") for row in samples) == 3
     scored = [row for row in samples if row["psnr"]]
     for name in ("prediction", "copy", "vae_ceiling"):
         assert summary["psnr"][name] == pytest.approx(np.mean([row["psnr"][name] for row in scored]))
@@ -93,7 +93,7 @@ def test_other_frames_than_trained_work_with_a_warning(data_dir, model_with_conf
     assert "target_frame_idx" not in done.stderr
     plain = sample(data_dir, tiny_model, tmp_path, "--input_frame_idx", 19, "--num_samples", 1)
     assert "warning" not in plain.stderr
-    assert "completed" not in json.loads((tmp_path / "metrics.json").read_text())["samples"][0]["prompt"]
+    assert "completed" not in json.loads((tmp_path / "metrics.json").read_text())["samples"][0]["edit_prompt"]
 
 
 def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tmp_path, tmp_path_factory):
@@ -101,9 +101,9 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
     strangers = tmp_path_factory.mktemp("strangers") / "val.json"
     write_annotations(strangers, [{"id": "stranger", "label": "moving a cup", "template": "Moving [something]"}])
 
-    def message(*extra: object, model=tiny_model) -> str:
+    def message(*extra: object, model=tiny_model, status: int = 1) -> str:
         done = sample(data_dir, model, tmp_path, *extra, check=False)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.returncode == status and "Traceback" not in done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
         return done.stderr.splitlines()[-1]
 
@@ -120,9 +120,9 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
     assert "nothing to predict" in message("--input_frame_idx", 20, "--target_frame_idx", 20)
     assert "there is no file" in message("--val_annotations", data_dir)
     assert "metrics.json cannot be made (it is a file)" in message("--output_dir", tmp_path / "metrics.json")
-    assert "at least 1" in message("--image_guidance_scale", 0.5)
-    assert "in (0, 1]" in message("--strength", 0)
-    assert "needs --residual" in message("--wiener_gain", "--no-residual")
+    assert "at least 1" in message("--image_guidance_scale", 0.5, status=2)
+    assert "must be above 0" in message("--strength", 0, status=2)
+    assert "needs --residual" in message("--wiener_gain", "True", "--residual", "False", status=2)
     assert "no model_index.json" in message(model=data_dir)
     for name, damage in (("cut", b"cut"), ("empty", b"")):
         bad = make_data_dir(tmp_path_factory.mktemp(name))
@@ -139,43 +139,37 @@ def test_model_errors_name_the_model(tmp_path, tiny_model):
     shutil.copytree(tiny_model, broken)
     shutil.rmtree(broken / "vae")
     with pytest.raises(UserError, match="broken cannot be loaded"):
-        load_pipeline(str(broken))
+        load_pipeline(broken)
     pickled = tmp_path / "pickled"
     make_tiny_pipeline().save_pretrained(pickled, safe_serialization=False)
     with pytest.raises(UserError, match="pickled cannot be loaded"):
-        load_pipeline(str(pickled))
+        load_pipeline(pickled)
+
+
+def pair(number, task):
+    return FramePair(input_image="", edited_image="", edit_prompt="", video_id=str(number), task=task, num_frames=40)
 
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 20), st.randoms())
 def test_choice_is_even_over_tasks_and_independent_of_order(seed, num_samples, random):
-    pairs = [{"video_id": str(number), "task": "abc"[number % 3]} for number in range(18)]
-    chosen = choose_samples(pairs, num_samples, seed)
+    pairs = [pair(number, "abc"[number % 3]) for number in range(18)]
+    chosen = choose_pairs(pairs, num_samples, seed)
     shuffled = random.sample(pairs, len(pairs))
-    assert choose_samples(shuffled, num_samples, seed) == chosen
-    assert choose_samples(pairs, None, seed)[:num_samples] == chosen
-    counts = [sum(pair["task"] == task for pair in chosen) for task in "abc"]
+    assert choose_pairs(shuffled, num_samples, seed) == chosen
+    assert choose_pairs(pairs, None, seed)[:num_samples] == chosen
+    counts = [sum(pair.task == task for pair in chosen) for task in "abc"]
     assert max(counts) - min(counts) <= 1
     assert len(chosen) == min(num_samples, 18)
 
 
-def test_config_of_a_model_on_the_hub_is_read_too(model_with_config, monkeypatch):
-    def download(name, file, revision, local_files_only):
-        assert (name, file, revision, local_files_only) == ("user/model", "training_config.json", "main", False)
-        return str(model_with_config / file)
-
-    monkeypatch.setattr("pecn.model.hub_problem", lambda name, revision: None)
-    monkeypatch.setattr("pecn.model.hf_hub_download", download)
-    assert read_training_config("user/model", revision="main")["add_progress"] is True
-
-
 def test_another_seed_chooses_other_samples_and_noise(data_dir):
     pairs, _ = load_frame_pairs(data_dir, "val", SIDE)
-    many = [{"video_id": str(number), "task": "a"} for number in range(50)]
-    assert choose_samples(many, 5, 1) != choose_samples(many, 5, 2)
+    many = [pair(number, "a") for number in range(50)]
+    assert choose_pairs(many, 5, 1) != choose_pairs(many, 5, 2)
     pipeline = make_tiny_pipeline()
     one, same, other = (
-        next(predict_pairs(pipeline, pairs[:1], seed, 1, SamplingOptions(num_inference_steps=2), False))["prediction"]
+        next(predict_pairs(pipeline, pairs[:1], seed, 1, SamplingOptions(num_inference_steps=2), False)).prediction
         for seed in (1, 1, 2)
     )
     assert np.array_equal(one, same)
@@ -240,7 +234,7 @@ def test_several_predictions_are_averaged_and_begin_with_the_single_one():
     one, two = predict(1, wiener_gain=False), predict(2, wiener_gain=False)
     gained = predict(2, wiener_gain=True)
     for first, mean, with_gain in zip(one, two, gained):
-        # Two values lie standard deviation / sqrt(2) from their mean: averaged over colours that bounds the distance.
+        # Two values lie standard deviation / sqrt(2) from their mean: averaged over colors that bounds the distance.
         distance = np.abs(mean.frame.astype(float) - first.frame).mean(axis=2)
         inside = ((mean.frame > 0) & (mean.frame < 255) & (first.frame > 0) & (first.frame < 255)).all(axis=2)
         assert np.abs(distance - mean.uncertainty / np.sqrt(2))[inside].max() <= 1
@@ -263,14 +257,14 @@ def test_gain_keeps_the_input_where_nothing_moves_and_the_decoded_picture_where_
 def test_gain_removes_noise_and_keeps_agreement(count):
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 8, (count, 96, 96, 3)).astype(np.float32)
-    assert gain_of_agreement(noise).mean() < 0.15
+    assert wiener_gain_map(noise).mean() < 0.15
     movement = np.zeros((96, 96, 3), np.float32)
     movement[30:60, 30:60] = 60
-    gain = gain_of_agreement(noise / 4 + movement)
+    gain = wiener_gain_map(noise / 4 + movement)
     assert gain.shape == (96, 96, 1)
     assert gain[35:55, 35:55].min() > 0.95
     assert gain[:15].mean() < 0.05
-    assert gain_of_agreement(np.full((count, 96, 96, 3), 5, np.float32)).max() == 0  # agreed upon, but too small
+    assert wiener_gain_map(np.full((count, 96, 96, 3), 5, np.float32)).max() == 0  # agreed upon, but too small
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from pecn.sampling import Prediction
 from pecn.scores import (
     HIGHEST_PSNR,
     MOVING_THRESHOLD,
     SCORED,
-    bootstrap_interval,
     format_table,
     mean_scores,
     moving_region,
@@ -22,9 +23,9 @@ from pecn.scores import (
     psnr_gain,
     region_psnr,
     score_frame,
-    score_result,
+    score_prediction,
     share_interval,
-    summarise,
+    summarize,
 )
 
 numbers = st.floats(-1e3, 1e3).map(lambda x: round(x, 6))
@@ -44,11 +45,12 @@ def pair(moved=True):
         frames["target"][8:20, 16:28] = frames["prediction"][8:20, 16:28] = (255, 0, 0)
     else:
         frames["target"] = frames["input"].copy()
-    return frames | {"vae_ceiling": np.clip(frames["target"].astype(int) + 3, 0, 255).astype(np.uint8)}
+    ceiling = np.clip(frames["target"].astype(int) + 3, 0, 255).astype(np.uint8)
+    return Prediction(video_id="1", task="a", edit_prompt="", uncertainty=None, vae_ceiling=ceiling, **frames)
 
 
 def record(task, prediction, copy, moving=True):
-    """What `score_result` returns, made up, with the pair's task."""
+    """What `score_prediction` returns, made up, with the pair's task."""
     psnr = {"prediction": prediction, "copy": copy, "vae_ceiling": copy + 5}
     part = {"psnr": {name: value - 9 for name, value in psnr.items()}, "share": 0.25}
     ssim = {name: value / 100 for name, value in psnr.items()}
@@ -60,11 +62,11 @@ UNSCORED = {"task": "a", "psnr": None, "ssim": None, "moving": None}
 
 def test_scores_are_those_of_scikit_image():
     result = pair()
-    scores = score_result(result)
+    scores = score_prediction(result)
     for name, key in zip(SCORED, ("prediction", "input", "vae_ceiling")):
-        expected = peak_signal_noise_ratio(result["target"], result[key], data_range=255)
+        expected = peak_signal_noise_ratio(result.target, getattr(result, key), data_range=255)
         assert scores["psnr"][name] == pytest.approx(expected)
-        expected = structural_similarity(result["target"], result[key], channel_axis=2, data_range=255)
+        expected = structural_similarity(result.target, getattr(result, key), channel_axis=2, data_range=255)
         assert scores["ssim"][name] == pytest.approx(expected)
     assert psnr_gain(scores) == scores["psnr"]["prediction"] - scores["psnr"]["copy"] > 0
 
@@ -83,7 +85,7 @@ def test_a_nearly_identical_picture_is_not_better_than_an_identical_one():
     assert score_frame(other, large)[0] == HIGHEST_PSNR == region_psnr(other, large, np.ones((256, 256), bool))
 
 
-def test_region_is_what_differs_in_any_colour_and_its_rim():
+def test_region_is_what_differs_in_any_color_and_its_rim():
     still = np.full((96, 96, 3), 100, np.uint8)
     changed = still.copy()
     changed[40, 50, 2] = 100 - MOVING_THRESHOLD - 1
@@ -96,57 +98,47 @@ def test_region_is_what_differs_in_any_colour_and_its_rim():
 
 def test_psnr_in_the_region_counts_its_pixels_alone():
     result = pair()
-    region = moving_region(result["input"], result["target"])
-    moving = score_result(result)["moving"]
+    region = moving_region(result.input, result.target)
+    moving = score_prediction(result)["moving"]
     assert moving["share"] == region.mean()
-    error = (result["input"].astype(float) - result["target"])[region]
+    error = (result.input.astype(float) - result.target)[region]
     assert moving["psnr"]["copy"] == pytest.approx(10 * math.log10(255**2 / (error**2).mean()))
-    spoilt = result["prediction"].copy()
+    spoilt = result.prediction.copy()
     spoilt[~region] = 0
-    assert score_result(result | {"prediction": spoilt})["moving"]["psnr"]["prediction"] == pytest.approx(
+    assert score_prediction(replace(result, prediction=spoilt))["moving"]["psnr"]["prediction"] == pytest.approx(
         moving["psnr"]["prediction"]
     )
 
 
 def test_pairs_without_motion_or_target_have_no_moving_region():
-    still = score_result(pair(moved=False))
+    still = score_prediction(pair(moved=False))
     assert still["moving"] is None and still["psnr"]["copy"] == HIGHEST_PSNR
-    without = score_result(pair() | {"target": None, "vae_ceiling": None})
+    without = score_prediction(replace(pair(), target=None, vae_ceiling=None))
     assert without == {"psnr": None, "ssim": None, "moving": None} and psnr_gain(without) is None
 
 
 @quick
-@given(st.lists(numbers, min_size=2, max_size=40), st.integers(0, 9))
-def test_interval_holds_the_mean_and_lies_within_the_values(values, seed):
-    low, high = bootstrap_interval(values, num_resamples=1000, seed=seed)
+@given(st.lists(numbers, min_size=2, max_size=40))
+def test_interval_holds_the_mean_and_lies_within_the_values(values):
+    [(low, high), (shifted_low, shifted_high)] = bootstrap_intervals(
+        np.column_stack([values, 2 * np.array(values) + 1])
+    )
     slack = 1e-9 * (1 + max(map(abs, values)))
     assert min(values) - slack <= low <= np.mean(values) + slack
     assert np.mean(values) - slack <= high <= max(values) + slack
-    assert bootstrap_interval(values, num_resamples=1000, seed=seed) == (low, high)
-    assert bootstrap_interval(values, 1000, 0.5, seed)[0] >= low
-    shifted = bootstrap_interval([2 * value + 1 for value in values], 1000, seed=seed)
-    assert shifted == pytest.approx((2 * low + 1, 2 * high + 1), abs=100 * slack)
+    assert (shifted_low, shifted_high) == pytest.approx((2 * low + 1, 2 * high + 1), abs=100 * slack)  # one resampling
 
 
 def test_interval_is_as_wide_as_theory_says():
     values = np.random.default_rng(1).normal(3, 2, 500)
-    low, high = bootstrap_interval(values)
+    [(low, high)] = bootstrap_intervals(values[:, None])
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(2)
-    hits = 0
-    for _ in range(200):
-        low, high = bootstrap_interval(rng.normal(size=50), num_resamples=500)
-        hits += low <= 0 <= high
-    assert 0.90 <= hits / 200 <= 0.985
-
-
 def test_one_value_has_no_interval():
-    assert bootstrap_interval([3.0]) is None
-    assert bootstrap_interval([]) is None
+    assert bootstrap_intervals(np.array([[3.0]])) == [None]
+    assert bootstrap_intervals(np.zeros((0, 2))) == [None, None]
 
 
 def test_share_interval_is_wilsons():
@@ -161,38 +153,20 @@ def test_permutation_test_agrees_with_all_sign_changes():
     differences = np.array([1.3, 0.2, -0.4, 2.0, 0.9, 0.7, -0.1, 1.1])
     sums = [np.dot(signs, differences) for signs in itertools.product((-1, 1), repeat=len(differences))]
     exact = np.mean(np.abs(sums) >= abs(differences.sum()) - 1e-9)
-    assert paired_permutation_test(differences, 40_000) == pytest.approx(exact, abs=0.005)
+    assert paired_permutation_test(differences) == pytest.approx(exact)
 
 
 def test_permutation_test_finds_a_difference_and_no_other():
     rng = np.random.default_rng(3)
     differences = rng.normal(0, 1, 200)
-    assert paired_permutation_test(differences + 1) == pytest.approx(1 / 10_001)
+    assert paired_permutation_test(differences + 1) == pytest.approx(2 / 10_001)  # one of 10,001 on either side
+    assert paired_permutation_test(differences - differences.mean()) > 0.9
     assert paired_permutation_test([0.0] * 5) == 1
-    with pytest.raises(ValueError, match="at least one number"):
-        paired_permutation_test([])
-
-
-@quick
-@given(st.lists(numbers, min_size=1, max_size=30), st.integers(0, 9))
-def test_permutation_test_has_no_favourite_side(differences, seed):
-    p = paired_permutation_test(differences, 500, seed)
-    assert 1 / 501 <= p <= 1
-    assert paired_permutation_test([-difference for difference in differences], 500, seed) == p
-    symmetric = differences + [-difference for difference in differences]
-    assert paired_permutation_test(symmetric, 500, seed) == 1
-
-
-def test_p_values_without_a_difference_are_even():
-    rng = np.random.default_rng(4)
-    values = [paired_permutation_test(rng.normal(size=20), 400, seed) for seed in range(300)]
-    assert 0.02 <= np.mean(np.array(values) <= 0.05) <= 0.09
-    assert 0.42 <= np.mean(np.array(values) <= 0.5) <= 0.58
 
 
 def test_summary_of_hand_made_scores():
     scores = [record("a", 30, 28), record("a", 26, 27, moving=False), record("b", 24, 20), UNSCORED]
-    summary = summarise(scores)
+    summary = summarize(scores)
     assert (summary["num_samples"], summary["num_without_target"], summary["num_identical"]) == (3, 1, 0)
     assert summary["psnr"] == pytest.approx({"prediction": 80 / 3, "copy": 25, "vae_ceiling": 30})
     assert summary["difference"]["psnr"] == pytest.approx(5 / 3)
@@ -213,11 +187,11 @@ def test_summary_of_hand_made_scores():
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from("ab"), numbers, numbers, st.booleans()), max_size=8))
 def test_swapped_roles_flip_every_difference(rows):
-    summary = summarise([record(*row) for row in rows])
+    summary = summarize([record(*row) for row in rows])
     json.dumps(summary, allow_nan=False)
     means = {key: summary[key] for key in ("num_samples", "psnr", "ssim")}
     assert means.items() <= mean_scores([record(*row) for row in rows]).items()
-    swapped = summarise([record(task, copy, prediction, moving) for task, prediction, copy, moving in rows])
+    swapped = summarize([record(task, copy, prediction, moving) for task, prediction, copy, moving in rows])
     groups = [(summary, swapped), (summary["moving"], swapped["moving"])]
     groups += [(summary["per_task"][task], swapped["per_task"][task]) for task in summary["per_task"]]
     for group, other in groups:
@@ -236,7 +210,7 @@ def test_table_shows_every_number_a_reader_needs_in_a_terminal():
     rng = np.random.default_rng(5)
     tasks = ("move_object", "drop_object", "cover_object")
     scores = [record(tasks[n % 3], 27 + rng.normal(), 25 + rng.normal()) for n in range(60)]
-    summary = summarise(scores)
+    summary = summarize(scores)
     table = format_table(summary)
     assert max(map(len, table.splitlines())) <= 110
     for part in (summary, *summary["per_task"].values(), summary["moving"]):
@@ -251,8 +225,8 @@ def test_table_shows_every_number_a_reader_needs_in_a_terminal():
 
 
 def test_table_says_what_is_missing_or_doubtful():
-    assert "fewer than 20 pairs" in format_table(summarise([record("a", 30, 28)] * 3))
-    assert "1 pair has identical frames" in format_table(summarise([record("a", 50, HIGHEST_PSNR)]))
-    nothing = format_table(summarise([UNSCORED]))
+    assert "fewer than 20 pairs" in format_table(summarize([record("a", 30, 28)] * 3))
+    assert "1 pair has identical frames" in format_table(summarize([record("a", 50, HIGHEST_PSNR)]))
+    nothing = format_table(summarize([UNSCORED]))
     assert "nan" not in nothing and "nothing moves" in nothing
     assert max(len(line) for line in nothing.splitlines()) <= 110

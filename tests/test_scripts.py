@@ -10,9 +10,8 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
-from data.layout import filtered_annotations_path, frames_dir
-from pecn.sampling_options import DEFAULT_OPTIONS, sampling_options
-from sample_from_pix2pix import parse_args
+from data.layout import CommandParser, filtered_annotations_path, frames_dir
+from pecn.sampling_options import DEFAULT_OPTIONS, add_sampling_options, sampling_options
 from tests.conftest import PROJECT, SHARED, SIDE, run
 
 SCRIPTS = ("train_instruct_pix2pix.sh", "test_train_instruct_pix2pix.sh", "sample_from_pix2pix.sh")
@@ -48,7 +47,9 @@ def test_defaults_of_the_scripts_are_the_documented_ones():
         for name, value in asdict(DEFAULT_OPTIONS).items()
     } | {"WIENER_GAIN": "auto"}
     assert {name: sampling[name] for name in expected} == expected
-    assert sampling_options(parse_args(["--model_dir", "model"])) == DEFAULT_OPTIONS
+    parser = CommandParser()
+    add_sampling_options(parser)
+    assert sampling_options(parser.parse_args([])) == DEFAULT_OPTIONS
 
 
 def test_readme_table_of_sampling_variables_is_the_script():

@@ -74,10 +74,8 @@ def test_dataset_has_the_promised_columns_and_pictures(data_dir):
 def test_any_frame_pair_can_be_asked_for(data_dir):
     pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, input_frame_idx=22, target_frame_idx=19)
     assert len(pairs) == 6
-    assert pairs[0]["input_image"].endswith("00022.png")
-    assert pairs[0]["edited_image"].endswith("00019.png")
-    with pytest.raises(UserError, match="start at 0"):
-        load_frame_pairs(data_dir, "train", SIDE, input_frame_idx=-1)
+    assert pairs[0].input_image.endswith("00022.png")
+    assert pairs[0].edited_image.endswith("00019.png")
     assert len(left_out) == 1
 
 
@@ -110,7 +108,7 @@ def test_target_may_be_missing_where_it_is_only_predicted(data_dir):
     entries = read_annotations(filtered_annotations_path(data_dir, "val"))
     pairs, left_out = find_frame_pairs(entries, frames_dir(data_dir, SIDE), target_required=False)
     assert left_out == []
-    assert [pair["video_id"] for pair in pairs if pair["edited_image"] is None] == ["val_short"]
+    assert [pair.video_id for pair in pairs if pair.edited_image is None] == ["val_short"]
     assert frame_pairs_dataset(pairs)[3]["edited_image"] is None
 
 
@@ -120,7 +118,11 @@ def test_progress_without_num_frames_says_what_to_run(tmp_path):
     entries = read_annotations(path)
     del entries[2]["num_frames"]
     write_annotations(path, entries)
-    with pytest.raises(UserError, match="train2 lack; run .*video_loader.* after the filtering"):
+    with pytest.raises(UserError, match="train2 is not recorded.*; run .*video_loader.* after the filtering"):
+        load_frame_pairs(data_dir, "train", SIDE, add_progress=True)
+    entries[2]["num_frames"] = 20
+    write_annotations(path, entries)
+    with pytest.raises(UserError, match="train2 is 20, though frame 20 exists"):
         load_frame_pairs(data_dir, "train", SIDE, add_progress=True)
     assert len(load_frame_pairs(data_dir, "train", SIDE)[0]) == 6
 

@@ -1,6 +1,6 @@
 """Encoding once, and the batches that training draws from it."""
 
-import argparse
+import math
 
 import cv2
 import numpy as np
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.layout import filtered_annotations_path, frame_path, frames_dir, read_annotations, write_annotations
-from data.sthv2_dataset_hf import load_frame_pairs
-from pecn.diffusion import conditioning_dropout, draw_timesteps
+from data.sthv2_dataset_hf import load_frame_pairs, verify_frames
+from pecn.diffusion import conditioning_dropout
 from pecn.encoded_frames import TrainingBatches, encode_once
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline
 
@@ -22,26 +22,10 @@ def pipeline():
     return make_tiny_pipeline()
 
 
-def arguments(data_dir, **changes):
-    defaults = {
-        "train_data_dir": data_dir,
-        "random_flip": False,
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "max_train_steps": None,
-        "num_train_epochs": 3,
-        "seed": 42,
-        "conditioning_dropout_prob": 0.2,
-        "timestep_bias_strategy": "none",
-        "timestep_bias_multiplier": 9.0,
-        "timestep_bias_portion": 0.1,
-    }
-    return argparse.Namespace(**(defaults | changes))
-
-
-def encode(pipeline, data_dir, add_progress=False, **changes):
+def encode(pipeline, data_dir, add_progress=False, random_flip=False):
     pairs, _ = load_frame_pairs(data_dir, "train", SIDE, add_progress=add_progress)
-    return encode_once(pipeline, pairs, arguments(data_dir, **changes), Accelerator(cpu=True))
+    cache_dir = data_dir / "encoded_cache"
+    return encode_once(pipeline, pairs, verify_frames(pairs, SIDE), random_flip, cache_dir, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +38,22 @@ def encoded_with_flip(pipeline, tmp_path_factory):
     return encode(pipeline, make_data_dir(tmp_path_factory.mktemp("flipped")), random_flip=True)
 
 
-def batches(encoded, num_processes=1, process_index=0, **changes):
-    latents, embeddings, _ = encoded
-    return TrainingBatches(latents, embeddings, arguments(None, **changes), 1000, 0.5, num_processes, process_index)
+def batches(encoded, **changes):
+    options = {
+        "seed": 42,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 3,
+        "max_train_steps": None,
+        "scaling_factor": 0.5,
+        "num_train_timesteps": 1000,
+        "conditioning_dropout_prob": 0.2,
+    }
+    return TrainingBatches(encoded, **options | changes)
 
 
 def test_latents_and_embeddings_are_what_the_models_give(pipeline, encoded, data_dir):
-    latents, embeddings, _ = encoded
+    latents, embeddings = encoded.latents, encoded.embeddings
     assert len(latents) == 6
     frames = [
         cv2.imread(str(frame_path(frames_dir(data_dir, SIDE), "train2", index)))[:, :, ::-1] for index in (20, 21)
@@ -73,7 +66,7 @@ def test_latents_and_embeddings_are_what_the_models_give(pipeline, encoded, data
     row = latents.with_format("torch")[2]
     torch.testing.assert_close(row["input_latents"], posterior.mean[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(row["target_moments"], posterior.parameters[1], atol=1e-5, rtol=1e-4)
-    embedding = embeddings.with_format("torch")[list(embeddings["prompt"]).index("")]["embedding"]
+    embedding = embeddings.with_format("torch")[list(embeddings["edit_prompt"]).index("")]["embedding"]
     torch.testing.assert_close(embedding, empty, atol=1e-5, rtol=1e-4)
     assert len(embeddings) == 4  # three labels and the empty prompt, each once
 
@@ -84,53 +77,54 @@ def test_second_run_encodes_nothing(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.vae, "encode", lambda *_: pytest.fail("a frame was encoded again"))
     monkeypatch.setattr(pipeline.text_encoder, "forward", lambda *_: pytest.fail("a prompt was encoded again"))
     second = encode(pipeline, data_dir)
-    assert second[2] == first[2]
-    assert second[0][3] == first[0][3]
+    assert second.key == first.key
+    assert second.latents[3] == first.latents[3]
 
 
 def test_changed_inputs_never_meet_the_old_cache(pipeline, tmp_path):
     data_dir = make_data_dir(tmp_path)
-    key = encode(pipeline, data_dir)[2]
+    key = encode(pipeline, data_dir).key
     path = frame_path(frames_dir(data_dir, SIDE), "train0", 21)
     original = path.read_bytes()
     frame = cv2.imread(str(path))
     frame[0, 0] += 1
     cv2.imwrite(str(path), frame)
-    keys = {key, encode(pipeline, data_dir)[2]}
+    keys = {key, encode(pipeline, data_dir).key}
     path.write_bytes(original)
-    assert encode(pipeline, data_dir)[2] == key
+    assert encode(pipeline, data_dir).key == key
     moved = tmp_path / "moved"
     pipeline.save_pretrained(moved)
-    assert encode(type(pipeline).from_pretrained(moved), data_dir)[2] == key  # where a model lies is no part of it
+    assert encode(type(pipeline).from_pretrained(moved), data_dir).key == key  # where a model lies is no part of it
     other = make_tiny_pipeline()
     with torch.no_grad():
         other.vae.decoder.conv_in.bias[0] += 1
-        keys.add(encode(other, data_dir)[2])
+        keys.add(encode(other, data_dir).key)
         other.text_encoder.get_input_embeddings().weight[0, 0] += 1
-        keys.add(encode(other, data_dir)[2])
-    keys.add(encode(pipeline, data_dir, random_flip=True)[2])
-    latents, _, key = encode(pipeline, data_dir, add_progress=True)
-    keys.add(key)
-    assert latents[0]["edit_prompt"].endswith("And 50% of the action has been completed.")
+        keys.add(encode(other, data_dir).key)
+    keys.add(encode(pipeline, data_dir, random_flip=True).key)
+    with_progress = encode(pipeline, data_dir, add_progress=True)
+    keys.add(with_progress.key)
+    assert with_progress.latents[0]["edit_prompt"].endswith("And 50% of the action has been completed.")
     assert len(keys) == 6
     annotations = filtered_annotations_path(data_dir, "train")
     write_annotations(
         annotations, [entry | {"label": entry["label"].upper()} for entry in read_annotations(annotations)]
     )
-    latents, embeddings, _ = encode(pipeline, data_dir)  # CLIP's tokens do not know capitals
+    upper = encode(pipeline, data_dir)
+    latents, embeddings = upper.latents, upper.embeddings  # CLIP's tokens do not know capitals
     assert latents[0]["edit_prompt"].endswith("FROM LEFT TO RIGHT") and set(latents["edit_prompt"]) < set(
-        embeddings["prompt"]
+        embeddings["edit_prompt"]
     )
 
 
 def test_mirrored_pairs_have_mirrored_frames_and_prompts(pipeline, encoded_with_flip, encoded):
-    latents, embeddings, _ = encoded_with_flip
+    latents = encoded_with_flip.latents
     assert len(latents) == 12
     assert latents[0]["edit_prompt"].endswith("from left to right")
     assert latents[6]["edit_prompt"].endswith("from right to left")
-    np.testing.assert_allclose(latents[0]["input_latents"], encoded[0][0]["input_latents"], atol=1e-5)
+    np.testing.assert_allclose(latents[0]["input_latents"], encoded.latents[0]["input_latents"], atol=1e-5)
     assert not np.allclose(latents[6]["input_latents"], latents[0]["input_latents"], atol=1e-2)
-    flips = batches(encoded_with_flip, random_flip=True, conditioning_dropout_prob=0.0)
+    flips = batches(encoded_with_flip, conditioning_dropout_prob=0.0)
     plain = latents.with_format("torch")[:]["input_latents"]
     seen = set()
     for index in range(len(flips)):
@@ -155,8 +149,8 @@ def test_a_step_does_not_depend_on_how_its_batch_is_divided(encoded, num_process
     parts = [
         batches(
             encoded,
-            num_processes,
-            process,
+            num_processes=num_processes,
+            process_index=process,
             train_batch_size=size,
             gradient_accumulation_steps=passes,
             max_train_steps=30,
@@ -186,7 +180,7 @@ def test_batches_follow_the_seed(encoded):
 
 def test_targets_are_samples_of_the_scaled_posterior(encoded):
     stream = batches(encoded, train_batch_size=6, max_train_steps=400)
-    moments = encoded[0].with_format("torch")[:]["target_moments"]
+    moments = encoded.latents.with_format("torch")[:]["target_moments"]
     mean, logvar = moments.chunk(2, dim=1)
     drawn = [[] for _ in range(6)]
     for step in range(400):
@@ -206,8 +200,8 @@ def test_dropout_drops_text_image_and_both_equally_often(encoded):
         assert abs(dropped.float().mean() - 0.05) < 0.003
     assert not torch.cat(conditioning_dropout(uniform, 0.0)).any()
 
-    _, embeddings, _ = encoded
-    empty = embeddings.with_format("torch")[list(embeddings["prompt"]).index("")]["embedding"]
+    embeddings = encoded.embeddings
+    empty = embeddings.with_format("torch")[list(embeddings["edit_prompt"]).index("")]["embedding"]
     all_dropped = batches(encoded, conditioning_dropout_prob=1 / 3, train_batch_size=6, max_train_steps=50)
     kinds = set()
     for step in range(50):
@@ -217,14 +211,9 @@ def test_dropout_drops_text_image_and_both_equally_often(encoded):
     assert kinds == {(True, False), (False, True), (True, True)}
 
 
-@pytest.mark.parametrize(("strategy", "expected"), [("none", 0.1), ("later", 0.5)])
-def test_late_timesteps_are_drawn_as_often_as_asked(strategy, expected):
-    """A tenth of the timesteps, each nine times as likely as one of the others, makes half of the draws."""
-    timesteps = draw_timesteps(
-        arguments(None, timestep_bias_strategy=strategy), 1000, 20_000, torch.Generator().manual_seed(0)
-    )
-    assert timesteps.min() >= 0 and timesteps.max() <= 999
-    assert (timesteps >= 900).float().mean().item() == pytest.approx(expected, abs=0.02)
-    for part in (timesteps[timesteps < 900], timesteps[timesteps >= 900]):  # within each part evenly
-        low, high = (0, 900) if part.max() < 900 else (900, 1000)
-        assert part.float().mean().item() == pytest.approx((low + high - 1) / 2, rel=0.02)
+@settings(deadline=None)
+@given(num_epochs=st.integers(1, 4), size=st.integers(1, 9))
+def test_validation_steps_are_those_that_complete_epochs(encoded, num_epochs, size):
+    stream = batches(encoded, train_batch_size=size)
+    expected = {math.ceil(epoch * 6 / size) for epoch in range(num_epochs, 60, num_epochs)}
+    assert {step for step in range(1, 40) if stream.ends_epochs(step, num_epochs)} == {s for s in expected if s < 40}

@@ -1,0 +1,74 @@
+"""What is learnt: the loss, its timesteps, and the added image channels."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from pecn.diffusion import add_image_channels, diffusion_loss, draw_timesteps, timestep_weights
+from tests.conftest import make_tiny_pipeline
+
+
+class FixedPrediction(torch.nn.Module):
+    def __init__(self, prediction: torch.Tensor) -> None:
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, unet_input, timesteps, prompt_embeds, return_dict):
+        self.unet_input = unet_input
+        return (self.prediction,)
+
+
+def random_batch(size: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents, image_latents, noise = torch.randn(3, size, 4, 4, 4, generator=generator)
+    timesteps = torch.tensor([10, 300, 600, 990])[:size]
+    return {
+        "target_latents": latents,
+        "image_latents": image_latents,
+        "noise": noise,
+        "timesteps": timesteps,
+        "prompt_embeds": torch.zeros(size, 77, 16),
+    }
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_loss_is_the_weighted_error_of_the_target(prediction_type, snr_gamma):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
+    batch = random_batch()
+    alpha = scheduler.alphas_cumprod[batch["timesteps"]]
+    signal, sigma = (part.sqrt()[:, None, None, None] for part in (alpha, 1 - alpha))
+    latents, noise = batch["target_latents"], batch["noise"]
+    velocity = prediction_type == "v_prediction"
+    target = signal * noise - sigma * latents if velocity else noise
+    snr = alpha / (1 - alpha)
+    weights = torch.ones(4) if snr_gamma is None else snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+
+    unet = FixedPrediction(target + 0.5)
+    assert diffusion_loss(unet, scheduler, batch, snr_gamma).item() == pytest.approx(
+        0.25 * weights.mean().item(), rel=1e-4
+    )
+    torch.testing.assert_close(unet.unet_input[:, :4], signal * latents + sigma * noise)
+    torch.testing.assert_close(unet.unet_input[:, 4:], batch["image_latents"])
+
+
+def test_added_image_channels_change_nothing_at_first():
+    unet = make_tiny_pipeline(in_channels=4).unet
+    noisy, embeds = torch.randn(2, 4, 4, 4), torch.randn(2, 77, 16)
+    with torch.no_grad():
+        before = unet(noisy, 10, embeds).sample
+        add_image_channels(unet)
+        after = unet(torch.cat([noisy, torch.randn(2, 4, 4, 4)], dim=1), 10, embeds).sample
+    torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize(("strategy", "expected"), [("none", 0.1), ("later", 0.5)])
+def test_late_timesteps_are_drawn_as_often_as_asked(strategy, expected):
+    """A tenth of the timesteps, each nine times as likely as one of the others, makes half of the draws."""
+    weights = timestep_weights(1000, strategy, portion=0.1, multiplier=9.0)
+    timesteps = draw_timesteps(20_000, 1000, weights, torch.Generator().manual_seed(0))
+    assert timesteps.min() >= 0 and timesteps.max() <= 999
+    assert (timesteps >= 900).float().mean().item() == pytest.approx(expected, abs=0.02)
+    for part in (timesteps[timesteps < 900], timesteps[timesteps >= 900]):  # within each part evenly
+        low, high = (0, 900) if part.max() < 900 else (900, 1000)
+        assert part.float().mean().item() == pytest.approx((low + high - 1) / 2, rel=0.02)
