@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import dataset, video_loader
+from data import dataset, layout, video_loader
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -65,7 +65,7 @@ def write_sources(data_dir, train, val):
 
 
 def outputs(data_dir):
-    return {split: dataset.filtered_annotations_path(data_dir, split) for split in dataset.SPLITS}
+    return {split: layout.filtered_annotations_path(data_dir, split) for split in layout.SPLITS}
 
 
 def read_outputs(data_dir):
@@ -155,7 +155,7 @@ def test_a_task_is_sampled_the_same_alone_and_with_others(data_dir):
     run_filter(data_dir, "--train_samples_per_task", 10, "--tasks", "drop_object")
     alone = read_outputs(data_dir)
     assert {entry["task"] for entry in alone["train"]} == {"drop_object"}
-    for split in dataset.SPLITS:
+    for split in layout.SPLITS:
         assert ids_of_task(alone[split], "drop_object") == ids_of_task(together[split], "drop_object")
 
 
@@ -322,22 +322,22 @@ def test_fuzz_any_json_is_read_back_or_refused_in_one_line(content):
         path = Path(folder) / "train.json"
         path.write_text(json.dumps(content))
         try:
-            entries = dataset.read_annotations(path)
-        except dataset.UserError as error:
+            entries = layout.read_annotations(path)
+        except layout.UserError as error:
             assert "\n" not in str(error)
             return
         assert json.dumps(entries) == json.dumps(content)
         for entry in entries:
-            inside = dataset.video_path(folder, entry["id"]).resolve()
+            inside = layout.video_path(folder, entry["id"]).resolve()
             assert inside.parent == (Path(folder) / "videos").resolve()
             assert (
-                dataset.frames_dir(folder, 96).resolve()
-                == (dataset.frame_path(dataset.frames_dir(folder, 96), entry["id"], 0).resolve().parents[1])
+                layout.frames_dir(folder, 96).resolve()
+                == (layout.frame_path(layout.frames_dir(folder, 96), entry["id"], 0).resolve().parents[1])
             )
         matched = dataset.match_tasks(entries, list(dataset.TASK_TEMPLATES))
         chosen = [entry for found in matched.values() for entry in dataset.sample_entries(found, 2, seed=1)]
-        dataset.write_annotations(path, chosen)
-        assert json.dumps(dataset.read_annotations(path)) == json.dumps(chosen)
+        layout.write_annotations(path, chosen)
+        assert json.dumps(layout.read_annotations(path)) == json.dumps(chosen)
 
 
 likely_ids = st.integers(0, 12).map(str)
@@ -371,14 +371,14 @@ def test_fuzz_filtering_and_planning_write_what_is_promised_or_nothing(train, va
                 patch.setattr(os, "fsync", lambda file: None)  # costs most of the time, and no crash is tried here
                 patch.setattr(gc, "disable", lambda: None)  # is meant for a short-lived process
                 dataset.main()
-        except dataset.UserError as error:
+        except layout.UserError as error:
             assert "\n" not in str(error) and folder in str(error)
             assert contents(data_dir) == before
             return
         after = contents(data_dir)
         assert {path: after.pop(path) for path in before} == before
         assert {path.name for path in after} == {"train_filtered.json", "val_filtered.json", "filter.log"}
-        found = {split: dataset.read_annotations(path) for split, path in outputs(data_dir).items()}
+        found = {split: layout.read_annotations(path) for split, path in outputs(data_dir).items()}
         ids = {split: {entry["id"] for entry in entries} for split, entries in found.items()}
         assert not ids["train"] & ids["val"]
         for split, source in (("train", train), ("val", val)):
@@ -386,7 +386,7 @@ def test_fuzz_filtering_and_planning_write_what_is_promised_or_nothing(train, va
                 assert dataset.plain_template(entry["template"]) in dataset.TASK_TEMPLATES[entry["task"]]
                 assert {**entry, "task": 0} in [{**original, "task": 0} for original in source]
         selected = found["train"] + found["val"]
-        dataset.frames_dir(data_dir, 16).mkdir()
+        layout.frames_dir(data_dir, 16).mkdir()
         done, jobs = video_loader.plan(selected, data_dir, (16,))
         assert not done and {job.video_id for job in jobs} == ids["train"] | ids["val"]
         present = {path.name for path in (data_dir / "videos").iterdir()}
