@@ -4,23 +4,24 @@
 
 reads `annotations/train.json` and `annotations/validation.json` (or SSv2's published names,
 `something-something-v2-train.json` and `-validation.json`) and writes `train_filtered.json` and
-`val_filtered.json` beside them: the sampled entries, each with its `task`. The next step is
-`python -m data.video_loader`. The paths and the annotation format that all later steps share live here too.
+`val_filtered.json` beside them: the sampled entries, each with its `task`. Next: `python -m data.video_loader`.
 """
 
-import argparse
 import gc
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from data.layout import (
     DEFAULT_DATA_DIR,
     DOWNLOAD_HINT,
     SPLITS,
+    CommandParser,
     UserError,
     filtered_annotations_path,
     list_videos,
+    number,
     read_annotations,
     run_command,
     video_path,
@@ -101,10 +102,115 @@ TASK_TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-# Paths. Each has its one home here.
+def plain_template(template: str) -> str:
+    """The template's official name: "Moving [something] up" -> "Moving something up"."""
+    return template.replace("[", "").replace("]", "")
 
 
-def _source_annotations_path(data_dir: Path, split: str) -> Path:
+def match_tasks(entries: list[dict], tasks: list[str]) -> list[dict]:
+    """The entries whose template belongs to one of the tasks, with `task` added as a key, in the same order."""
+    task_of = {template: task for task in tasks for template in TASK_TEMPLATES[task]}
+    found = ((entry, task_of.get(plain_template(entry["template"]))) for entry in entries)
+    return [{**entry, "task": task} for entry, task in found if task]
+
+
+def sampling_rank(seed: int, video_id: str) -> bytes:
+    """A video's place in the seeded shuffle: a hash, so it depends on nothing but the seed and the id."""
+    return hashlib.sha256(f"{seed}:{video_id}".encode()).digest()
+
+
+def sample_entries(entries: list[dict], count: int, seed: int) -> list[dict]:
+    """The `count` entries of each task that come first in the seeded shuffle (all if there are fewer), in its order.
+
+    Whether an entry is taken depends only on the seed and on the ids of its task: not on the order of the file, nor
+    on other tasks. A smaller sample is part of a larger one. The order mixes the tasks, so that the first N entries
+    (--limit of the extraction) are a fair sample of the whole.
+    """
+    taken: Counter[str] = Counter()
+    sampled = []
+    for entry in sorted(entries, key=lambda entry: sampling_rank(seed, entry["id"])):
+        if taken[entry["task"]] < count:
+            taken[entry["task"]] += 1
+            sampled.append(entry)
+    return sampled
+
+
+def drop_shared_ids(train: list[dict], val: list[dict], seed: int) -> tuple[list[dict], list[dict], int]:
+    """Give each id that both files hold to one of them: a tenth to validation, the others to training.
+
+    Which tenth follows from the seed alone. Returns the two lists and the number of shared ids.
+    """
+    shared = {entry["id"] for entry in train} & {entry["id"] for entry in val}
+    to_val = {video_id for video_id in shared if sampling_rank(seed, video_id)[0] < 256 // 10}
+    train = [entry for entry in train if entry["id"] not in to_val]
+    val = [entry for entry in val if entry["id"] not in shared - to_val]
+    return train, val, len(shared)
+
+
+def keep_existing(matched: dict[str, list[dict]], data_dir: Path) -> tuple[dict[str, list[dict]], list[str]]:
+    """Keep the entries ({split: entries}) whose video exists, and note how many were missing.
+
+    Without any videos everything is kept. Raises UserError if there are videos, but none of those that match.
+    """
+    videos = list_videos(data_dir)
+    folder = data_dir / "videos"
+    if videos is None:
+        return matched, [f"No videos in {folder} yet: sampled from all matching entries."]
+    available = {split: [entry for entry in matched[split] if f"{entry['id']}.webm" in videos] for split in SPLITS}
+    num_matched, num_available = (sum(map(len, stage.values())) for stage in (matched, available))
+    if num_available == 0:
+        example = video_path(data_dir, matched["train"][0]["id"])
+        raise UserError(f"none of the {num_matched} matching videos is in {folder}; expected files such as {example}")
+    if num_available == num_matched:
+        return available, []
+    return available, [
+        f"{num_matched - num_available} of {num_matched} matching videos are missing from {folder}:"
+        f" sampled from the {num_available} that exist."
+    ]
+
+
+def count_entries(entries: dict[str, list[dict]]) -> Counter:
+    """The number of entries ({split: entries}) of each (split, task, template), and of each (split, task, "")."""
+    return Counter(
+        (split, entry["task"], template)
+        for split in SPLITS
+        for entry in entries[split]
+        for template in ("", plain_template(entry["template"]))
+    )
+
+
+def count_table(counters: list[Counter], templates: dict[str, Iterable[str]]) -> str:
+    """One line per split and {task: template}, "" being all templates; a column for each stage of the sampling."""
+    lines = [f"{'task':<14}{'split':<7}{'matched':>9}{'with video':>12}{'sampled':>9}"]
+    for task, names in templates.items():
+        for split in SPLITS:
+            for name in names:
+                matched, available, sampled = (counter[split, task, name] for counter in counters)
+                lines.append(f"{task:<14}{split:<7}{matched:>9}{available:>12}{sampled:>9}  {name}".rstrip())
+    return "\n".join(lines)
+
+
+# The command.
+
+
+def build_parser() -> CommandParser:
+    """The command line of `python -m data.dataset`."""
+    parser = CommandParser(
+        prog="python -m data.dataset",
+        description="Filter SSv2's annotations to the tasks, sample from them, and write"
+        " train_filtered.json and val_filtered.json. Counts per template go to annotations/filter.log.",
+    )
+    count, tasks = number(at_least=1), list(TASK_TEMPLATES)
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
+    parser.add_argument("--train_samples_per_task", type=count, default=1000, help="default: %(default)s")
+    parser.add_argument("--val_samples_per_task", type=count, default=100, help="default: %(default)s")
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
+    parser.add_argument("--seed", type=number(), default=42, help="same seed, same output (default: %(default)s)")
+    return parser
+
+
+def find_source(data_dir: Path, split: str) -> Path:
+    """SSv2's annotation file of a split, under either of its names."""
     folder = data_dir / "annotations"
     for name in SOURCE_NAMES[split]:
         if (folder / name).exists():
@@ -115,182 +221,42 @@ def _source_annotations_path(data_dir: Path, split: str) -> Path:
     )
 
 
-# Annotations.
-
-
-def plain_template(template: str) -> str:
-    """The template's official name: "Moving [something] up" -> "Moving something up"."""
-    return template.replace("[", "").replace("]", "")
-
-
-# Filtering and sampling.
-
-
-def match_tasks(entries: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
-    """The entries of each task, with `task` added as a key: {task: entries}, in the order of `entries`."""
-    task_of_template = {template: task for task in tasks for template in TASK_TEMPLATES[task]}
-    task_of_raw: dict[str, str | None] = {}  # a few hundred distinct strings; saves removing brackets 220,000 times
-    matched: dict[str, list[dict]] = {task: [] for task in tasks}
-    for entry in entries:
-        raw = entry["template"]
-        if raw not in task_of_raw:
-            task_of_raw[raw] = task_of_template.get(plain_template(raw))
-        task = task_of_raw[raw]
-        if task is not None:
-            matched[task].append({**entry, "task": task})
-    return matched
-
-
-def sampling_rank(seed: int, video_id: str) -> bytes:
-    """A video's place in the seeded shuffle: a hash, so it depends on nothing but the seed and the id."""
-    return hashlib.sha256(f"{seed}:{video_id}".encode()).digest()
-
-
-def sample_entries(entries: list[dict], count: int, seed: int) -> list[dict]:
-    """The `count` entries that come first in the seeded shuffle (all if there are fewer), in its order.
-
-    Whether an entry is taken depends only on the seed and on the ids it competes with: not on the order of
-    the file, nor on other tasks. A smaller sample is the beginning of a larger one.
-    """
-    return sorted(entries, key=lambda entry: sampling_rank(seed, entry["id"]))[:count]
-
-
-def drop_shared_ids(train: list[dict], val: list[dict], seed: int) -> tuple[list[dict], list[dict], int]:
-    """Give each id that both files hold to one of them: a tenth to validation, the others to training.
-
-    Which tenth follows from the seed alone. Returns the two lists and the number of shared ids.
-    """
-    shared = {entry["id"] for entry in train} & {entry["id"] for entry in val}
-    if not shared:
-        return train, val, 0
-    to_val = {video_id for video_id in shared if sampling_rank(seed, video_id)[0] < 256 // 10}
-    train = [entry for entry in train if entry["id"] not in to_val]
-    val = [entry for entry in val if entry["id"] not in shared - to_val]
-    return train, val, len(shared)
-
-
-def keep_existing(
-    matched: dict[str, dict[str, list[dict]]], data_dir: Path
-) -> tuple[dict[str, dict[str, list[dict]]], str | None]:
-    """Keep the entries ({split: {task: entries}}) whose video exists, and say how many were missing.
-
-    Without any videos everything is kept. Raises UserError if there are videos, but none of those that match.
-    """
-    videos = list_videos(data_dir)
-    folder = data_dir / "videos"
-    if videos is None:
-        return matched, f"No videos in {folder} yet: sampled from all matching entries."
-    available = {
-        split: {task: [entry for entry in found if f"{entry['id']}.webm" in videos] for task, found in by_task.items()}
-        for split, by_task in matched.items()
-    }
-    num_matched, num_available = (
-        sum(len(found) for by_task in stage.values() for found in by_task.values()) for stage in (matched, available)
-    )
-    if num_available == 0:
-        example = next(found[0]["id"] for found in matched["train"].values() if found)
-        raise UserError(
-            f"none of the {num_matched} matching videos is in {folder};"
-            f" expected files such as {video_path(data_dir, example)}"
-        )
-    if num_available < num_matched:
-        return available, (
-            f"{num_matched - num_available} of {num_matched} matching videos are missing from {folder}:"
-            f" sampled from the {num_available} that exist."
-        )
-    return available, None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m data.dataset`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.dataset",
-        description="Filter SSv2's annotations to the tasks, sample from them, and write"
-        " train_filtered.json and val_filtered.json. Counts per template go to annotations/filter.log.",
-    )
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
-    parser.add_argument("--train_samples_per_task", type=_count, default=1000, help="default: %(default)s")
-    parser.add_argument("--val_samples_per_task", type=_count, default=100, help="default: %(default)s")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=list(TASK_TEMPLATES), default=list(TASK_TEMPLATES), help="default: all"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="same seed, same output (default: %(default)s)")
-    return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def main() -> None:
     args = build_parser().parse_args()
     gc.disable()  # looking for garbage among 220,000 entries takes longer than the work
     tasks = list(dict.fromkeys(args.tasks))
-    counts = {"train": args.train_samples_per_task, "val": args.val_samples_per_task}
+    asked = {"train": args.train_samples_per_task, "val": args.val_samples_per_task}
 
-    sources = {split: _source_annotations_path(args.data_dir, split) for split in SPLITS}
-    entries = {split: read_annotations(sources[split]) for split in SPLITS}
-    entries["train"], entries["val"], num_shared = drop_shared_ids(entries["train"], entries["val"], args.seed)
-    matched = {split: match_tasks(entries[split], tasks) for split in SPLITS}
-    if not any(matched["train"].values()):
-        raise UserError(f"{sources['train']}: no entry has a template of {', '.join(tasks)}")
+    sources = [find_source(args.data_dir, split) for split in SPLITS]
+    train, val, num_shared = drop_shared_ids(*map(read_annotations, sources), args.seed)
+    matched = {"train": match_tasks(train, tasks), "val": match_tasks(val, tasks)}
+    if not matched["train"]:
+        raise UserError(f"{sources[0]}: no entry has a template of {', '.join(tasks)}")
+    available, notes = keep_existing(matched, args.data_dir)
+    sampled = {split: sample_entries(available[split], asked[split], args.seed) for split in SPLITS}
 
-    notes = []
+    counters = [count_entries(stage) for stage in (matched, available, sampled)]
+    report = [count_table(counters, {task: [""] for task in tasks})]
     if num_shared:
-        notes.append(
+        report.append(
             f"{num_shared} ids are in both annotation files: a tenth of them is kept for validation only, the"
             " others for training only."
         )
-    available, note = keep_existing(matched, args.data_dir)
-    if note:
-        notes.append(note)
-    sampled = {
-        split: {task: sample_entries(available[split][task], counts[split], args.seed) for task in tasks}
-        for split in SPLITS
-    }
+    report += notes
     for split in SPLITS:
         for task in tasks:
-            if len(sampled[split][task]) < counts[split]:
-                notes.append(f"{task}, {split}: asked for {counts[split]}, took all {len(sampled[split][task])}.")
+            if (count := counters[-1][split, task, ""]) < asked[split]:
+                report.append(f"{task}, {split}: asked for {asked[split]}, took all {count}.")
 
-    # Nothing is written before everything is known to be good. The shuffled order mixes the tasks, so that
-    # the first N entries (--limit of the extraction) are a fair sample of the whole.
-    for split in SPLITS:
-        chosen = [entry for task in tasks for entry in sampled[split][task]]
-        write_annotations(
-            filtered_annotations_path(args.data_dir, split), sample_entries(chosen, len(chosen), args.seed)
-        )
-    report = "\n".join([_task_table(tasks, matched, available, sampled), *notes])
+    outputs = {split: filtered_annotations_path(args.data_dir, split) for split in SPLITS}
     log_path = args.data_dir / "annotations" / "filter.log"
-    write_file(log_path, f"seed {args.seed}\n{report}\n\n{_template_table(tasks, matched, available, sampled)}\n")
-    print(report)
-    print(f"Wrote {' and '.join(str(filtered_annotations_path(args.data_dir, split)) for split in SPLITS)}.")
+    for split in SPLITS:  # nothing is written before everything is known to be good
+        write_annotations(outputs[split], sampled[split])
+    per_template = count_table(counters, {task: TASK_TEMPLATES[task] for task in tasks})
+    write_file(log_path, "\n".join([f"seed {args.seed}", *report, "", per_template, ""]))
+    print("\n".join(report))
+    print(f"Wrote {outputs['train']} and {outputs['val']}.")
     print(f"Counts per template: {log_path}. Next: python -m data.video_loader --data_dir {args.data_dir}")
-
-
-def _task_table(tasks: list[str], *stages: dict[str, dict[str, list[dict]]]) -> str:
-    """One line per task and split; `stages` are {split: {task: entries}}: matched, with a video, sampled."""
-    lines = [f"{'task':<14}{'split':<7}{'matched':>9}{'with video':>12}{'sampled':>9}"]
-    for task in tasks:
-        for split in SPLITS:
-            matched, available, sampled = (len(stage[split][task]) for stage in stages)
-            lines.append(f"{task:<14}{split:<7}{matched:>9}{available:>12}{sampled:>9}")
-    return "\n".join(lines)
-
-
-def _template_table(tasks: list[str], *stages: dict[str, dict[str, list[dict]]]) -> str:
-    """One line per split, task and template, with the same counts as the table of tasks."""
-    lines = ["split  task          matched  with video  sampled  template"]
-    for split in SPLITS:
-        for task in tasks:
-            counters = [Counter(plain_template(entry["template"]) for entry in stage[split][task]) for stage in stages]
-            for template in TASK_TEMPLATES[task]:
-                matched, available, sampled = (counter[template] for counter in counters)
-                lines.append(f"{split:<7}{task:<14}{matched:>7}{available:>12}{sampled:>9}  {template}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
