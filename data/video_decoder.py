@@ -5,40 +5,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.layout import UserError, frame_path, frames_dir, video_path
+from data.layout import UserError, frame_path, frames_dir, video_path, whole_or_absent
 
 if TYPE_CHECKING:
     import av
     import numpy as np
 
-PARTIAL_SUFFIX = ".partial"  # `.<id>.partial`: being written
-OUTDATED_SUFFIX = ".outdated"  # `.<id>.outdated`: replaced, about to be deleted
-# Video containers only: without the list a picture would count as a video of one frame, and a text file
-# could be a playlist that makes FFmpeg open other files.
+# Video containers only: without the list a picture would count as a video of one frame, and a text file could be a
+# playlist that makes FFmpeg open other files.
 VIDEO_FORMATS = "matroska,webm,mov,mp4,avi"
-FULL_CHROMA = 0x2000  # swscale's SWS_FULL_CHR_H_INT: colour at full horizontal resolution
+FULL_CHROMA = 0x2000  # swscale's SWS_FULL_CHR_H_INT: color at full horizontal resolution
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video to decode: the sizes (pixels) to write, out of all the sizes asked for.
-
-    `kept_frames` is the number of frames in the folders of the other sizes, or None if there are none.
-    """
+    """One video to decode."""
 
     video_id: str
     data_dir: Path
-    resolutions: tuple[int, ...]
-    all_resolutions: tuple[int, ...]
-    kept_frames: int | None
+    resolutions: tuple[int, ...]  # the sizes (pixels) to write
+    all_resolutions: tuple[int, ...]  # these, and the sizes whose frames are there already
+    kept_frames: int | None  # the number of frames that are there at each of those; None if there are no such sizes
 
 
 @dataclass(frozen=True)
@@ -56,66 +52,50 @@ class VideoError(Exception):
 
 
 @functools.cache
-def import_cv2():
-    """Import OpenCV on one thread: the workers are the parallelism."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise UserError(f"OpenCV cannot be loaded ({error}); pip install opencv-python-headless") from None
-    cv2.setNumThreads(1)
-    return cv2
-
-
-@functools.cache
-def import_av():
-    """Import PyAV, silent: the reasons given for a failure are ours."""
+def import_av_and_cv2():
+    """PyAV (silent: the reasons given for a failure are ours) and OpenCV (on one thread: the workers are parallel)."""
     try:
         import av
+        import cv2
     except ImportError as error:
-        raise UserError(f"PyAV cannot be loaded ({error}); pip install av") from None
+        raise UserError(f"PyAV and OpenCV cannot be loaded ({error}); pip install av opencv-python-headless") from None
     av.logging.set_level(None)
-    return av
+    cv2.setNumThreads(1)
+    return av, cv2
 
 
 def extract_video(job: Job) -> Result:
-    """Decode one video and publish its folders of frames. Failures of the video are returned, not raised."""
-    folders = {resolution: frames_dir(job.data_dir, resolution) for resolution in job.resolutions}
-    partials = {resolution: folder / f".{job.video_id}{PARTIAL_SUFFIX}" for resolution, folder in folders.items()}
+    """Decode one video and write its folders of frames. Failures of the video are returned, not raised."""
     try:
-        for partial in partials.values():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        num_frames = write_frames(video_path(job.data_dir, job.video_id), partials)
-        if job.kept_frames in (None, num_frames):
-            for resolution, folder in folders.items():
-                publish(partials[resolution], folder / job.video_id)
-            return Result(job.video_id, num_frames)
+        with contextlib.ExitStack() as stack:
+            folders = {
+                resolution: stack.enter_context(whole_or_absent(frames_dir(job.data_dir, resolution) / job.video_id))
+                for resolution in job.resolutions
+            }
+            num_frames = write_frames(video_path(job.data_dir, job.video_id), folders)
     except VideoError as error:
         failure, details = error.args
         return Result(job.video_id, failure=failure, details=details)
-    finally:
-        for partial in partials.values():
-            shutil.rmtree(partial, ignore_errors=True)
-    # The folders that were kept come from another version of this video: all sizes must come from this one.
-    return extract_video(Job(job.video_id, job.data_dir, job.all_resolutions, job.all_resolutions, None))
+    if job.kept_frames not in (None, num_frames):  # of another version of the video: all sizes must come from this one
+        return extract_video(replace(job, resolutions=job.all_resolutions, kept_frames=None))
+    return Result(job.video_id, num_frames)
 
 
 def write_frames(path: Path, folders: dict[int, Path]) -> int:
-    """Decode a video and write each frame, resized to R x R, as `<index>.png` into `folders[R]`.
+    """Decode a video and write each frame, resized to R x R, as `<index>.png` into the new folder `folders[R]`.
 
-    Frames are resized by area averaging without keeping the aspect ratio, and stored as 8-bit RGB. Returns
-    the number of frames. Raises VideoError if the file is not a whole video, OSError if a frame cannot be
-    written.
+    Frames are resized by area averaging without keeping the aspect ratio, and stored as 8-bit RGB. Returns the number
+    of frames. Raises VideoError if the file is not a whole video, OSError if a frame cannot be written.
     """
     resizers = {resolution: make_resizer(resolution) for resolution in folders}
-    num_frames = 0
-    for frame in decode_video(path):
+    for folder in folders.values():
+        folder.mkdir()
+    for index, frame in enumerate(decode_video(path)):
         for resolution, folder in folders.items():
             png = encode_png(resizers[resolution](frame))
-            with open(frame_path(folder.parent, folder.name, num_frames), "wb") as file:
+            with open(frame_path(folder.parent, folder.name, index), "wb") as file:
                 file.write(png)
-        num_frames += 1
-    return num_frames
+    return index + 1  # a video without frames is a VideoError
 
 
 def decode_video(path: Path) -> Iterator[av.VideoFrame]:
@@ -123,12 +103,14 @@ def decode_video(path: Path) -> Iterator[av.VideoFrame]:
 
     Raises VideoError, perhaps after frames that are whole, if the file is not a video or not a whole one.
     """
-    av = import_av()
-    cut_short = check_file(path)
+    av, _ = import_av_and_cv2()
     try:
+        check_file(path)
         container = av.open(str(path), options={"format_whitelist": VIDEO_FORMATS})
     except av.FFmpegError:
         raise VideoError("not a video", "the file is no video container; download it again") from None
+    except OSError as error:
+        raise VideoError("unreadable", f"the file cannot be read: {error.strerror}") from None
     with container:
         if not container.streams.video:
             raise VideoError("not a video", "there is no video stream in the file; download it again")
@@ -136,36 +118,59 @@ def decode_video(path: Path) -> Iterator[av.VideoFrame]:
         if stream.codec_context is None:
             raise VideoError("not decodable", "there is no decoder for its codec; convert it to VP9")
         stream.codec_context.thread_count = 1
-        frames_per_second = float(stream.guessed_rate or 0)
+        interval = 1 / float(stream.guessed_rate or 1)  # seconds from frame to frame
         start = float((stream.start_time or 0) * stream.time_base)
         times = []  # seconds; 8 bytes a frame
-        failure = ""
         try:
             for frame in container.decode(stream):
-                unstated = len(times) / (frames_per_second or 1)
-                times.append(unstated if frame.time is None else frame.time - start)
+                times.append(len(times) * interval if frame.time is None else frame.time - start)
                 yield frame
         except av.FFmpegError as error:
-            failure = error.strerror
+            details = f"{error.strerror} after {len(times)} frames; download it again"
+            raise VideoError("not decodable", details) from None
         if not times:
             raise VideoError("no frames", "the file opens as a video, but not one frame decodes; download it again")
-        length = (container.duration or 0) / av.time_base - start  # a container's duration counts from time 0
-        claimed_frames = stream.frames or round(length * frames_per_second)
-        check_duration(times, claimed_frames, frames_per_second, cut_short)
-        if failure:
-            raise VideoError("not decodable", f"{failure} after {len(times)} frames; download it again")
+        if stream.guessed_rate:
+            duration = (container.duration or 0) / av.time_base - start  # a container's duration counts from time 0
+            check_duration(times, stream.frames * interval or duration, interval)
+
+
+def check_file(path: Path) -> None:
+    """Raise VideoError if there is no file or an empty one, OSError if it cannot be read."""
+    if path.is_symlink() and not path.exists():
+        raise VideoError("missing", f"a link to {os.readlink(path)}, which does not exist")
+    if not path.is_file():  # a pipe would block when opened
+        raise VideoError("not a file", "a folder or a special file has the video's name")
+    with open(path, "rb") as file:
+        if not file.read(1):
+            raise VideoError("empty", "the file has 0 bytes; download it again")
+
+
+def check_duration(times: list[float], duration: float, interval: float) -> None:
+    """Raise VideoError if the frames end clearly before the container's duration does.
+
+    times: when each decoded frame is shown, in seconds from the first; `interval` is the time between two at the
+    container's frame rate. The last one may end earlier than the duration by one and a half times the longest gap
+    between frames, as the frame rate may vary; so one lost frame may go unnoticed. A duration of 0, as of a live
+    recording, cannot be checked. Sound that goes on long after the pictures looks the same; SSv2 has no sound.
+    """
+    longest_gap = max((later - earlier for earlier, later in itertools.pairwise(times)), default=0)
+    end = times[-1] + interval
+    if duration - end > 1.5 * max(longest_gap, interval):
+        details = f"frames end at {end:.2f} s of {duration:.2f} s ({len(times)} frames); download it again"
+        raise VideoError("truncated", details)
 
 
 def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:
     """A function that turns decoded frames of one video into uint8 BGR arrays of shape (R, R, 3), by area averaging.
 
-    Where a frame shrinks, FFmpeg averages its planes of brightness and colour before it makes BGR of them. That
-    is several times faster than averaging the full-size BGR picture, and on average closer to the exact result: off
+    Where a frame shrinks, FFmpeg averages its planes of brightness and color before it makes BGR of them. That is
+    several times faster than averaging the full-size BGR picture, and on average closer to the exact result: off
     by 0.3 to 0.6 of 255 and unbiased, where OpenCV's route is 1.1 too dark. A few pixels at sharp edges of saturated
-    colours are off by up to 20, OpenCV's by up to 3. Where a frame grows, OpenCV resizes the full-size picture,
-    since FFmpeg's area method does not interpolate.
+    colors are off by up to 20, OpenCV's by up to 3. Where a frame grows, OpenCV resizes the full-size picture, since
+    FFmpeg's area method does not interpolate.
     """
-    cv2, av = import_cv2(), import_av()
+    av, cv2 = import_av_and_cv2()
     area = int(av.video.reformatter.Interpolation.AREA) | FULL_CHROMA
     shrinking, converting = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
 
@@ -185,78 +190,8 @@ def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:
 
 def encode_png(image: np.ndarray) -> np.ndarray:
     """A uint8 BGR picture as the bytes of an RGB PNG."""
-    cv2 = import_cv2()
+    _, cv2 = import_av_and_cv2()
     # The fastest of OpenCV's PNG settings here and 6% smaller than the default: no search for repeated
     # strings, and each pixel predicted from the one above.
     options = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
     return cv2.imencode(".png", image, [*options, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP])[1]
-
-
-def check_file(path: Path) -> bool:
-    """Raise VideoError if a file cannot be a video at all. Returns whether a WebM file was cut short."""
-    try:
-        if not path.is_file():  # checked before opening: a pipe would block
-            if path.is_symlink() and not path.exists():
-                raise VideoError("missing", f"a link to {os.readlink(path)}, which does not exist")
-            raise VideoError("not a file", "a folder or a special file has the video's name")
-        size = path.stat().st_size
-        if size == 0:
-            raise VideoError("empty", "the file has 0 bytes; download it again")
-        with open(path, "rb") as file:
-            return webm_length(file.read(64)) > size
-    except OSError as error:
-        raise VideoError("unreadable", f"the file cannot be read: {error.strerror}") from None
-
-
-def webm_length(head: bytes) -> int:
-    """The length in bytes that a WebM (Matroska) file states for itself, or 0 if it states none.
-
-    `head` is the beginning of the file: an EBML header and a Segment, each an id followed by a size (RFC
-    8794, section 4: the leading zeros of a size's first byte give its length in bytes; all ones mean
-    "unknown").
-    """
-
-    def element_end(offset: int, element_id: bytes) -> int:
-        start = offset + len(element_id)
-        if head[offset:start] != element_id or start >= len(head) or head[start] == 0:
-            return 0
-        length = 9 - head[start].bit_length()
-        unknown = (1 << 7 * length) - 1
-        size = int.from_bytes(head[start : start + length], "big") & unknown
-        return 0 if size == unknown else start + length + size
-
-    header_end = element_end(0, b"\x1a\x45\xdf\xa3")
-    return element_end(header_end, b"\x18\x53\x80\x67") if header_end else 0
-
-
-def check_duration(times: list[float], claimed_frames: float, frames_per_second: float, cut_short: bool) -> None:
-    """Raise VideoError if the frames end clearly before the container's duration does.
-
-    times: when each decoded frame is shown, in seconds. The container's duration is `claimed_frames /
-    frames_per_second`. Counting frames would not do, since the claim is too
-    high where the frame rate varies. The last frame may end earlier than the duration by one and a half
-    times the longest gap between frames (half a frame if the file is shorter than it states itself, so that
-    a single lost frame shows). A container that states no duration, as a live recording, cannot be checked.
-    A sound track that goes on long after the pictures makes a video look truncated; SSv2 has no sound.
-    """
-    if not (claimed_frames > 0 and frames_per_second > 0):
-        return
-    interval = 1 / frames_per_second
-    gaps = (later - earlier for earlier, later in zip(times[:-1], times[1:], strict=True))
-    longest_gap = max(gaps, default=interval)
-    tolerance = 0.5 * interval if cut_short else 1.5 * max(longest_gap, interval)
-    end, duration = times[-1] + interval, claimed_frames * interval
-    if duration - end > tolerance:
-        raise VideoError(
-            "truncated", f"frames end at {end:.2f} s of {duration:.2f} s ({len(times)} frames); download it again"
-        )
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Rename a whole folder of frames to its final name, in place of an inconsistent one if there is one."""
-    outdated = final.with_name(f".{final.name}{OUTDATED_SUFFIX}")
-    if final.exists():
-        shutil.rmtree(outdated, ignore_errors=True)
-        os.rename(final, outdated)
-    os.rename(partial, final)
-    shutil.rmtree(outdated, ignore_errors=True)

@@ -4,17 +4,13 @@
 
 reads `videos/<id>.webm` for the entries of `train_filtered.json` and `val_filtered.json` (made by
 `python -m data.dataset`), writes `frames_96x96/<id>/00000.png`, ... and `frames_128x128/<id>/...`, and adds
-`num_frames` to the entries. Each video is decoded once for all sizes, one frame in memory at a time.
-
-A video's folder exists only when it is whole: frames go to `.<id>.partial` beside it, which is renamed at
-the end. So a run can be stopped at any moment, and the next one does what is missing.
+`num_frames` to the entries. Each video is decoded once for all sizes, one frame in memory at a time. A video's folder
+exists only when it is whole, so a run can be stopped at any moment, and the next one does what is missing.
 """
 
-import argparse
 import contextlib
 import errno
 import os
-import shutil
 import signal
 import threading
 import time
@@ -29,28 +25,35 @@ from data.layout import (
     DEFAULT_DATA_DIR,
     DOWNLOAD_HINT,
     SPLITS,
+    CommandParser,
     UserError,
     filtered_annotations_path,
     frame_path,
     frames_dir,
     list_videos,
+    number,
+    only_one,
     read_annotations,
+    remove_leftovers,
     run_command,
     write_annotations,
     write_file,
 )
-from data.video_decoder import OUTDATED_SUFFIX, PARTIAL_SUFFIX, Job, Result, extract_video
+from data.video_decoder import Job, Result, extract_video
 
 MAX_RESOLUTION = 4096
 LOG_NAME = "frames_extraction.log"
 
 
-# Planning and running: the parent process.
+# What is to be done.
 
 
 def count_frames(folder: Path) -> int:
     """The number of frames in a video's folder, or 0 if it does not hold exactly frames 0 to n-1."""
-    names = {name for name in os.listdir(folder) if not name.startswith(".")}
+    try:
+        names = {name for name in os.listdir(folder) if not name.startswith(".")}
+    except FileNotFoundError:
+        return 0
     expected = {frame_path(folder.parent, folder.name, index).name for index in range(len(names))}
     return len(names) if names == expected else 0
 
@@ -61,24 +64,19 @@ def plan(entries: list[dict], data_dir: Path, resolutions: tuple[int, ...]) -> t
     Frames are all there when every size has a folder, each with the same frames 0 to n-1, n being the entry's
     `num_frames` if it has one. If the folders contradict each other, all sizes are written again.
     """
-    existing = {resolution: set(os.listdir(frames_dir(data_dir, resolution))) for resolution in resolutions}
     done, jobs = [], []
     for entry in entries:
         video_id = entry["id"]
-        counts = {
-            resolution: count_frames(frames_dir(data_dir, resolution) / video_id)
-            for resolution in resolutions
-            if video_id in existing[resolution]
-        }
+        counts = {resolution: count_frames(frames_dir(data_dir, resolution) / video_id) for resolution in resolutions}
         kept = {resolution: count for resolution, count in counts.items() if count}
-        distinct = set(kept.values()) | ({entry["num_frames"]} if "num_frames" in entry else set())
-        if kept and len(distinct) > 1:
-            jobs.append(Job(video_id, data_dir, resolutions, resolutions, None))
-        elif len(kept) < len(resolutions):
-            missing = tuple(resolution for resolution in resolutions if resolution not in kept)
-            jobs.append(Job(video_id, data_dir, missing, resolutions, next(iter(kept.values()), None)))
+        num_frames = entry.get("num_frames") or next(iter(kept.values()), None)
+        if any(count != num_frames for count in kept.values()):
+            kept = {}
+        missing = tuple(resolution for resolution in resolutions if resolution not in kept)
+        if missing:
+            jobs.append(Job(video_id, data_dir, missing, resolutions, num_frames if kept else None))
         else:
-            done.append(Result(video_id, kept[resolutions[0]]))
+            done.append(Result(video_id, num_frames))
     return done, jobs
 
 
@@ -93,16 +91,18 @@ def find_missing(jobs: list[Job], data_dir: Path) -> tuple[list[Job], list[Resul
     present, missing = [], []
     for job in jobs:
         expected = f"{job.video_id}.webm"
+        similar = by_stem[job.video_id.casefold()] + by_stem[expected.casefold()]
         if expected in names:
             present.append(job)
-            continue
-        similar = by_stem[job.video_id.casefold()] + by_stem[expected.casefold()]
-        if similar:
-            details = f"found {similar[0]}; if it is this video, in videos/: mv '{similar[0]}' '{expected}'"
+        elif similar:
+            details = f"found {similar[0]!r}; if it is this video, in videos/: mv {similar[0]!r} {expected!r}"
             missing.append(Result(job.video_id, failure="misnamed", details=details))
         else:
             missing.append(Result(job.video_id, failure="missing", details=f"there is no videos/{expected}"))
     return present, missing
+
+
+# The worker processes.
 
 
 def start_worker() -> None:
@@ -116,42 +116,30 @@ def start_worker() -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def run_jobs(jobs: list[Job], num_workers: int) -> Iterator[Result]:
+def run_jobs(jobs: list[Job], num_workers: int, is_retry: bool = False) -> Iterator[Result]:
     """Extract videos in worker processes and yield the results as they come.
 
-    When a worker dies (out of memory, say) nobody can tell which of the videos in work it was, so each of
-    these is tried once more, alone; one that ends its worker again is reported, and the others go on.
+    When a worker dies (out of memory, say) nobody can tell which of the videos in work it was, so each of these is
+    tried once more, alone; one that ends its worker again is reported, and the others go on.
     """
     waiting = deque(jobs)
     while waiting:
-        suspects = []
         running = {}
-        with worker_pool(min(num_workers, len(waiting))) as pool:
-            try:
-                while (waiting or running) and not suspects:
-                    while waiting and len(running) < 2 * num_workers:
-                        future = pool.submit(extract_video, waiting[0])
-                        running[future] = waiting.popleft()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        job = running.pop(future)
-                        if isinstance(future.exception(), BrokenProcessPool):
-                            suspects.append(job)
-                        else:
-                            yield future.result()
-            except BrokenProcessPool:
-                pass  # raised by submit: what is running is lost
-        for job in [*suspects, *running.values()]:
-            yield run_alone(job)
-
-
-def run_alone(job: Job) -> Result:
-    """Extract one video in a worker of its own, which may die of it."""
-    with worker_pool(1) as pool:
-        try:
-            return pool.submit(extract_video, job).result()
-        except BrokenProcessPool:
-            details = "its worker process died twice, perhaps for lack of memory; try --num_workers 1"
-            return Result(job.video_id, failure="worker died", details=details)
+        with worker_pool(min(num_workers, len(waiting))) as pool, contextlib.suppress(BrokenProcessPool):
+            while waiting or running:
+                while waiting and len(running) < 2 * num_workers:
+                    future = pool.submit(extract_video, waiting[0])
+                    running[future] = waiting.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    del running[future]
+                    yield result
+        for job in running.values():  # none, unless a worker has died
+            if is_retry:
+                details = "its worker process died twice, perhaps for lack of memory; try --num_workers 1"
+                yield Result(job.video_id, failure="worker died", details=details)
+            else:
+                yield from run_jobs([job], 1, is_retry=True)
 
 
 @contextlib.contextmanager
@@ -168,36 +156,7 @@ def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def remove_leftovers(data_dir: Path, resolutions: tuple[int, ...]) -> None:
-    """Delete the unfinished folders that a killed run left behind."""
-    for resolution in resolutions:
-        for name in os.listdir(frames_dir(data_dir, resolution)):
-            if name.startswith(".") and name.endswith((PARTIAL_SUFFIX, OUTDATED_SUFFIX)):
-                shutil.rmtree(frames_dir(data_dir, resolution) / name, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def only_run(data_dir: Path) -> Iterator[None]:
-    """Refuse to run beside another extraction in the data directory. Any exit frees the lock."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    folder = os.open(data_dir / "annotations", os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another extraction is running in {data_dir}; wait until it has ended") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(folder)
-
-
-# Annotations, log and command line.
+# Annotations, log, and the command.
 
 
 def read_selected(data_dir: Path, split: str, limit: int | None) -> list[dict]:
@@ -212,18 +171,14 @@ def record_num_frames(data_dir: Path, results: list[Result]) -> None:
     """Set `num_frames` in the filtered annotations; entries of failed videos stay, without it."""
     num_frames = {result.video_id: result.num_frames for result in results}
     for split in SPLITS:
-        entries = read_annotations(filtered_annotations_path(data_dir, split))
-        changed = False
-        for entry in entries:
-            if entry["id"] not in num_frames or entry.get("num_frames") == num_frames[entry["id"]]:
-                continue
-            changed = True
-            if num_frames[entry["id"]] is None:
+        path = filtered_annotations_path(data_dir, split)
+        entries = read_annotations(path)
+        updated = [entry | {"num_frames": num_frames.get(entry["id"], entry.get("num_frames"))} for entry in entries]
+        for entry in updated:
+            if entry["num_frames"] is None:
                 del entry["num_frames"]
-            else:
-                entry["num_frames"] = num_frames[entry["id"]]
-        if changed:
-            write_annotations(filtered_annotations_path(data_dir, split), entries)
+        if updated != entries:
+            write_annotations(path, updated)
 
 
 def write_log(data_dir: Path, num_selected: int, results: list[Result]) -> str:
@@ -249,46 +204,29 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line of `python -m data.video_loader`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data.video_loader",
         description="Extract every frame of the selected videos and add num_frames to the filtered"
         f" annotations. Videos that fail are counted and listed with a reason in {LOG_NAME} in the data"
         " directory; the exit status is 0 all the same. Run it again to do what is missing.",
     )
+    size, count = number(at_least=1, at_most=MAX_RESOLUTION), number(at_least=1)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
-    parser.add_argument(
-        "--resolutions", type=_resolution, nargs="+", default=[96, 128], help="sizes in pixels (default: 96 128)"
-    )
-    parser.add_argument("--num_workers", type=_positive, default=None, help="processes (default: one per core)")
-    parser.add_argument("--limit", type=_positive, default=None, help="only the first N entries of each split")
+    parser.add_argument("--resolutions", type=size, nargs="+", default=[96, 128], help="in pixels (default: 96 128)")
+    parser.add_argument("--num_workers", type=count, default=available_cores(), help="processes (default: all cores)")
+    parser.add_argument("--limit", type=count, help="only the first N entries of each split")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _resolution(text: str) -> int:
-    value = _positive(text)
-    if value > MAX_RESOLUTION:
-        raise argparse.ArgumentTypeError(f"must be at most {MAX_RESOLUTION} pixels, got {value}")
-    return value
 
 
 def main() -> None:
     args = build_parser().parse_args()
     resolutions = tuple(dict.fromkeys(args.resolutions))
-    by_id = {}
-    for split in SPLITS:
-        by_id.update((entry["id"], entry) for entry in read_selected(args.data_dir, split, args.limit))
+    selected = {entry["id"]: entry for split in SPLITS for entry in read_selected(args.data_dir, split, args.limit)}
     try:
-        with only_run(args.data_dir):
-            extract(args.data_dir, list(by_id.values()), resolutions, args.num_workers or available_cores())
+        with only_one(args.data_dir / "annotations", "extraction"):
+            extract(args.data_dir, list(selected.values()), resolutions, args.num_workers)
     except OSError as error:
         hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         raise UserError(f"cannot write {error.filename or args.data_dir}: {error.strerror}{hint}") from None
@@ -299,34 +237,29 @@ def extract(data_dir: Path, entries: list[dict], resolutions: tuple[int, ...], n
     from tqdm import tqdm
 
     start = time.perf_counter()
-    for resolution in resolutions:
-        frames_dir(data_dir, resolution).mkdir(exist_ok=True)
-    remove_leftovers(data_dir, resolutions)
+    folders = [frames_dir(data_dir, resolution) for resolution in resolutions]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
     done, jobs = plan(entries, data_dir, resolutions)
-    results, num_frames = list(done), 0
-    if jobs:
-        jobs, missing = find_missing(jobs, data_dir)
-        results += missing
+    jobs, missing = find_missing(jobs, data_dir) if jobs else ([], [])
+    extracted: list[Result] = []
     try:
-        with (
-            contextlib.closing(run_jobs(jobs, num_workers)) as finished,
-            tqdm(total=len(entries), initial=len(results), unit="video", desc="extracting") as bar,
-        ):
-            for result in finished:
-                results.append(result)
-                num_frames += result.num_frames or 0
-                bar.set_postfix_str(f"{num_frames / (time.perf_counter() - start):.0f} frames/s", refresh=False)
-                bar.update()
+        with contextlib.closing(run_jobs(jobs, num_workers)) as finished:
+            first = len(done) + len(missing)
+            for result in tqdm(finished, total=len(entries), initial=first, unit="video", desc="extracting"):
+                extracted.append(result)
     finally:
-        remove_leftovers(data_dir, resolutions)
+        for folder in folders:
+            remove_leftovers(folder)
+        results = [*done, *missing, *extracted]
         record_num_frames(data_dir, results)
-        summary = write_log(data_dir, len(entries), results)
+        print(write_log(data_dir, len(entries), results))
+        counts = [result.num_frames for result in extracted if result.num_frames]
         seconds = time.perf_counter() - start
-        num_extracted = sum(result.num_frames is not None for result in results) - len(done)
-        print(summary)
         print(
-            f"This run: {num_extracted} videos extracted, {len(done)} were there already; {num_frames} frames"
-            f" in {seconds:.1f} s ({num_frames / seconds:.0f} frames/s)"
+            f"This run: {len(counts)} videos extracted, {len(done)} were there already; {sum(counts)} frames"
+            f" in {seconds:.1f} s ({sum(counts) / seconds:.0f} frames/s)"
         )
         if any(result.failure for result in results):
             print(f"The failed videos, each with its reason: {data_dir / LOG_NAME}")
