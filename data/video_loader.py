@@ -125,7 +125,8 @@ def run_jobs(jobs: list[Job], num_workers: int, is_retry: bool = False) -> Itera
     waiting = deque(jobs)
     while waiting:
         running = {}
-        with worker_pool(min(num_workers, len(waiting))) as pool, contextlib.suppress(BrokenProcessPool):
+        pool = ProcessPoolExecutor(min(num_workers, len(waiting)), get_context("spawn"), initializer=start_worker)
+        try:
             while waiting or running:
                 while waiting and len(running) < 2 * num_workers:
                     future = pool.submit(extract_video, waiting[0])
@@ -134,26 +135,20 @@ def run_jobs(jobs: list[Job], num_workers: int, is_retry: bool = False) -> Itera
                     result = future.result()
                     del running[future]
                     yield result
-        for job in running.values():  # none, unless a worker has died
+        except BrokenProcessPool:
+            pass  # a worker has died, and with it what is in `running`
+        except BaseException:  # Ctrl-C or a full disk, perhaps: the workers end at once
+            for worker in active_children():
+                worker.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        for job in running.values():
             if is_retry:
                 details = "its worker process died twice, perhaps for lack of memory; try --num_workers 1"
                 yield Result(job.video_id, failure="worker died", details=details)
             else:
                 yield from run_jobs([job], 1, is_retry=True)
-
-
-@contextlib.contextmanager
-def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of workers; leaving it through an exception (Ctrl-C, full disk) stops them at once."""
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=start_worker)
-    try:
-        yield pool
-    except BaseException:
-        for worker in active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # Annotations, log, and the command.

@@ -336,6 +336,21 @@ def test_a_killed_worker_costs_nothing(data_dir, undisturbed):
     assert tree_hashes(data_dir) == tree_hashes(undisturbed)
 
 
+def dies_of_video_3(job):
+    """In place of `extract_video`."""
+    if job.video_id == "3":
+        os._exit(1)
+    return video_loader.Result(job.video_id, num_frames=7)
+
+
+def test_a_video_that_ends_its_worker_twice_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_loader, "extract_video", dies_of_video_3)
+    jobs = [video_loader.Job(video_id, tmp_path, (16,), (16,), None) for video_id in "123456789"]
+    results = list(video_loader.run_jobs(jobs, 2))
+    assert sorted(result.video_id for result in results) == list("123456789")
+    assert [(result.video_id, result.failure) for result in results if result.failure] == [("3", "worker died")]
+
+
 # Real clips.
 
 
