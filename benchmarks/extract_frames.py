@@ -35,10 +35,12 @@ from pathlib import Path
 
 from data.layout import (
     SPLITS,
+    CommandParser,
     UserError,
     filtered_annotations_path,
     frame_path,
     frames_dir,
+    number,
     read_annotations,
     run_command,
     video_path,
@@ -49,7 +51,7 @@ from data.video_loader import available_cores
 PROJECT = Path(__file__).parents[1]
 RESOLUTIONS = (96, 128)
 PLAIN, FFMPEG, FFMPEG_FAST, OURS = "plain loader", "ffmpeg", "ffmpeg, fast PNGs", "ours"
-# Mean over all pixels and colours, of 255. OpenCV's conversion of decoded frames alone is 1.1 too dark.
+# Mean over all pixels and colors, of 255. OpenCV's conversion of decoded frames alone is 1.1 too dark.
 LARGEST_MEAN_DIFFERENCE = 3.0
 
 
@@ -265,7 +267,9 @@ def run_rounds(
 
 def print_table(runs: dict[str, list[tuple[float, float]]], num_frames: int, work_dir: Path) -> None:
     """Medians of time and processor time, rates, file sizes, and how many times as long as ours each one takes."""
-    medians = {name: [statistics.median(column) for column in zip(*values)] for name, values in runs.items()}
+    medians = {
+        name: [statistics.median(column) for column in zip(*values, strict=True)] for name, values in runs.items()
+    }
     print("\n| alternative | median s | of | frames/s | times ours | CPU s | times ours | MB of PNGs |")
     print("|---|---|---|---|---|---|---|---|")
     for name, (seconds, cpu) in medians.items():
@@ -288,29 +292,26 @@ def print_stages(stages: dict[str, float], ours: float, num_frames: int, num_wor
         print(f"| {stage}{note} | {seconds:.2f} | {seconds / ours:.0%} | {rate} |")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.extract_frames",
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--clips_dir", type=Path, help="folder for the clips, kept (default: a temporary one)")
-    parser.add_argument("--num_clips", type=int, default=110, help="clips to render; the filter drops 1 in 20")
-    parser.add_argument("--num_rounds", type=int, default=3, help="how often each alternative runs")
-    parser.add_argument("--num_workers", type=int, default=available_cores(), help="processes or threads")
+    clips, count = number(at_least=4), number(at_least=1)
+    parser.add_argument("--num_clips", type=clips, default=110, help="clips to render; the filter drops 1 in 20")
+    parser.add_argument("--num_rounds", type=count, default=3, help="how often each alternative runs")
+    parser.add_argument("--num_workers", type=count, default=available_cores(), help="processes or threads")
     parser.add_argument("--quick", action="store_true", help="12 clips, 2 rounds: under a minute")
     return parser
 
 
 def main() -> None:
-    parser = build_parser()
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     if args.quick:
         args.num_clips, args.num_rounds = min(args.num_clips, 12), min(args.num_rounds, 2)
-    for name, least in (("num_clips", 4), ("num_rounds", 1), ("num_workers", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}")
     with tempfile.TemporaryDirectory(prefix="extract_frames_") as temporary:
         clips = prepare_clips(args.clips_dir or Path(temporary) / "clips", args.num_clips, args.num_workers)
         compare(clips, Path(temporary), args.num_rounds, args.num_workers)

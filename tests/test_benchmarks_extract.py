@@ -61,7 +61,7 @@ def overlaps(source: int, target: int) -> np.ndarray:
 
 
 def exact_average(frame, resolution: int) -> np.ndarray:
-    """The area average of a 4:2:0 frame as BGR (BT.601, limited range), float: each colour sample covers 2 x 2."""
+    """The area average of a 4:2:0 frame as BGR (BT.601, limited range), float: each color sample covers 2 x 2."""
     planes = [
         np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
         for plane in frame.planes
