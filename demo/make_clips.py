@@ -12,7 +12,7 @@ library versions (one encoder thread; no date and no random identifier in the co
 The action fills the whole clip, so a long clip is a slow action, and how far along it is decides what happens
 next: hands move along minimum-jerk curves, and what is let go falls with constant acceleration, bounces and
 comes to rest. This motion profile is the same for every split and seed; its figures and the reasons for them
-are documented at the top of `demo/actions.py`.
+are documented at the top of `demo/renderer/actions.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from demo.renderer.scene import (
     make_stage,
     render_frame,
 )
-from demo.renderer.sprites import COLOURS, KINDS, ObjectSpec, draw_object
+from demo.renderer.sprites import COLORS, KINDS, ObjectSpec, draw_object
 from demo.renderer.templates import ACTIONS, Action
 
 RENDERER_VERSION = 1  # raised whenever the pictures change, so that old and new clips never mix in one folder
@@ -106,33 +106,33 @@ def plan_clip(seed: int, split: str, index: int) -> ClipPlan:
 
 
 def _choose_objects(rng: np.random.Generator, action: Action) -> list[ObjectSpec]:
-    """One object per place of the template, of different kinds and colours, each with the words for it."""
+    """One object per place of the template, of different kinds and colors, each with the words for it."""
     objects: list[ObjectSpec] = []
     taken: list[str] = []
     for place, kinds in enumerate(action.kinds):
         kind_names = [k for k in kinds if k not in [o.kind_name for o in objects]]
         kind_name = str(rng.choice(kind_names))
-        colours = [c for c in KINDS[kind_name].colours if c not in taken] or KINDS[kind_name].colours
-        colour_name = str(rng.choice(colours))
-        taken.append(colour_name)
+        colors = [c for c in KINDS[kind_name].colors if c not in taken] or KINDS[kind_name].colors
+        color_name = str(rng.choice(colors))
+        taken.append(color_name)
         size = rng.uniform(1.0, 1.2) if place == 1 else rng.uniform(0.95, 1.2)
         if kind_name in ("cloth", "towel", "scarf"):
             size = rng.uniform(1.12, 1.25)
         elif place == 0 and len(action.kinds) == 2 and action.kinds[1][0] in ("bowl", "cloth"):
             size = rng.uniform(0.85, 0.95)  # what goes into or under something has to be smaller than it
         noun = NAMES.get(kind_name, kind_name)
-        words = f"{colour_name} {noun}" if rng.random() < 0.7 else noun
+        words = f"{color_name} {noun}" if rng.random() < 0.7 else noun
         if rng.random() < 0.5:
             words = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
         objects.append(
-            ObjectSpec(kind_name, _vary_colour(rng, COLOURS[colour_name]), float(size), int(rng.integers(2**31)), words)
+            ObjectSpec(kind_name, _vary_color(rng, COLORS[color_name]), float(size), int(rng.integers(2**31)), words)
         )
     return objects
 
 
-def _vary_colour(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """A shade near the named colour (RGB, 0..255), still rightly called by its name."""
-    hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
+def _vary_color(rng: np.random.Generator, color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A shade near the named color (RGB, 0..255), which its name still fits."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in color))
     hue += rng.uniform(-0.012, 0.012)
     saturation = min(saturation * rng.uniform(0.85, 1.1), 1.0)
     value = min(value * rng.uniform(0.88, 1.1), 1.0)
@@ -156,7 +156,7 @@ def _render(plan: ClipPlan, rng: np.random.Generator) -> Iterator[np.ndarray]:
     slant = rng.uniform(0.25, 0.6) * (1 if rng.random() < 0.5 else -1)
     light = Light(-np.sign(slant) * rng.uniform(0.5, 0.9), slant, rng.uniform(-0.12, 0.25), rng.uniform(0.3, 0.5))
     skin = SKIN_TONES[rng.integers(len(SKIN_TONES))]
-    sleeve = _vary_colour(rng, list(COLOURS.values())[rng.integers(len(COLOURS))])
+    sleeve = _vary_color(rng, list(COLORS.values())[rng.integers(len(COLORS))])
     sleeve_start, mirrored = rng.uniform(104, 150), bool(rng.random() < 0.5)
     openness = (rng.uniform(0.6, 1.0), rng.uniform(0.0, 0.15))
     hands = draw_hands(skin, sleeve, sleeve_start, openness, mirrored, light.direction_x)
@@ -183,8 +183,8 @@ def _clutter(rng: np.random.Generator, plan: ClipPlan, director: Director, table
     props = []
     for side in rng.permutation([-1, 1])[: rng.integers(0, 3)]:
         kind_name = str(rng.choice(kinds))
-        colour = _vary_colour(rng, COLOURS[str(rng.choice(KINDS[kind_name].colours))])
-        spec = ObjectSpec(kind_name, colour, float(rng.uniform(0.85, 1.05)), int(rng.integers(2**31)), kind_name)
+        color = _vary_color(rng, COLORS[str(rng.choice(KINDS[kind_name].colors))])
+        spec = ObjectSpec(kind_name, color, float(rng.uniform(0.85, 1.05)), int(rng.integers(2**31)), kind_name)
         x, y = 160 + side * rng.uniform(95, 150), rng.uniform(max(table_back + 24, 70), 118)
         sprite = draw_object(spec, director.elevation, director.light.direction_x)
         props.append(Actor(sprite, lambda u, x=x, y=y: Pose(x, y)))

@@ -44,10 +44,10 @@ TEXT_WIDTH = 128
 
 def tokenizer_corpus() -> list[str]:
     """The text whose words get tokens of their own: templates, names of rendered objects, and the prompt."""
-    from demo.renderer.sprites import COLOURS, KINDS
+    from demo.renderer.sprites import COLORS, KINDS
 
     templates = [template for templates in TASK_TEMPLATES.values() for template in templates]
-    objects = [f"{colour} {kind}" for kind in KINDS for colour in COLOURS]
+    objects = [f"{color} {kind}" for kind in KINDS for color in COLORS]
     progress = [build_prompt("", percent) for percent in range(0, 101, 10)]
     # The prompt's fixed words stand in every prompt, so they weigh as much as all templates together.
     return templates + objects + progress * (len(templates) // len(progress))
@@ -129,8 +129,8 @@ def build_vae() -> AutoencoderKL:
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=1,  # the start needs it: more groups lose the picture's mean colour
-        mid_block_add_attention=False,  # convolutions alone: what is learnt on crops holds for any size
+        norm_num_groups=1,  # the start needs it: more groups lose the picture's mean color
+        mid_block_add_attention=False,  # convolutions alone: what is learned on crops holds for any size
         sample_size=128,
         scaling_factor=1.0,
     )

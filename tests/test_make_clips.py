@@ -234,17 +234,17 @@ def test_a_cover_hides_what_it_covers() -> None:
         i
         for i in range(400)
         if (plan := plan_clip(4, "val", i)).action.template.startswith("Covering")
-        and min(plan.objects[0].colour) < 60
-        and max(plan.objects[0].colour) > 150
-        and max(plan.objects[1].colour) - min(plan.objects[1].colour) < 40
+        and min(plan.objects[0].color) < 60
+        and max(plan.objects[0].color) > 150
+        and max(plan.objects[1].color) - min(plan.objects[1].color) < 40
     )
-    colour = np.array(plan_clip(4, "val", index).objects[0].colour, float)
+    color = np.array(plan_clip(4, "val", index).objects[0].color, float)
     frames = list(render_clip(4, "val", index)[1])
 
     def pixels_of_the_object(frame: np.ndarray) -> int:
         region = frame[125:, 60:260].reshape(-1, 3).astype(float)  # where the action takes place
-        norms = np.linalg.norm(region, axis=1) * np.linalg.norm(colour)
-        return int(((region @ colour) / np.maximum(norms, 1) > 0.99).sum())
+        norms = np.linalg.norm(region, axis=1) * np.linalg.norm(color)
+        return int(((region @ color) / np.maximum(norms, 1) > 0.99).sum())
 
     assert pixels_of_the_object(frames[0]) > 300
     assert pixels_of_the_object(frames[-1]) < 0.1 * pixels_of_the_object(frames[0])

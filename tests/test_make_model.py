@@ -284,7 +284,7 @@ def test_a_short_training_changes_every_model_and_reports_its_figures(untrained,
     steps = ("--vae_train_steps", 1, "--text_train_steps", 1, "--unet_train_steps", 1, "--num_clips", 2)
     done = run("python", "-m", "demo.make_model", "--output_dir", tmp_path / "trained", *steps)
     assert re.search(r"VAE at 96 pixels, \d+ held-out clips: [\d.]+ dB", done.stdout)
-    assert "read rightly" in done.stdout
+    assert "of the last batch classified correctly" in done.stdout
     assert re.search(r"held-out loss: [\d.]+; with each other's sentences: [\d.]+", done.stdout)
     assert re.search(r"on cpu .*VAE \d+ s", done.stdout)
     before, after = load(untrained), load(tmp_path / "trained")

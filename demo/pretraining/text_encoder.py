@@ -43,7 +43,7 @@ def sentence_batch(step: int, seed: int, num_clips: int) -> tuple[list[str], tor
 def train_text_encoder(
     pipeline: StableDiffusionInstructPix2PixPipeline, steps: int, num_clips: int, seed: int, device: torch.device
 ) -> float:
-    """Trains the text encoder in place (AdamW) and returns the share of the last batch's states that are read rightly.
+    """Trains the text encoder in place (AdamW) and returns the share of the last batch that is classified correctly.
 
     A linear layer has to name template and progress from every state from the end token to the 77th: those hold no word
     of their own, so most of what the UNet attends to then says what the sentence means.
@@ -68,6 +68,6 @@ def train_text_encoder(
             optimizer.zero_grad(set_to_none=True)
             both = (template_scores.argmax(1) == template) & (progress_scores.argmax(1) == progress)
             right = both.float().mean().item()
-            bar.set_postfix_str(f"{right:.0%} read rightly", refresh=False)
+            bar.set_postfix_str(f"{right:.0%} correct", refresh=False)
     encoder.eval()
     return right

@@ -287,7 +287,7 @@ def pretrain(
     started = time.monotonic()
     if text_steps:
         share = train_text_encoder(pipeline, text_steps, num_clips, seed, device)
-        print(f"text encoder: {share:.0%} of the last batch read rightly")
+        print(f"text encoder: {share:.0%} of the last batch classified correctly")
     seconds["text encoder"] = time.monotonic() - started
 
     started = time.monotonic()

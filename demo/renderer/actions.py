@@ -1,4 +1,4 @@
-"""How hand and objects move in the rendered clips (which sentence is told how: `demo/templates.py`).
+"""How hand and objects move in the rendered clips (which sentence is told how: `demo/renderer/templates.py`).
 
 Motion profile. Time is the share u of the clip that has passed (frame index / number of frames), so an
 action always takes the whole clip and a long clip is a slow action. The profile was chosen for
@@ -10,7 +10,7 @@ plausibility alone:
   carried in are on their way at the first frame. The exact shares vary from clip to clip.
 - A released object falls with constant acceleration, bounces with its kind's coefficient of restitution
   and comes to rest. The acceleration is 3,600 to 4,800 pixels per clip length squared: a fall from 110
-  pixels takes a fifth to a quarter of the clip. At a picture scale of about 4 pixels a centimetre that is
+  pixels takes a fifth to a quarter of the clip. At a picture scale of about 4 pixels a centimeter that is
   slower than on Earth, as in slow motion; at full speed a fall from hand height is over within three or
   four frames at 12 frames per second.
 - A sheet or leaf reaches its terminal speed at once and sways from side to side with a period of its own.
@@ -135,8 +135,8 @@ def slide(
     """The hand moves the first object sideways, pushing from behind or pulling from the front."""
     spec = d.objects[0]
     if span is None:
-        distance, centre = d.between(105, 165), d.between(145, 175)
-        span = centre - direction * distance / 2, centre + direction * distance / 2
+        distance, center = d.between(105, 165), d.between(145, 175)
+        span = center - direction * distance / 2, center + direction * distance / 2
     y = d.between(160, 202) if y is None else y
     drift = d.between(-5, 5)
     start, stop = d.between(0.08, 0.16), d.between(0.82, 0.92)

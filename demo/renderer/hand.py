@@ -107,9 +107,9 @@ def _draw_skin(
     normal_z = 1 / np.sqrt(1 + slope_x**2 + slope_y**2)
     light = (1 - 0.5 * light_across * slope_x + 0.45 * slope_y) * normal_z
     shade = 0.42 + 0.52 * np.clip(light, 0, 1.25)
-    colour = shade[:, :, None] * np.array(skin, np.float32)
-    colour[:, :, 0] += 10 * (1 - normal_z)  # skin glows red where it turns away
-    return finish(colour, coverage(inside))
+    color = shade[:, :, None] * np.array(skin, np.float32)
+    color[:, :, 0] += 10 * (1 - normal_z)  # skin glows red where it turns away
+    return finish(color, coverage(inside))
 
 
 def _draw_sleeve(

@@ -111,8 +111,8 @@ def draw_background(
     picture *= shade[:, :, None]
     full_table = np.zeros_like(picture)
     full_table[back:] = table
-    edge_colour = table.reshape(-1, 3).mean(axis=0) * 0.5
-    picture = picture * (1 - slab[:, :, None]) + slab[:, :, None] * edge_colour
+    edge_color = table.reshape(-1, 3).mean(axis=0) * 0.5
+    picture = picture * (1 - slab[:, :, None]) + slab[:, :, None] * edge_color
     picture = picture * (1 - inside[:, :, None]) + inside[:, :, None] * full_table
     return np.clip(picture, 0, 255).astype(np.uint8)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 SUPERSAMPLING = 2  # sprite pixels per picture pixel
 
-COLOURS: dict[str, tuple[int, int, int]] = {  # RGB
+COLORS: dict[str, tuple[int, int, int]] = {  # RGB
     "red": (188, 44, 40),
     "blue": (44, 84, 176),
     "green": (52, 134, 70),
@@ -42,7 +42,7 @@ class Kind:
     depth: float
     height: float
     restitution: float
-    colours: tuple[str, ...] = tuple(COLOURS)
+    colors: tuple[str, ...] = tuple(COLORS)
     profile: tuple[float, ...] = (1.0, 1.0)  # radii from bottom to top, as shares of width / 2
 
 
@@ -69,9 +69,9 @@ KINDS: dict[str, Kind] = {
     ),
     "jar": Kind("can", 42, 42, 50, 0.15, ("light blue", "green", "brown", "orange"), (0.95, 1, 1, 1, 0.98, 0.85, 0.85)),
     "ball": Kind("ball", 44, 44, 44, 0.5, ("red", "blue", "green", "yellow", "orange", "white", "purple")),
-    "apple": Kind(width=38, height=36, colours=("red", "green"), **_FRUIT),
-    "lemon": Kind(width=44, height=32, colours=("yellow",), **_FRUIT),
-    "tomato": Kind(width=40, height=34, colours=("red",), **_FRUIT),
+    "apple": Kind(width=38, height=36, colors=("red", "green"), **_FRUIT),
+    "lemon": Kind(width=44, height=32, colors=("yellow",), **_FRUIT),
+    "tomato": Kind(width=40, height=34, colors=("red",), **_FRUIT),
     "bowl": Kind("open", 88, 88, 38, 0.1, ("white", "blue", "red", "green", "brown"), (0.45, 0.7, 0.86, 0.95, 1.0)),
     "pot": Kind("open", 84, 84, 44, 0.1, ("grey", "black", "red", "blue"), (0.92, 1, 1, 1, 1.0)),
     "basket": Kind("open", 92, 92, 40, 0.1, ("brown", "yellow", "white"), (0.8, 0.86, 0.92, 0.96, 1.0)),
@@ -87,10 +87,10 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """One object of one clip, before it is drawn: kind, colour (RGB), relative size, detail seed, words."""
+    """One object of one clip, before it is drawn: kind, color (RGB), relative size, detail seed, words."""
 
     kind_name: str
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     size: float
     detail_seed: int
     phrase: str
@@ -114,7 +114,7 @@ class ObjectSpec:
 
 @dataclass
 class Sprite:
-    """A drawn object: `image` (height, width, 4) uint8 RGBA with colour premultiplied by alpha.
+    """A drawn object: `image` (height, width, 4) uint8 RGBA with color premultiplied by alpha.
 
     `anchor` is the sprite pixel that stands on the table (for a hand: the point that grips).
     `pivot_height` is how many picture pixels above the anchor the object turns.
@@ -145,10 +145,10 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float,
     return 1.4 * cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def finish(colour: np.ndarray, alpha: np.ndarray, softness: float = 0.7) -> np.ndarray:
+def finish(color: np.ndarray, alpha: np.ndarray, softness: float = 0.7) -> np.ndarray:
     """Joins float RGB (0..255) and alpha (0..1) into one premultiplied, slightly softened RGBA image."""
     rgba = np.empty((*alpha.shape, 4), np.uint8)
-    rgba[:, :, :3] = np.clip(colour, 0, 255) * alpha[:, :, None]
+    rgba[:, :, :3] = np.clip(color, 0, 255) * alpha[:, :, None]
     rgba[:, :, 3] = alpha * 255
     return cv2.GaussianBlur(rgba, (5, 5), softness)
 
@@ -202,14 +202,14 @@ def _draw_box(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random
     top = base - (0, spec.height * np.cos(elevation))
     extent = 2 * np.abs(base[:, 0]).max()
     x, y, anchor = _grid(extent, -top[:, 1].min(), base[:, 1].max())
-    colour = np.zeros((*x.shape, 3), np.float32)
+    color = np.zeros((*x.shape, 3), np.float32)
     alpha = np.zeros(x.shape, np.float32)
     grain = 1 + 0.025 * smooth_noise(rng, *x.shape, 24)
 
     def paint(points: np.ndarray, rgb: np.ndarray, brightness: float) -> None:
         mask = _polygon(x.shape, anchor, points)
         shade = brightness * grain * (1 + 0.12 * light_x * x / extent)
-        colour[:] = colour * (1 - mask[:, :, None]) + mask[:, :, None] * shade[:, :, None] * rgb
+        color[:] = color * (1 - mask[:, :, None]) + mask[:, :, None] * shade[:, :, None] * rgb
         np.maximum(alpha, mask, out=alpha)
 
     def patch(origin: np.ndarray, across: np.ndarray, along: np.ndarray, inset: tuple[float, ...]) -> np.ndarray:
@@ -218,7 +218,7 @@ def _draw_box(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random
             [origin + a * across + b * along for a, b in ((left, low), (right, low), (right, high), (left, high))]
         )
 
-    body = np.array(spec.colour, np.float32)
+    body = np.array(spec.color, np.float32)
     pages = np.array((226, 220, 204), np.float32)
     side = (1, 2) if turn > 0 else (3, 0)  # which narrow face looks at the camera
     for (i, j), brightness in ((side, 0.62 + 0.14 * light_x * np.sign(turn)), ((2, 3), 0.78)):
@@ -228,7 +228,7 @@ def _draw_box(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random
             paint(patch(base[i], base[j] - base[i], top[i] - base[i], (0, 1, 0, 0.16)), body, brightness)
             paint(patch(base[i], base[j] - base[i], top[i] - base[i], (0, 1, 0.84, 1)), body, brightness)
     if spec.kind_name in ("box", "matchbox", "eraser"):
-        label = COLOURS[("white", "yellow", "light blue", "black")[rng.integers(4)]]
+        label = COLORS[("white", "yellow", "light blue", "black")[rng.integers(4)]]
         low, high = (0.0, 1.0) if spec.kind_name == "eraser" else (0.25, 0.75)
         left, right = sorted(rng.uniform((0.08, 0.6), (0.35, 0.95)))
         paint(patch(base[3], base[2] - base[3], top[3] - base[3], (left, right, low, high)), np.array(label), 0.78)
@@ -246,8 +246,8 @@ def _draw_box(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random
         a, b = (top[i] * SUPERSAMPLING + anchor), (top[(i + 1) % 4] * SUPERSAMPLING + anchor)
         shine = np.zeros(x.shape, np.uint8)
         cv2.line(shine, *[tuple(int(v * 16) for v in p) for p in (a, b)], 255, 1, cv2.LINE_AA, 4)
-        colour += shine[:, :, None] * 0.12
-    return Sprite(finish(colour, alpha), anchor, spec.height / 2)
+        color += shine[:, :, None] * 0.12
+    return Sprite(finish(color, alpha), anchor, spec.height / 2)
 
 
 def _draw_round(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random.Generator) -> Sprite:
@@ -262,11 +262,11 @@ def _draw_round(spec: ObjectSpec, elevation: float, light_x: float, rng: np.rand
     local_radius = np.full(shape[0], radius_max, np.float32)
     for level in np.linspace(0, 1, int(height * 2)):
         radius = radius_max * np.interp(level, levels, spec.kind.profile)
-        centre = (anchor[0], anchor[1] - level * height * upright * SUPERSAMPLING)
+        center = (anchor[0], anchor[1] - level * height * upright * SUPERSAMPLING)
         axes = (radius * SUPERSAMPLING, radius * flat * SUPERSAMPLING)
         cv2.ellipse(
             body_mask,
-            tuple(int(v * 16) for v in centre),
+            tuple(int(v * 16) for v in center),
             tuple(int(v * 16) for v in axes),
             0,
             0,
@@ -281,50 +281,50 @@ def _draw_round(spec: ObjectSpec, elevation: float, light_x: float, rng: np.rand
     across = np.clip(x / np.maximum(local_radius, 1)[:, None], -1, 1)
     facing = 0.55 * light_x * across + np.sqrt(1 - 0.8 * across**2)
     shade = 0.38 + 0.62 * np.clip(facing, 0, 1.2)
-    body = np.array(spec.colour, np.float32)
-    colour = shade[:, :, None] * np.broadcast_to(body, (*shape, 3))
+    body = np.array(spec.color, np.float32)
+    color = shade[:, :, None] * np.broadcast_to(body, (*shape, 3))
     alpha = body_mask.astype(np.float32) / 255
 
     if spec.kind_name in ("can", "bottle", "jar", "cup"):  # a label or stripe follows the curve of the body
         low, high = sorted(rng.uniform((0.12, 0.45), (0.3, 0.62)))
         curve = y + flat * np.sqrt(np.maximum(radius_max**2 - x**2, 0)) * -1
         band = coverage(np.minimum(-curve - low * height * upright, high * height * upright + curve))
-        label = np.array(COLOURS[("white", "yellow", "light blue", "red")[rng.integers(4)]], np.float32)
-        colour += (band * shade * (0.85 if spec.kind_name != "cup" else 0.5))[:, :, None] * (label - body)
+        label = np.array(COLORS[("white", "yellow", "light blue", "red")[rng.integers(4)]], np.float32)
+        color += (band * shade * (0.85 if spec.kind_name != "cup" else 0.5))[:, :, None] * (label - body)
     if spec.kind_name == "basket":
         weave = np.sin(np.arcsin(across) * 16) * np.sin(y * 1.1)
-        colour *= (1 + 0.16 * weave)[:, :, None]
+        color *= (1 + 0.16 * weave)[:, :, None]
 
     radius_top = radius_max * spec.kind.profile[-1]
-    centre_y = -height * upright
-    rim = 1 - np.sqrt((x / radius_top) ** 2 + ((y - centre_y) / (radius_top * flat)) ** 2)
+    center_y = -height * upright
+    rim = 1 - np.sqrt((x / radius_top) ** 2 + ((y - center_y) / (radius_top * flat)) ** 2)
     outer = coverage(rim * radius_top * flat)
     front = None
     if spec.kind.form in ("cup", "open"):
         inner = coverage((rim - 0.09) * radius_top * flat)
-        inside = body * (0.35 + 0.3 * np.clip((y - centre_y) / (radius_top * flat) + 0.3, 0, 1))[:, :, None]
-        colour = colour * (1 - outer[:, :, None]) + outer[:, :, None] * np.minimum(body * 1.12 + 12, 255)
-        colour = colour * (1 - inner[:, :, None]) + inner[:, :, None] * inside
+        inside = body * (0.35 + 0.3 * np.clip((y - center_y) / (radius_top * flat) + 0.3, 0, 1))[:, :, None]
+        color = color * (1 - outer[:, :, None]) + outer[:, :, None] * np.minimum(body * 1.12 + 12, 255)
+        color = color * (1 - inner[:, :, None]) + inner[:, :, None] * inside
         front = inner
     else:
         lid = np.minimum(body * 0.9 + 30, 255) if spec.kind_name != "can" else np.array((190, 192, 196))
-        colour = colour * (1 - outer[:, :, None]) + outer[:, :, None] * lid
+        color = color * (1 - outer[:, :, None]) + outer[:, :, None] * lid
     if handle_room:
-        _add_handle(colour, alpha, x, y, spec, upright, body * 0.85)
+        _add_handle(color, alpha, x, y, spec, upright, body * 0.85)
     if spec.kind_name == "candle":
-        wick = coverage(np.minimum(1.2 - np.abs(x), np.minimum(y - centre_y + 9, centre_y - y)))
-        colour, alpha = colour * (1 - wick[:, :, None]) + 40 * wick[:, :, None], np.maximum(alpha, wick)
+        wick = coverage(np.minimum(1.2 - np.abs(x), np.minimum(y - center_y + 9, center_y - y)))
+        color, alpha = color * (1 - wick[:, :, None]) + 40 * wick[:, :, None], np.maximum(alpha, wick)
     gloss = np.exp(-(((across - 0.45 * light_x) / 0.13) ** 2)) * np.clip(alpha - outer, 0, 1)
-    colour = colour + 60 * gloss[:, :, None]
-    image = finish(colour, alpha)
+    color = color + 60 * gloss[:, :, None]
+    image = finish(color, alpha)
     if front is not None:
-        behind_rim = (y < centre_y).astype(np.float32) * alpha
-        front = finish(colour, np.clip(alpha - np.maximum(front, behind_rim), 0, 1))
+        behind_rim = (y < center_y).astype(np.float32) * alpha
+        front = finish(color, np.clip(alpha - np.maximum(front, behind_rim), 0, 1))
     return Sprite(image, anchor, height / 2, front)
 
 
 def _add_handle(
-    colour: np.ndarray,
+    color: np.ndarray,
     alpha: np.ndarray,
     x: np.ndarray,
     y: np.ndarray,
@@ -334,17 +334,17 @@ def _add_handle(
 ) -> None:
     """Adds the handle of a cup (one loop) or a pot (two short grips) beside the body, in place."""
     if spec.kind_name == "cup":
-        centres = ((np.sign(spec.detail_seed % 2 - 0.5) * spec.width * 0.52, -0.5 * spec.height * upright),)
+        centers = ((np.sign(spec.detail_seed % 2 - 0.5) * spec.width * 0.52, -0.5 * spec.height * upright),)
         loop = (spec.width * 0.22, spec.height * 0.26, 3.2)
     else:
-        centres = tuple((s * spec.width * 0.52, -0.72 * spec.height * upright) for s in (-1, 1))
+        centers = tuple((s * spec.width * 0.52, -0.72 * spec.height * upright) for s in (-1, 1))
         loop = (spec.width * 0.1, spec.height * 0.1, 3.0)
-    for cx, cy in centres:
+    for cx, cy in centers:
         ring = np.sqrt(((x - cx) / loop[0]) ** 2 + ((y - cy) / loop[1]) ** 2)
         thickness = loop[2] - np.abs(ring - 1) * min(loop[0], loop[1])
         mask = coverage(thickness) * (1 - alpha)
         light = 0.8 + 0.08 * np.clip(thickness, 0, 3)
-        colour[:] = colour * (1 - mask[:, :, None]) + (mask * light)[:, :, None] * rgb
+        color[:] = color * (1 - mask[:, :, None]) + (mask * light)[:, :, None] * rgb
         np.maximum(alpha, mask, out=alpha)
 
 
@@ -356,23 +356,23 @@ def _draw_ball(spec: ObjectSpec, elevation: float, light_x: float, rng: np.rando
     depth = np.sqrt(np.clip(1 - u**2 - v**2, 0, 1))
     light = 0.45 * light_x * u - 0.55 * v + 0.65 * depth
     shade = 0.36 + 0.68 * np.clip(light, 0, 1)
-    body = np.array(spec.colour, np.float32)
+    body = np.array(spec.color, np.float32)
     surface = np.broadcast_to(body, (*x.shape, 3)).copy()
     if spec.kind_name == "ball":
         tilt = rng.uniform(-0.9, 0.9)
         stripe = coverage((0.16 - np.abs(u * np.sin(tilt) + v * np.cos(tilt) + 0.35 * depth - 0.2)) * half_width)
-        other = np.array(COLOURS["white" if sum(spec.colour) < 560 else "blue"], np.float32)
+        other = np.array(COLORS["white" if sum(spec.color) < 560 else "blue"], np.float32)
         surface += stripe[:, :, None] * (other - body)
     else:
         surface *= 1 + 0.07 * smooth_noise(rng, *x.shape, 10)[:, :, None]
-    colour = surface * shade[:, :, None]
-    colour += 85 * np.exp(-(((u - 0.35 * light_x) / 0.2) ** 2 + ((v + 0.42) / 0.17) ** 2))[:, :, None]
+    color = surface * shade[:, :, None]
+    color += 85 * np.exp(-(((u - 0.35 * light_x) / 0.2) ** 2 + ((v + 0.42) / 0.17) ** 2))[:, :, None]
     alpha = coverage((1 - np.sqrt(u**2 + v**2)) * half_height)
     if spec.kind_name in ("apple", "tomato"):
         stalk = coverage(np.minimum(1.6 - np.abs(x - 1), np.minimum(y + spec.height + 3, -spec.height + 8 - y)))
-        colour = colour * (1 - stalk[:, :, None]) + stalk[:, :, None] * np.array((70, 84, 40), np.float32)
+        color = color * (1 - stalk[:, :, None]) + stalk[:, :, None] * np.array((70, 84, 40), np.float32)
         alpha = np.maximum(alpha, stalk)
-    return Sprite(finish(colour, alpha), anchor, half_height)
+    return Sprite(finish(color, alpha), anchor, half_height)
 
 
 def _draw_sheet(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random.Generator) -> Sprite:
@@ -394,8 +394,8 @@ def _draw_sheet(spec: ObjectSpec, elevation: float, light_x: float, rng: np.rand
         lines = (np.abs((along * 4) % 1 - 0.5) < 0.16) & (np.abs(slant) < 0.75) & (np.abs(along) < 0.85)
         shade = 0.9 + 0.12 * light_x * across - 0.22 * lines * (spec.kind_name == "paper")
     shade = shade + 0.03 * smooth_noise(rng, *x.shape, 12)
-    colour = shade[:, :, None] * np.array(spec.colour, np.float32)
-    return Sprite(finish(colour, coverage(distance)), anchor, half_depth)
+    color = shade[:, :, None] * np.array(spec.color, np.float32)
+    return Sprite(finish(color, coverage(distance)), anchor, half_depth)
 
 
 def _draw_drape(spec: ObjectSpec, elevation: float, light_x: float, rng: np.random.Generator) -> Sprite:
@@ -411,10 +411,10 @@ def _draw_drape(spec: ObjectSpec, elevation: float, light_x: float, rng: np.rand
     distance = np.minimum(np.minimum((1 - np.abs(across)) * half_width, bottom - y), y - dome)
     fold = np.sin(np.arcsin(np.clip(across, -1, 1)) * folds + phase) * np.clip(down * 1.5 - 0.25, 0, 1)
     shade = 0.78 + 0.17 * fold + 0.2 * light_x * across - 0.16 * down + 0.12 * np.exp(-((down / 0.2) ** 2))
-    colour = shade[:, :, None] * np.array(spec.colour, np.float32)
+    color = shade[:, :, None] * np.array(spec.color, np.float32)
     if spec.kind_name != "cloth":
         stripes = 0.5 + 0.5 * np.tanh(6 * np.sin(down * rng.uniform(14, 20)))
-        other = np.array(spec.colour, np.float32) * 0.6 + (90 if sum(spec.colour) < 420 else 10)
-        colour = colour + (0.55 * stripes * shade)[:, :, None] * (other - np.array(spec.colour, np.float32))
-    colour *= (1 + 0.03 * smooth_noise(rng, *x.shape, 3))[:, :, None]
-    return Sprite(finish(colour, coverage(distance)), anchor, spec.height / 2)
+        other = np.array(spec.color, np.float32) * 0.6 + (90 if sum(spec.color) < 420 else 10)
+        color = color + (0.55 * stripes * shade)[:, :, None] * (other - np.array(spec.color, np.float32))
+    color *= (1 + 0.03 * smooth_noise(rng, *x.shape, 3))[:, :, None]
+    return Sprite(finish(color, coverage(distance)), anchor, spec.height / 2)
