@@ -50,7 +50,7 @@ def render_inputs(count: int, resolution: int) -> tuple[list[np.ndarray], list[s
     import cv2
 
     from data.sthv2_dataset_hf import build_prompt
-    from demo.make_clips import render_clip
+    from demo.renderer.clip import render_clip
 
     frames, prompts = [], []
     for index in range(count):

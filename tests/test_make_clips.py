@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dataset import TASK_TEMPLATES, plain_template
-from demo.make_clips import TASKS, plan_clip, render_clip
+from data.layout import only_one
 from demo.renderer.actions import falling_height, minimum_jerk
+from demo.renderer.clip import TASKS, plan_clip, render_clip
 from demo.renderer.templates import ACTIONS
 
 PROJECT = Path(__file__).parents[1]
@@ -126,10 +127,21 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     assert "file/clips" in result.stderr and "cannot be made" in result.stderr
 
 
+def test_a_second_command_beside_the_first_is_one_line(tmp_path: Path) -> None:
+    options = ("--num_train_clips", "1", "--num_val_clips", "0")
+    run_make_clips(tmp_path / "demo", *options)
+    before = file_bytes(tmp_path / "demo")
+    with only_one(tmp_path / "demo", "rendering"):
+        result = run_make_clips(tmp_path / "demo", *options)
+    assert result.returncode == 1
+    assert "another rendering is running" in result.stderr and result.stderr.count("\n") == 1
+    assert file_bytes(tmp_path / "demo") == before
+
+
 @pytest.mark.parametrize("options", [("--num_workers", "0"), ("--num_train_clips", "-1"), ("--seed", "-3")])
 def test_impossible_options_are_refused(options: tuple[str, str], tmp_path: Path) -> None:
     result = run_make_clips(tmp_path / "demo", *options)
-    assert result.returncode == 2 and options[0] in result.stderr
+    assert result.returncode == 2 and options[0] in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "demo").exists()
 
 

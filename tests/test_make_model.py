@@ -16,7 +16,6 @@ from PIL import Image
 from data.dataset import TASK_TEMPLATES, plain_template
 from data.layout import UserError
 from data.sthv2_dataset_hf import build_prompt, swap_left_and_right
-from demo.make_clips import plan_clip
 from demo.make_model import (
     build_pipeline,
     build_tokenizer,
@@ -26,6 +25,7 @@ from demo.make_model import (
     save_pipeline,
 )
 from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS, choose_frames, render_frames
+from demo.renderer.clip import plan_clip
 from tests.conftest import PROJECT, run
 
 MEGABYTE = 10**6

@@ -12,13 +12,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from demo.make_clips import plan_clip, render_clip
+from demo.renderer.clip import plan_clip, render_clip
 
 CLIP_SEED = 20_221_109  # far from make_clips' default, 42
 NUM_HELD_OUT_CLIPS = 24  # the split's first clips; training uses those that follow
@@ -56,7 +57,7 @@ def render_frames(index: int, resolutions: Sequence[int]) -> list[ClipFrames]:
     num_frames = plan_clip(CLIP_SEED, "pretrain", index).num_frames
     wanted = choose_frames(index, num_frames)
     annotation, rendered = render_clip(CLIP_SEED, "pretrain", index)
-    frames = [frame for position, frame in zip(range(wanted[-1] + 1), rendered) if position in wanted]
+    frames = [frame for position, frame in enumerate(islice(rendered, wanted[-1] + 1)) if position in wanted]
     resized = [np.stack([resize(frame, side) for frame in frames]) for side in resolutions]
     return [ClipFrames(annotation["label"], num_frames, wanted, pictures) for pictures in resized]
 

@@ -14,8 +14,8 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from tqdm import tqdm
 
 from data.sthv2_dataset_hf import build_prompt, derive_seed
-from demo.make_clips import plan_clip
 from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS
+from demo.renderer.clip import plan_clip
 from demo.renderer.templates import ACTIONS
 from pecn.model import tokenize
 
