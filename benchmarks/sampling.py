@@ -70,7 +70,7 @@ def load_model(name: str, mixed_precision: str | None) -> StableDiffusionInstruc
 
     quiet_libraries()
     if name == "demo":
-        from demo.make_model import build_pipeline
+        from demo.pretraining.untrained import build_pipeline
 
         pipeline = build_pipeline(seed=0)
     elif name == "sd15":

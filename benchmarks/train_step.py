@@ -81,7 +81,8 @@ def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
     from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from demo.make_model import assemble_pipeline, build_tokenizer
+    from demo.pretraining.tokenizer import build_tokenizer
+    from demo.pretraining.untrained import assemble_pipeline
 
     tokenizer = build_tokenizer()
     text_config = CLIPTextConfig(
@@ -116,7 +117,7 @@ def build_model(name: str) -> StableDiffusionInstructPix2PixPipeline:
     if name == "sd15":
         torch.manual_seed(0)
         return build_stable_diffusion()
-    from demo.make_model import build_pipeline
+    from demo.pretraining.untrained import build_pipeline
 
     return build_pipeline(seed=0)
 

@@ -111,7 +111,7 @@ def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon"):
     )
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from demo.make_model import build_tokenizer
+    from demo.pretraining.tokenizer import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()

@@ -16,15 +16,10 @@ from PIL import Image
 from data.dataset import TASK_TEMPLATES, plain_template
 from data.layout import UserError
 from data.sthv2_dataset_hf import build_prompt, swap_left_and_right
-from demo.make_model import (
-    build_pipeline,
-    build_tokenizer,
-    build_vae,
-    check_output_dir,
-    count_parameters,
-    save_pipeline,
-)
+from demo.make_model import check_output_dir, save_pipeline
 from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS, choose_frames, render_frames
+from demo.pretraining.tokenizer import build_tokenizer
+from demo.pretraining.untrained import build_pipeline, build_vae, count_parameters
 from demo.renderer.clip import plan_clip
 from tests.conftest import PROJECT, run
 
