@@ -2,13 +2,14 @@
 
 import hashlib
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,9 +19,23 @@ from data.layout import UserError
 from data.sthv2_dataset_hf import build_prompt, swap_left_and_right
 from demo.make_model import check_output_dir, save_pipeline
 from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS, choose_frames, render_frames
+from demo.pretraining.text_encoder import TEMPLATES, sentence_batch, train_text_encoder
 from demo.pretraining.tokenizer import build_tokenizer
+from demo.pretraining.training import (
+    EncodedClip,
+    PairBatch,
+    drop_conditions,
+    encode_clips,
+    noised_batch,
+    pair_batch,
+    reconstruction_psnr,
+    step_generator,
+    vae_batch,
+    validation_loss,
+)
 from demo.pretraining.untrained import build_pipeline, build_vae, count_parameters
 from demo.renderer.clip import plan_clip
+from pecn.diffusion import diffusion_loss
 from tests.conftest import PROJECT, run
 
 MEGABYTE = 10**6
@@ -117,12 +132,34 @@ def test_an_initial_model_that_is_none_is_one_clear_line(tmp_path):
     assert not out.exists()
 
 
+def test_a_broken_initial_model_is_one_clear_line(untrained, tmp_path):
+    broken = shutil.copytree(untrained, tmp_path / "broken")
+    shutil.rmtree(broken / "vae")
+    options = ("--output_dir", tmp_path / "out", "--initial_model", broken)
+    done = run("python", "-m", "demo.make_model", *options, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert str(broken) in done.stderr and "vae/" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--num_clips", "0"), "--num_clips: must be at least 1"),
+        (("--unet_train_steps", "-1"), "--unet_train_steps: must be at least 0"),
+        (("--initial_model", "any", "--unet_train_steps", "0"), "a UNet has to be trained after its text encoder"),
+    ],
+)
+def test_impossible_options_are_refused_in_one_line(options, words, tmp_path):
+    done = run("python", "-m", "demo.make_model", "--output_dir", tmp_path / "out", *options, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 # What is committed.
 
 
 def test_the_vae_starts_by_resizing_and_keeps_30_db_of_unseen_frames_when_trained():
-    from demo.pretraining.training import reconstruction_psnr
-
     unseen = [clip for index in range(4) for clip in render_frames(index, (96, 128))]  # held out by the recipe
     trained = load(BASE_MODEL).vae
     for clips in (unseen[0::2], unseen[1::2]):
@@ -150,8 +187,6 @@ def test_a_saved_model_does_not_say_where_it_was_loaded_from(untrained, tmp_path
 
 
 def test_the_committed_model_reads_the_sentence():
-    from demo.pretraining.training import encode_clips, validation_loss
-
     pipeline = load(BASE_MODEL)
     sideways = [
         index
@@ -236,8 +271,6 @@ def test_a_clip_is_rendered_once_for_all_sizes_and_never_of_make_clips_own_seed(
 
 
 def test_training_steps_are_functions_of_the_seed_and_the_step():
-    from demo.pretraining.training import EncodedClip, drop_conditions, pair_batch, step_generator, vae_batch
-
     clips = render_frames(30, (96, 128)) + render_frames(31, (96, 128))
     by_size = {96: clips[0::2], 128: clips[1::2]}
     assert np.array_equal(vae_batch(by_size, 7, 0, cropped=True), vae_batch(by_size, 7, 0, cropped=True))
@@ -261,11 +294,30 @@ def test_training_steps_are_functions_of_the_seed_and_the_step():
         assert share.float().mean().item() == pytest.approx(0.05, abs=0.01)
 
 
-def test_the_text_encoder_learns_to_tell_sentences_apart():
-    from demo.pretraining.text_encoder import TEMPLATES, sentence_batch, train_text_encoder
+def test_the_loss_of_a_batch_is_the_mean_squared_error_of_its_velocity():
+    """v = sqrt(a) noise - sqrt(1 - a) latents (Salimans and Ho, 2022), a being the cumulative product of 1 - beta."""
+    pipeline = build_pipeline(seed=0)
+    torch.manual_seed(0)
+    targets, inputs = torch.randn(2, 3, 4, 24, 24)
+    pairs = PairBatch(targets, inputs, ["pushing a cup", "", "lifting a ball"])
+    batch = noised_batch(pipeline, pairs, torch.Generator().manual_seed(1))
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    kept = torch.cumprod(1 - betas, dim=0)[batch["timesteps"]].view(-1, 1, 1, 1)
+    noise = batch["noise"]
+    tokens = pipeline.tokenizer(pairs.prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = diffusion_loss(pipeline.unet, scheduler, batch)
+        noisy = kept.sqrt() * targets + (1 - kept).sqrt() * noise
+        text = pipeline.text_encoder(tokens).last_hidden_state
+        predicted = pipeline.unet(torch.cat([noisy, inputs], dim=1), batch["timesteps"], text).sample
+    velocity = kept.sqrt() * noise - (1 - kept).sqrt() * targets
+    assert loss.item() == pytest.approx((predicted - velocity).square().mean().item(), rel=1e-5)
 
+
+def test_the_text_encoder_learns_to_tell_sentences_apart():
     prompts, templates, progresses = sentence_batch(3, 0, 100)
-    for prompt, template, progress in zip(prompts, templates.tolist(), progresses.tolist()):
+    for prompt, template, progress in zip(prompts, templates.tolist(), progresses.tolist(), strict=True):
         pattern = re.sub(r"\\\[.*?\\\]", ".+", re.escape(TEMPLATES[template]))
         assert re.search(pattern, prompt, flags=re.IGNORECASE)
         assert (f"And {10 * progress}% of" in prompt) if progress < 10 else ("And" not in prompt)
@@ -284,6 +336,6 @@ def test_a_short_training_changes_every_model_and_reports_its_figures(untrained,
     assert re.search(r"on cpu .*VAE \d+ s", done.stdout)
     before, after = load(untrained), load(tmp_path / "trained")
     for name in ("unet", "vae", "text_encoder"):
-        pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters())
+        pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
         assert any(not torch.equal(a, b) for a, b in pairs), name
     assert after.vae.config.scaling_factor != before.vae.config.scaling_factor

@@ -7,30 +7,30 @@ and the step alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
 from demo.pretraining.clips import ClipFrames, render_held_out_clips, render_training_clips
 from demo.pretraining.text_encoder import train_text_encoder
-from pecn.model import tokenize
+from pecn.diffusion import conditioning_dropout, diffusion_loss
+from pecn.model import encode_prompts
 
 MAX_HORIZON = 10  # frames between input and target
 VAE_BATCH_SIZE, VAE_LEARNING_RATE, VAE_CROP = 6, 5e-4, 64
 VAE_CROPPED_SHARE = 0.85  # of the steps see crops (more pictures for the same work), the rest whole frames
 KL_WEIGHT = 1e-3  # a 40th of what a variational bound gives it: enough to keep the latents bounded
 UNET_BATCH_SIZE, UNET_LEARNING_RATE = 16, 1e-3
-CONDITIONING_DROPOUT = 0.05
+CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
 EMA_DECAY = 0.998
 
 
@@ -95,14 +95,15 @@ def train_vae(vae: AutoencoderKL, clips: list[ClipFrames], steps: int, seed: int
     optimizer = torch.optim.AdamW(parameters, lr=VAE_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(100, steps // 10), steps)
     clips_by_resolution = group_by_resolution(clips)
-    for step, bar in _training_steps(steps, "training the VAE"):
+    for step in (bar := trange(steps, desc="training the VAE", unit="step")):
         batch = vae_batch(clips_by_resolution, step, seed, cropped=step < VAE_CROPPED_SHARE * steps)
         pictures = to_pictures(batch, device).contiguous(memory_format=torch.channels_last)
         with autocast(device):
             loss = vae_loss(vae, pictures, step_generator(seed, "vae noise", step))
         _update(loss, optimizer, schedule, parameters)
         # 10 / ln 10 turns a natural logarithm into dB; pictures span 2, hence 4.
-        bar(f"about {10 * np.log10(4) - 10 / np.log(10) * loss.item():.1f} dB")
+        decibels = 10 * np.log10(4) - 10 / np.log(10) * loss.item()
+        bar.set_postfix_str(f"about {decibels:.1f} dB", refresh=False)
     vae.eval()
 
 
@@ -169,11 +170,10 @@ def pair_batch(
 
 
 def drop_conditions(batch: PairBatch, generator: torch.Generator) -> PairBatch:
-    """Empties the text alone, the text and the image, or the image alone, each with CONDITIONING_DROPOUT."""
-    chance = torch.rand(len(batch.prompts), generator=generator)
-    drop_text = chance < 2 * CONDITIONING_DROPOUT
-    drop_image = (chance >= CONDITIONING_DROPOUT) & (chance < 3 * CONDITIONING_DROPOUT)
-    prompts = ["" if dropped else prompt for dropped, prompt in zip(drop_text.tolist(), batch.prompts)]
+    """Empties the text, the image or both of some pairs."""
+    uniform = torch.rand(len(batch.prompts), generator=generator)
+    drop_text, drop_image = conditioning_dropout(uniform, CONDITIONING_DROPOUT)
+    prompts = ["" if drop else prompt for drop, prompt in zip(drop_text.tolist(), batch.prompts, strict=True)]
     return PairBatch(batch.targets, batch.inputs * ~drop_image.view(-1, 1, 1, 1), prompts)
 
 
@@ -186,22 +186,18 @@ def draw_timesteps(count: int, num_train_timesteps: int, generator: torch.Genera
     return (num_train_timesteps * (1 - uniform**8)).long().clamp(max=num_train_timesteps - 1)
 
 
-def denoising_loss(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    scheduler: DDPMScheduler,
-    batch: PairBatch,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """Mean squared error of the velocity (Salimans and Ho, 2022, arXiv 2202.00512)."""
+def noised_batch(
+    pipeline: StableDiffusionInstructPix2PixPipeline, batch: PairBatch, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """What `diffusion_loss` takes, on the UNet's device; noise and timesteps come from `generator`."""
     device = pipeline.unet.device
     noise = torch.randn(batch.targets.shape, generator=generator)
-    timesteps = draw_timesteps(len(batch.targets), scheduler.config.num_train_timesteps, generator)
-    noisy = scheduler.add_noise(batch.targets, noise, timesteps)
+    timesteps = draw_timesteps(len(batch.targets), pipeline.scheduler.config.num_train_timesteps, generator)
+    latents = {"target_latents": batch.targets, "image_latents": batch.inputs, "noise": noise}
+    latents = {name: value.to(device, memory_format=torch.channels_last) for name, value in latents.items()}
     with torch.no_grad():
-        text = pipeline.text_encoder(tokenize(pipeline, batch.prompts).to(device))[0]
-    latents = torch.cat([noisy, batch.inputs], dim=1).to(device).contiguous(memory_format=torch.channels_last)
-    predicted = pipeline.unet(latents, timesteps.to(device), text).sample
-    return F.mse_loss(predicted.float(), scheduler.get_velocity(batch.targets, noise, timesteps).to(device))
+        prompt_embeds = encode_prompts(pipeline, batch.prompts)
+    return latents | {"timesteps": timesteps.to(device), "prompt_embeds": prompt_embeds}
 
 
 def train_unet(
@@ -221,16 +217,16 @@ def train_unet(
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     clips_by_resolution = group_by_resolution(clips)
     recent = None
-    for step, bar in _training_steps(steps, "training the UNet"):
+    for step in (bar := trange(steps, desc="training the UNet", unit="step")):
         batch = pair_batch(clips_by_resolution, step, seed, pipeline.vae.config.scaling_factor)
         generator = step_generator(seed, "unet", step)
         batch = drop_conditions(batch, generator)
         with autocast(device):
-            loss = denoising_loss(pipeline, scheduler, batch, generator)
+            loss = diffusion_loss(pipeline.unet, scheduler, noised_batch(pipeline, batch, generator))
         _update(loss, optimizer, schedule, parameters)
         averaged.step(parameters)
         recent = loss.item() if recent is None else 0.98 * recent + 0.02 * loss.item()
-        bar(f"loss {recent:.3f}")
+        bar.set_postfix_str(f"loss {recent:.3f}", refresh=False)
     averaged.copy_to(parameters)
     pipeline.unet.eval()
 
@@ -251,7 +247,7 @@ def validation_loss(
         if swap_prompts:
             batch.prompts = batch.prompts[1:] + batch.prompts[:1]
         generator = step_generator(seed, "validation", step)
-        losses.append(denoising_loss(pipeline, scheduler, batch, generator).item())
+        losses.append(diffusion_loss(pipeline.unet, scheduler, noised_batch(pipeline, batch, generator)).item())
     return float(np.mean(losses))
 
 
@@ -268,42 +264,43 @@ def pretrain(
 ) -> None:
     """Renders `num_clips` clips, trains the pipeline's models in place, and prints figures and seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seconds = {}
+    seconds: dict[str, float] = {}
 
-    started = time.monotonic()
-    held_out = render_held_out_clips(max(2, num_clips // 10))
-    clips = render_training_clips(num_clips)
-    seconds["rendering"] = time.monotonic() - started
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        seconds[what] = time.monotonic() - started
 
-    started = time.monotonic()
-    if vae_steps:
-        train_vae(pipeline.vae, clips, vae_steps, seed, device)
-    pipeline.vae.to(device).eval()
-    seconds["VAE"] = time.monotonic() - started
+    with timed("rendering"):
+        held_out = render_held_out_clips(max(2, num_clips // 10))
+        clips = render_training_clips(num_clips)
+
+    with timed("VAE"):
+        if vae_steps:
+            train_vae(pipeline.vae, clips, vae_steps, seed, device)
+        pipeline.vae.to(device).eval()
     for size, clips_of_size in group_by_resolution(held_out).items():
         psnr = reconstruction_psnr(pipeline.vae, clips_of_size)
         print(f"VAE at {size} pixels, {len(clips_of_size)} held-out clips: {psnr:.2f} dB")
 
-    started = time.monotonic()
-    if text_steps:
-        share = train_text_encoder(pipeline, text_steps, num_clips, seed, device)
-        print(f"text encoder: {share:.0%} of the last batch classified correctly")
-    seconds["text encoder"] = time.monotonic() - started
+    with timed("text encoder"):
+        if text_steps:
+            share = train_text_encoder(pipeline, text_steps, num_clips, seed, device)
+            print(f"text encoder: {share:.0%} of the last batch classified correctly")
 
-    started = time.monotonic()
-    encoded = encode_clips(pipeline.vae, clips if unet_steps else clips[:100])  # 100 give the scaling factor
-    encoded_held_out = encode_clips(pipeline.vae, held_out)
-    if vae_steps:
-        pipeline.vae.register_to_config(scaling_factor=latent_scaling_factor(encoded))
-    seconds["encoding"] = time.monotonic() - started
+    with timed("encoding"):
+        encoded = encode_clips(pipeline.vae, clips if unet_steps else clips[:100])  # 100 give the scaling factor
+        encoded_held_out = encode_clips(pipeline.vae, held_out)
+        if vae_steps:
+            pipeline.vae.register_to_config(scaling_factor=latent_scaling_factor(encoded))
 
-    started = time.monotonic()
-    if unet_steps:
-        train_unet(pipeline, encoded, unet_steps, seed, device)
-        loss = validation_loss(pipeline, encoded_held_out, seed)
-        swapped = validation_loss(pipeline, encoded_held_out, seed, swap_prompts=True)
-        print(f"held-out loss: {loss:.4f}; with each other's sentences: {swapped:.4f}")
-    seconds["UNet"] = time.monotonic() - started
+    with timed("UNet"):
+        if unet_steps:
+            train_unet(pipeline, encoded, unet_steps, seed, device)
+            loss = validation_loss(pipeline, encoded_held_out, seed)
+            swapped = validation_loss(pipeline, encoded_held_out, seed, swap_prompts=True)
+            print(f"held-out loss: {loss:.4f}; with each other's sentences: {swapped:.4f}")
     spent = ", ".join(f"{what} {value:.0f} s" for what, value in seconds.items())
     print(f"on {device.type} ({torch.get_num_threads()} threads): {spent}")
 
@@ -326,13 +323,6 @@ def _pick_resolution(groups: dict[int, list], rng: np.random.Generator) -> int:
     """One of the sizes, as often as clips have it."""
     counts = np.array([len(clips) for clips in groups.values()], float)
     return list(groups)[rng.choice(len(groups), p=counts / counts.sum())]
-
-
-def _training_steps(steps: int, description: str) -> Iterator[tuple[int, Callable[[str], None]]]:
-    """Step numbers with a progress bar, and a function that shows a text on it."""
-    with tqdm(range(steps), desc=description, unit="step") as bar:
-        for step in bar:
-            yield step, lambda text: bar.set_postfix_str(text, refresh=False)
 
 
 def _update(
