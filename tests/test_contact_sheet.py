@@ -1,6 +1,7 @@
 """The picture that shows some clips of a data directory."""
 
 import cv2
+import pytest
 
 from data.layout import filtered_annotations_path, write_annotations
 from tests.conftest import SIDE, entry, run, write_frames
@@ -25,3 +26,20 @@ def test_sheet_shows_the_frames_of_each_clip(tmp_path):
     refused = run(*command, "--resolution", 64, check=False)
     assert refused.returncode == 1
     assert "python -m data.video_loader" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--num_clips", "0"), ("--resolution", "-1"), ("--output", "sheet"), ("--output", "a.jpg")]
+)
+def test_impossible_options_are_refused_in_one_line(option, value):
+    done = run("python", "-m", "demo.contact_sheet", option, value, check=False)
+    assert done.returncode == 2 and option in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["make_clips", "make_model", "contact_sheet"])
+def test_help_loads_no_heavy_library(command):
+    """It has to appear within half a second."""
+    done = run("python", "-X", "importtime", "-m", f"demo.{command}", "--help")
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "argparse" in imported
+    assert not imported & {"cv2", "numpy", "torch", "transformers", "diffusers", "av", "tqdm"}
