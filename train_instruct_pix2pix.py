@@ -24,6 +24,7 @@ from data.layout import (
     UserError,
     make_folder,
     number,
+    one_line,
     only_one,
     remove_leftovers,
     run_command,
@@ -383,6 +384,8 @@ def main() -> None:
     except Interrupted as interruption:
         message = str(interruption) or "before the first step: nothing is lost, run the same command again"
         raise Interrupted(interruption.signal_number, message) from None
+    except OSError as error:
+        raise UserError(f"{one_line(error)}; mend that, or make room, and run the same command again") from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -10,18 +10,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 
 from data.layout import UserError
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    state = PartialState(timeout=timedelta(days=1))  # the others wait while one encodes
+    """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for.
+
+    Raises UserError where the two contradict each other.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if mixed_precision == "fp16" and state.device.type == "cpu":
+    if mixed_precision == "fp16" and on_cpu:
         mixed_precision = "no"
         state.print("no GPU found: training on the CPU without mixed precision")
     accelerator = Accelerator(
+        cpu=on_cpu,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,

@@ -316,7 +316,7 @@ def test_options_of_the_command_reach_the_prediction(data_dir, tiny_model, tmp_p
     [row] = json.loads((tmp_path / "some" / "metrics.json").read_text())["samples"]
     folder = tmp_path / "some" / "samples" / row["video_id"]
     assert (folder / "uncertainty.png").is_file()
-    sample(data_dir, tiny_model, tmp_path / "plain", "--num_samples", 1, "--no-residual", "--num_predictions", 1)
+    sample(data_dir, tiny_model, tmp_path / "plain", "--num_samples", 1, "--residual", "False", "--num_predictions", 1)
     plain = tmp_path / "plain" / "samples" / row["video_id"]
     assert not (plain / "uncertainty.png").exists()
     assert (plain / "prediction.png").read_bytes() != (folder / "prediction.png").read_bytes()

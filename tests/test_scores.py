@@ -16,6 +16,7 @@ from pecn.scores import (
     HIGHEST_PSNR,
     MOVING_THRESHOLD,
     SCORED,
+    bootstrap_intervals,
     format_table,
     mean_scores,
     moving_region,

@@ -100,21 +100,48 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
 
 
 @pytest.mark.parametrize(
-    ("script", "variable"),
+    ("script", "variable", "wanted"),
     [
-        ("train_instruct_pix2pix.sh", "PROGRESS"),
-        ("sample_from_pix2pix.sh", "RESIDUAL"),
-        ("sample_from_pix2pix.sh", "WIENER_GAIN"),
-        ("train_instruct_pix2pix.sh", "RESIDUAL"),
-        ("train_instruct_pix2pix.sh", "WIENER_GAIN"),
+        ("train_instruct_pix2pix.sh", "PROGRESS", "True or False"),
+        ("sample_from_pix2pix.sh", "RESIDUAL", "True or False"),
+        ("train_instruct_pix2pix.sh", "WIENER_GAIN", "True or False"),
+        ("train_instruct_pix2pix.sh", "RESOLUTION", "is not a whole number"),
     ],
 )
-def test_switches_that_are_neither_true_nor_false_are_refused(script, variable, tmp_path):
+def test_variables_of_another_kind_are_refused_in_one_line(script, variable, wanted, tmp_path):
     done = run("bash", script, check=False, OUTPUT_DIR=tmp_path / "output", **{variable: "yes"})
-    assert done.returncode == 1
-    printed = done.stdout + done.stderr
-    choices = "True, False or auto" if variable == "WIENER_GAIN" else "True or False"
-    assert f"error: {variable} must be {choices}, not 'yes'" in printed
+    assert done.returncode == 2
+    [line] = (done.stdout + done.stderr).splitlines()
+    assert line.startswith(f"error: argument --{'add_progress' if variable == 'PROGRESS' else variable.lower()}: ")
+    assert wanted in line and "'yes'" in line
+
+
+def test_quick_tests_options_follow_the_model_not_the_data(tmp_path):
+    """The commands are replaced by one that only shows what it was given."""
+    for name in ("python", "accelerate"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / name).chmod(0o755)
+
+    def shown(**variables: object) -> str:
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        variables = {name: str(value) for name, value in ({"TEST_OUTPUT": tmp_path / "out"} | variables).items()}
+        command = ["bash", "test_train_instruct_pix2pix.sh"]
+        return subprocess.run(
+            command,
+            cwd=PROJECT,
+            env=os.environ | variables | {"PATH": path},
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout
+
+    demo = shown(DATA_DIR="data/demo")
+    assert "--learning_rate 3e-4" in demo and "--max_train_steps 400" in demo and "--num_inference_steps 1 " in demo
+    for variables in ({"DATA_DIR": "data/sthv2"}, {"PRETRAINED_MODEL": "timbrooks/instruct-pix2pix"}):
+        other = shown(**variables)
+        assert "--pretrained_model_name_or_path timbrooks/instruct-pix2pix" in other
+        assert "--learning_rate 5e-6" in other and "--max_train_steps 20 " in other
+        assert "--num_inference_steps 20 " in other and "3e-4" not in other
 
 
 def test_failed_training_makes_the_script_fail(data_dir, tmp_path):

@@ -1,11 +1,14 @@
 """Frame pairs and prompts."""
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data.layout import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
 from data.sthv2_dataset_hf import (
@@ -17,6 +20,7 @@ from data.sthv2_dataset_hf import (
     frame_pairs_dataset,
     load_frame_pairs,
     swap_left_and_right,
+    verify_frames,
 )
 from tests.conftest import SIDE, make_data_dir, run
 
@@ -141,3 +145,30 @@ def test_module_shows_what_training_would_see(data_dir):
     assert "val: 3 frame pairs" in shown
     assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 2
     assert "1 too short: 21 frames, frame 21 is wanted: train_short" in shown
+
+
+def test_frames_hash_names_their_bytes(tmp_path):
+    pairs, _ = load_frame_pairs(make_data_dir(tmp_path), "train", SIDE)
+    before = verify_frames(pairs, SIDE)
+    assert verify_frames(pairs[:-1], SIDE) != before == verify_frames(pairs, SIDE)
+    frame = np.asarray(Image.open(pairs[0].input_image)).copy()
+    frame[0, 0, 0] ^= 1
+    Image.fromarray(frame).save(pairs[0].input_image)
+    assert verify_frames(pairs, SIDE) != before
+    with pytest.raises(UserError, match=f"is {SIDE}x{SIDE} pixels, not 64x64 .*python -m data.video_loader"):
+        verify_frames(pairs, 64)
+
+
+@settings(max_examples=200, deadline=None)
+@given(position=st.integers(0, 10**6), change=st.integers(1, 255), cut=st.booleans())
+def test_every_damage_to_a_frame_is_found(data_dir, tmp_path_factory, position, change, cut):
+    pairs, _ = load_frame_pairs(data_dir, "train", SIDE)
+    content = bytearray(Path(pairs[0].input_image).read_bytes())
+    if cut:
+        del content[position % (len(content) - 8) :]
+    else:
+        content[position % (len(content) - 12)] ^= change  # the last 12 bytes say only that the file ends
+    damaged = tmp_path_factory.getbasetemp() / "damaged.png"
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match="damaged.png is "):
+        verify_frames([replace(pairs[0], input_image=str(damaged))], SIDE)

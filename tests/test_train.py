@@ -33,7 +33,7 @@ def command_line(data_dir: Path, model: Path, output_dir: Path, *extra: object, 
 
 
 def train(*arguments: object, check: bool = True, processes: int = 1) -> subprocess.CompletedProcess:
-    return run(*command_line(*arguments, processes=processes), check=check, ACCELERATE_USE_CPU="true")
+    return run(*command_line(*arguments, processes=processes), check=check)
 
 
 def final_weights(output_dir: Path) -> bytes:
