@@ -13,20 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.layout import (
-    DEFAULT_DATA_DIR,
-    CommandParser,
-    UserError,
-    extraction_command,
-    filtered_annotations_path,
-    frame_path,
-    frames_dir,
-    number,
-    only_one,
-    read_annotations,
-    run_command,
-    warn,
-)
+from data import layout
+from data.layout import UserError, number
 from data.sthv2_dataset_hf import (
     DEFAULT_INPUT_FRAME_IDX,
     DEFAULT_TARGET_FRAME_IDX,
@@ -42,13 +30,17 @@ DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was tr
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(
+    parser = layout.CommandParser(
         usage="%(prog)s [options]", description="Predict frames of validation videos, save pictures and scores."
     )
     add, index = parser.add_argument, number(at_least=0)
-    annotations = filtered_annotations_path(DEFAULT_DATA_DIR, "val")
+    annotations = layout.filtered_annotations_path(layout.DEFAULT_DATA_DIR, "val")
     add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
-    add("--frames_dir", type=Path, help=f"frames_<R>x<R> folder (of the model's resolution in {DEFAULT_DATA_DIR})")
+    add(
+        "--frames_dir",
+        type=Path,
+        help=f"frames_<R>x<R> folder (of the model's resolution in {layout.DEFAULT_DATA_DIR})",
+    )
     add("--val_annotations", type=Path, default=annotations, help="(%(default)s)")
     add("--output_dir", type=Path, default=Path("test_result/baseline"), help="(%(default)s)")
     add("--input_frame_idx", type=index, help="frame to start from (what the model was trained on, or 20)")
@@ -93,9 +85,9 @@ def main() -> None:
     input_frame_idx = as_trained(args, "input_frame_idx", trained, DEFAULT_INPUT_FRAME_IDX)
     target_frame_idx = as_trained(args, "target_frame_idx", trained, DEFAULT_TARGET_FRAME_IDX)
     resolution = trained.get("resolution", DEFAULT_RESOLUTION)
-    frames_folder = args.frames_dir or frames_dir(DEFAULT_DATA_DIR, resolution)
+    frames_folder = args.frames_dir or layout.frames_dir(layout.DEFAULT_DATA_DIR, resolution)
     pairs, left_out = find_frame_pairs(
-        read_annotations(args.val_annotations),
+        layout.read_annotations(args.val_annotations),
         frames_folder,
         input_frame_idx,
         target_frame_idx,
@@ -112,7 +104,7 @@ def main() -> None:
     pairs = choose_pairs(pairs, args.num_samples, args.seed)
     check_frames(pairs, trained, args.model_dir)
     check_output_dir(args.output_dir)
-    with only_one(args.output_dir, "sampling"):
+    with layout.only_one(args.output_dir, "sampling"):
         pipeline = load_model(args, model)
         predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
         note = f"{args.model_dir}, frame {input_frame_idx} to {target_frame_idx}"
@@ -132,7 +124,7 @@ def as_trained(args: argparse.Namespace, name: str, trained: dict[str, Any], def
     if asked is None:
         return learned
     if trained and asked != learned:
-        warn(f"{name} is {asked}, but {args.model_dir} was trained with {learned}")
+        layout.warn(f"{name} is {asked}, but {args.model_dir} was trained with {learned}")
     return asked
 
 
@@ -141,11 +133,11 @@ def where_frames_may_be(folder: Path, frame_idx: int) -> str:
     inside = sorted(path for path in folder.glob("frames_*x*") if path.is_dir())
     if inside:
         return f"name a folder of frames in it, such as {inside[0]} (FRAMES_DIR, --frames_dir)"
-    if any(folder.glob(str(frame_path("", "*", frame_idx)))):
+    if any(folder.glob(str(layout.frame_path("", "*", frame_idx)))):
         return "its videos are not those of these annotations: name both from the same data directory"
     if any(folder.glob("*/*.png")):
         return "choose an earlier frame (INPUT_FRAME_IDX, --input_frame_idx)"
-    return f"extract the frames with: {extraction_command(folder)}"
+    return f"extract the frames with: {layout.extraction_command(folder)}"
 
 
 def check_frames(pairs: Sequence[FramePair], trained: dict[str, Any], model_dir: str) -> None:
@@ -160,7 +152,7 @@ def check_frames(pairs: Sequence[FramePair], trained: dict[str, Any], model_dir:
     if side % 8:
         raise UserError(f"{pairs[0].input_image} is {side} pixels wide; the model needs a multiple of 8")
     if trained and side != resolution:
-        warn(f"the frames are {side} pixels wide, but {model_dir} was trained on {resolution}")
+        layout.warn(f"the frames are {side} pixels wide, but {model_dir} was trained on {resolution}")
 
 
 def load_model(args: argparse.Namespace, model: Path) -> StableDiffusionInstructPix2PixPipeline:
@@ -175,4 +167,4 @@ def load_model(args: argparse.Namespace, model: Path) -> StableDiffusionInstruct
 
 
 if __name__ == "__main__":
-    run_command(main)
+    layout.run_command(main)

@@ -17,19 +17,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.layout import (
-    DEFAULT_DATA_DIR,
-    SWITCH,
-    CommandParser,
-    UserError,
-    make_folder,
-    number,
-    one_line,
-    only_one,
-    remove_leftovers,
-    run_command,
-    warn,
-)
+from data import layout
+from data.layout import UserError, number
 from data.sthv2_dataset_hf import (
     DEFAULT_INPUT_FRAME_IDX,
     DEFAULT_TARGET_FRAME_IDX,
@@ -58,7 +47,7 @@ FROZEN_FOR_RESUME = (
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; flags that diffusers' training examples have mean the same here."""
-    parser = CommandParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
+    parser = layout.CommandParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
     count, index = number(at_least=1), number(at_least=0)
     not_negative, positive, below_one = number(float, at_least=0), number(float, above=0), {"at_least": 0, "below": 1}
     add = parser.add_argument_group("model").add_argument
@@ -72,12 +61,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cache_dir", help="where models from the hub are kept")
 
     add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", type=Path, default=DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
+    add("--train_data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
     side = number(at_least=8, multiple_of=8)
     add("--resolution", type=side, default=128, help="side of the frames, uses frames_<R>x<R> (%(default)s)")
     add("--input_frame_idx", type=index, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
     add("--target_frame_idx", type=index, default=DEFAULT_TARGET_FRAME_IDX, help="frame to predict (%(default)s)")
-    add("--add_progress", **SWITCH, help="prompts say how much of the action is done")
+    add("--add_progress", **layout.SWITCH, help="prompts say how much of the action is done")
     add("--max_train_samples", type=count, help="train on this many frame pairs, spread over the tasks")
     add("--random_flip", action="store_true", help="mirror half of the pairs, swapping left and right in the prompt")
     add("--dataloader_num_workers", type=index, default=0, help="processes that prepare batches (%(default)s)")
@@ -163,30 +152,11 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from pecn.checkpoints import (
-    HOW_TO_RESUME,
-    as_json,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    save_pipeline,
-    training_config,
-)
+from pecn import checkpoints, optimization
 from pecn.diffusion import add_image_channels, timestep_weights
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
 from pecn.interruption import Interrupted, StopRequest
 from pecn.model import TRAINING_CONFIG, create_hub_repository, find_model, load_pipeline, upload
-from pecn.optimization import (
-    LOG_EVERY,
-    StepLog,
-    averaged_weights,
-    check_weights,
-    compile_unet,
-    create_lr_scheduler,
-    create_optimizer,
-    gather_unet,
-    optimizer_step,
-)
 from pecn.processes import create_accelerator, is_first_process, is_out_of_memory, on_main_process
 from pecn.validation import validate
 
@@ -207,7 +177,9 @@ def find_training_pairs(args: argparse.Namespace) -> tuple[list[FramePair], list
             f" {args.target_frame_idx}; look at: python -m data.sthv2_dataset_hf --data_dir {args.train_data_dir}"
         )
     if args.num_validation_images and not chosen[1] and is_first_process():
-        warn(f"no validation video of {args.train_data_dir} has both frames; training goes on without validation")
+        layout.warn(
+            f"no validation video of {args.train_data_dir} has both frames; training goes on without validation"
+        )
     return chosen[0], chosen[1]
 
 
@@ -219,9 +191,11 @@ def train(
     stop: StopRequest,
 ) -> None:
     """The whole run: from a checkpoint, or from the base model, to the trained pipeline."""
-    checkpoint, damaged = on_main_process(accelerator, find_checkpoint, args.output_dir, args.resume_from_checkpoint)
+    checkpoint, damaged = on_main_process(
+        accelerator, checkpoints.find_checkpoint, args.output_dir, args.resume_from_checkpoint
+    )
     for line in damaged if accelerator.is_main_process else []:
-        warn(f"{line}; {checkpoint} is used instead")
+        layout.warn(f"{line}; {checkpoint} is used instead")
     if args.push_to_hub:  # before training, to fail early
         name = args.hub_model_id or args.output_dir.name
         repository = on_main_process(accelerator, create_hub_repository, name, args.hub_token)
@@ -268,7 +242,7 @@ def train(
     )
     max_train_steps = batches.max_train_steps
 
-    optimizer = create_optimizer(
+    optimizer = optimization.create_optimizer(
         unet,
         args.learning_rate * (batches.global_batch_size if args.scale_lr else 1),
         args.use_8bit_adam,
@@ -276,11 +250,11 @@ def train(
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
-    lr_scheduler = create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
+    lr_scheduler = optimization.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
     ema = EMAModel(unet.parameters()) if args.use_ema else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
-    config = training_config(
+    config = checkpoints.training_config(
         args,
         mixed_precision=accelerator.mixed_precision,
         global_batch_size=batches.global_batch_size,
@@ -293,7 +267,7 @@ def train(
         called = {name: name for name in FROZEN_FOR_RESUME} | {
             "encoded_data": "the model, frames or prompts (as a hash)"
         }
-        first_step = load_checkpoint(accelerator, checkpoint, config["arguments"], called)
+        first_step = checkpoints.load_checkpoint(accelerator, checkpoint, config["arguments"], called)
         if first_step > max_train_steps:
             raise UserError(
                 f"{checkpoint} is beyond the {max_train_steps} steps asked for; raise EPOCHS or MAX_TRAIN_STEPS"
@@ -312,9 +286,9 @@ def train(
         f" {accelerator.num_processes} x {accelerator.device.type}, mixed precision {accelerator.mixed_precision}"
     )
 
-    model = compile_unet(unet) if args.compile else unet
+    model = optimization.compile_unet(unet) if args.compile else unet
     loader = load_batches(batches, first_step, accelerator.device, args.dataloader_num_workers)
-    step_log = StepLog(accelerator, batches.global_batch_size)
+    step_log = optimization.StepLog(accelerator, batches.global_batch_size)
     progress_bar = tqdm(
         total=max_train_steps,
         initial=first_step,
@@ -324,7 +298,7 @@ def train(
     )
     with stop.deferred(), progress_bar:
         for step in range(first_step + 1, max_train_steps + 1):
-            loss, grad_norm = optimizer_step(
+            loss, grad_norm = optimization.optimizer_step(
                 accelerator, model, optimizer, noise_scheduler, loader, args.max_grad_norm, args.snr_gamma
             )
             step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0])
@@ -338,20 +312,22 @@ def train(
             stopped_by = 0 if is_last else stop.agreed()
             save_now = step % args.checkpointing_steps == 0 or stopped_by
             validate_now = validation_pairs and (is_last or batches.ends_epochs(step, args.validation_epochs))
-            if step % LOG_EVERY == 0 or save_now or validate_now or is_last:
+            if step % optimization.LOG_EVERY == 0 or save_now or validate_now or is_last:
                 progress_bar.set_postfix(loss=f"{step_log.flush():.4f}")
             if save_now or is_last:
-                check_weights(accelerator, unet, step)
+                optimization.check_weights(accelerator, unet, step)
             if save_now:
-                notes = {TRAINING_CONFIG: as_json(config)}
-                saved = save_checkpoint(accelerator, args.output_dir, step, notes, args.checkpoints_total_limit)
+                notes = {TRAINING_CONFIG: checkpoints.as_json(config)}
+                saved = checkpoints.save_checkpoint(
+                    accelerator, args.output_dir, step, notes, args.checkpoints_total_limit
+                )
             if stopped_by:
                 accelerator.end_training()
                 progress_bar.close()
-                raise Interrupted(stopped_by, f"after step {step}: go on from {saved} with {HOW_TO_RESUME}")
+                raise Interrupted(stopped_by, f"after step {step}: go on from {saved} with {checkpoints.HOW_TO_RESUME}")
             if validate_now:
-                with averaged_weights(ema, unet):
-                    current = gather_unet(accelerator, unet)
+                with optimization.averaged_weights(ema, unet):
+                    current = optimization.gather_unet(accelerator, unet)
                     if accelerator.is_main_process:
                         validate(pipeline, current, validation_pairs, args, accelerator, step)
                 accelerator.wait_for_everyone()
@@ -360,9 +336,9 @@ def train(
 
         if ema:
             ema.copy_to(unet.parameters())
-        pipeline.unet = gather_unet(accelerator, unet)
+        pipeline.unet = optimization.gather_unet(accelerator, unet)
         if accelerator.is_main_process:
-            save_pipeline(pipeline, args.output_dir, config)
+            checkpoints.save_pipeline(pipeline, args.output_dir, config)
             print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")
             if args.push_to_hub:
                 upload(args.output_dir, repository, args.hub_token, [*NOT_UPLOADED, f"{args.logging_dir}/**"])
@@ -375,17 +351,17 @@ def main() -> None:
     train_pairs, validation_pairs = find_training_pairs(args)
     accelerator = create_accelerator(args)
     stop = StopRequest()
-    make_folder(args.output_dir)
+    layout.make_folder(args.output_dir)
     try:
-        with only_one(args.output_dir, "training") if accelerator.is_main_process else contextlib.nullcontext():
+        with layout.only_one(args.output_dir, "training") if accelerator.is_main_process else contextlib.nullcontext():
             if accelerator.is_main_process:
-                remove_leftovers(args.output_dir)
+                layout.remove_leftovers(args.output_dir)
             train(args, train_pairs, validation_pairs, accelerator, stop)
     except Interrupted as interruption:
         message = str(interruption) or "before the first step: nothing is lost, run the same command again"
         raise Interrupted(interruption.signal_number, message) from None
     except OSError as error:
-        raise UserError(f"{one_line(error)}; mend that, or make room, and run the same command again") from error
+        raise UserError(f"{layout.one_line(error)}; mend that, or make room, and run the same command again") from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -397,4 +373,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    layout.run_command(main)

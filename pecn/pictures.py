@@ -38,7 +38,6 @@ TITLE_COLORS = {"Best": (20, 95, 50), "Median": (60, 60, 60), "Worst": (140, 35,
 BEYOND_PLOT = 60.0  # dB; hardly any error is left, so pairs up here must not squeeze the others together
 TASK_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 TASK_MARKERS = ("o", "s", "D", "v", "P", "X", "*")
-MANY_DOTS = 500  # more than that are drawn small, or they hide each other
 
 
 # Comparison of one prediction.
@@ -63,38 +62,37 @@ def comparison_picture(prediction: Prediction, note: str = "", scores: dict[str,
     words = [prompt, *describe_scores(score_prediction(prediction) if scores is None else scores), note]
     lines = [line for text in words for line in wrap_text(text, font, total_width - 2 * GAP)]
     top = LINE_HEIGHT + GAP
-    text_top = top + height + LINE_HEIGHT + GAP
+    text_top = top + height + GAP
     picture = Image.new("RGB", (total_width, text_top + len(lines) * LINE_HEIGHT + GAP), "white")
     draw = ImageDraw.Draw(picture)
     draw.fontmode = "L"
-    for column, (title, frame, scale) in enumerate(panels):
+    for column, (title, frame, resampling) in enumerate(panels):
         left = GAP + column * (width + GAP)
         draw.text((left, GAP // 2), title, fill="black", font=font)
         if frame is None:
             draw.rectangle((left, top, left + width - 1, top + height - 1), fill=(235, 235, 235))
             draw.text((left + width // 2, top + height // 2), "no target frame", "black", font, anchor="mm")
             continue
-        resampling = Image.Resampling.BICUBIC if scale is None else Image.Resampling.NEAREST
         picture.paste(Image.fromarray(frame).resize((width, height), resampling), (left, top))
-        if scale is not None:
-            _draw_scale(draw, left, top + height + 3, width, font, *scale)
     for row, line in enumerate(lines):
         draw.text((GAP, text_top + row * LINE_HEIGHT), line, fill="black", font=font)
     return np.asarray(picture)
 
 
-def _panels(prediction: Prediction) -> list[tuple[str, np.ndarray | None, tuple[str, int] | None]]:
-    """(title, uint8 RGB picture or None, colors and gray level at their end if it is a map) of each panel."""
+def _panels(prediction: Prediction) -> list[tuple[str, np.ndarray | None, Image.Resampling]]:
+    """(title, uint8 RGB picture or None, how it is enlarged) of each panel; maps say the gray levels at their end."""
     target, uncertainty = prediction.target, prediction.uncertainty
-    panels = [("input", prediction.input, None), ("prediction", prediction.prediction, None), ("target", target, None)]
+    frames = {"input": prediction.input, "prediction": prediction.prediction, "target": target}
+    panels = [(title, frame, Image.Resampling.BICUBIC) for title, frame in frames.items()]
     difference = None
     if target is not None:
         error = np.abs(prediction.prediction.astype(np.float32) - target).mean(axis=2)
         difference = color_map(error, DIFFERENCE_COLORS, DIFFERENCE_SCALE)
-    panels.append(("|prediction - target|", difference, (DIFFERENCE_COLORS, DIFFERENCE_SCALE)))
+    title = f"|prediction - target|, 0 to {DIFFERENCE_SCALE}+"
+    panels.append((title, difference, Image.Resampling.NEAREST))
     if uncertainty is not None:
         colors = color_map(uncertainty, UNCERTAINTY_COLORS, UNCERTAINTY_SCALE)
-        panels.append(("uncertainty (standard deviation)", colors, (UNCERTAINTY_COLORS, UNCERTAINTY_SCALE)))
+        panels.append((f"standard deviation, 0 to {UNCERTAINTY_SCALE}+", colors, Image.Resampling.NEAREST))
     return panels
 
 
@@ -102,18 +100,6 @@ def color_map(values: np.ndarray, colors: str, highest: float) -> np.ndarray:
     """Values of any shape in matplotlib's color map named `colors`, from 0 to `highest` and more; uint8 RGB."""
     table = (matplotlib.colormaps[colors](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     return table[(np.clip(values / highest, 0, 1) * 255).round().astype(np.uint8)]
-
-
-def _draw_scale(
-    draw: ImageDraw.ImageDraw, left: int, top: int, width: int, font: Any, colors: str, highest: int
-) -> None:
-    """A bar with the map's colors and the gray levels at its ends, in the line below a panel."""
-    end = f"{highest}+ gray levels"
-    start, stop = left + 14, left + width - int(font.getlength(end)) - 6
-    draw.text((left, top), "0", fill="black", font=font)
-    draw.text((stop + 6, top), end, fill="black", font=font)
-    for x, color in zip(range(start, stop), color_map(np.linspace(0, 1, stop - start), colors, 1)):
-        draw.line((x, top + 4, x, top + 13), fill=tuple(int(level) for level in color))
 
 
 def describe_scores(scores: dict[str, Any]) -> list[str]:
@@ -180,16 +166,11 @@ def titled(picture: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([np.asarray(bar), picture])
 
 
-def contact_sheet(pictures: Sequence[np.ndarray], num_columns: int = 1) -> np.ndarray:
-    """Pictures (H, W, 3) in a grid of equal cells, row by row, white where one is smaller than its cell."""
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
-    num_columns = min(num_columns, len(pictures))
-    num_rows = -(-len(pictures) // num_columns)
-    sheet = np.full((num_rows * height, num_columns * width, 3), 255, np.uint8)
-    for index, picture in enumerate(pictures):
-        top, left = index // num_columns * height, index % num_columns * width
-        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return sheet
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures (H, W, 3) one below the other, white beside narrower ones."""
+    width = max(picture.shape[1] for picture in pictures)
+    padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures]
+    return np.concatenate(padded)
 
 
 # Plot of all scores.
@@ -243,12 +224,11 @@ def _plot_against_copy(axes: Axes, title: str, rows: Sequence[dict[str, Any]], t
     axes.tick_params(labelsize=11)
     diagonal = axes.plot([low, high], [low, high], color="black", linestyle="--", linewidth=1.5, zorder=4)
     handles = {"as good as copying": diagonal[0]}
-    size, opacity = (30, 0.8) if len(rows) <= MANY_DOTS else (8, 0.5)
     for number, task in enumerate(tasks):
         of_task = points[[row["task"] == task for row in rows]]
         is_beyond = (of_task >= BEYOND_PLOT).any(axis=1)
         look = {"color": TASK_COLORS[number % len(TASK_COLORS)], "marker": TASK_MARKERS[number % len(TASK_MARKERS)]}
-        axes.scatter(*of_task[~is_beyond].T, s=size, alpha=opacity, linewidths=0, **look)
+        axes.scatter(*of_task[~is_beyond].T, s=30, alpha=0.8, linewidths=0, **look)
         handles[task] = axes.scatter([], [], s=40, linewidths=0, **look)
         edge = np.clip(of_task[is_beyond], low, high)
         axes.scatter(*edge.T, s=50, edgecolors="black", clip_on=False, zorder=5, **look)
@@ -282,7 +262,7 @@ def save_results(predictions: Iterable[Prediction], output_dir: Path, note: str)
             for index, title in choose_for_overview([psnr_gain(record) for record in records]):
                 comparison = new / SAMPLES / records[index]["video_id"] / "comparison.png"
                 overview.append(titled(np.asarray(Image.open(comparison)), title))
-            save_picture(new / "overview.png", contact_sheet(overview))
+            save_picture(new / "overview.png", stack(overview))
             save_scores_plot(new / "scores.png", records, note)
             metrics = {"summary": summarize(records), "samples": records}
             text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)

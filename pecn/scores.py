@@ -150,45 +150,18 @@ def paired_permutation_test(differences: Sequence[float] | np.ndarray, seed: int
 # All pairs.
 
 
-def mean_scores(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over what `score_prediction` returned for each pair, leaving out pairs without a target.
-
-    Returns {"num_samples", "psnr": {"prediction", "copy", "vae_ceiling"}, "ssim": {the same keys}, "moving":
-    {"num_samples", "share", "psnr": {the same keys}}}; a mean over no pair is None.
-    """
-    summary = _means([row for row in scores if row["psnr"] is not None], METRICS)
-    moving = [row["moving"] for row in scores if row["moving"] is not None]
-    summary["moving"] = _means(moving, ("psnr",)) | {"share": _mean([row["share"] for row in moving])}
-    return summary
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
-
-
-def _means(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
-    means: dict[str, Any] = {"num_samples": len(rows)}
-    for metric in metrics:
-        means[metric] = {name: _mean([row[metric][name] for row in rows]) for name in SCORED}
-    return means
-
-
 def summarize(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The summary of metrics.json: means with intervals, the comparison with copying, all that for each task too.
 
-    `scores` holds one dictionary a pair: what `score_prediction` returned, and `task`.
-
-    Beside the keys of `mean_scores` the summary has, and so have its `moving` (PSNR only) and each task's entry in
-    `per_task`: `psnr_interval`, `ssim_interval` (95% bootstrap interval [low, high] of each mean), `difference`
-    (mean of prediction - copy over pairs and its interval) and `share_better` (part of the pairs, 0..1, where the
-    prediction scores higher than copying, and its interval). What cannot be computed is None. The whole summary
-    also has `num_without_target`, `num_identical` (pairs whose input is the target) and `method`, the constants.
+    `scores` holds one dictionary a pair: what `score_prediction` returned, and `task`. The summary, its `moving` (PSNR
+    alone, and the mean `share` of the picture) and each task's entry in `per_task` are what `compare` returns. The
+    whole summary also has `num_without_target`, `num_identical` (pairs whose input is the target) and `method`.
     """
-    summary = _compare(scores)
+    summary = summarize_group(scores)
     summary["num_without_target"] = len(scores) - summary["num_samples"]
     summary["num_identical"] = sum(row["psnr"] is not None and row["psnr"]["copy"] == HIGHEST_PSNR for row in scores)
     tasks = sorted({row["task"] for row in scores})
-    summary["per_task"] = {task: _compare([row for row in scores if row["task"] == task]) for task in tasks}
+    summary["per_task"] = {task: summarize_group([row for row in scores if row["task"] == task]) for task in tasks}
     summary["method"] = {
         "confidence": CONFIDENCE,
         "num_resamples": NUM_RESAMPLES,
@@ -199,28 +172,36 @@ def summarize(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _compare(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    summary = mean_scores(scores)
-    summary |= _comparison([row for row in scores if row["psnr"] is not None], METRICS)
-    summary["moving"] |= _comparison([row["moving"] for row in scores if row["moving"] is not None], ("psnr",))
+def summarize_group(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`compare` of the pairs that have a target, with that of their moving regions as `moving`."""
+    moving = [row["moving"] for row in scores if row["moving"] is not None]
+    summary = compare([row for row in scores if row["psnr"] is not None], METRICS)
+    summary["moving"] = compare(moving, ("psnr",)) | {"share": mean([row["share"] for row in moving])}
     return summary
 
 
-def _comparison(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
-    """Intervals, `difference` and `share_better` over the pairs' scores."""
-    comparison: dict[str, Any] = {"difference": {}, "share_better": {}}
+def compare(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Means of the pairs' scores, and how the prediction compares with copying. What cannot be computed is None.
+
+    Returns `num_samples`; for each metric its means by SCORED and, as `<metric>_interval`, their 95% bootstrap
+    intervals [low, high]; `difference` (mean of prediction - copy over pairs) and `share_better` (part of the pairs,
+    0..1, where the prediction scores higher than copying), each by metric and with its interval.
+    """
+    summary: dict[str, Any] = {"num_samples": len(rows), "difference": {}, "share_better": {}}
     for metric in metrics:
         table = np.array([[row[metric][name] for name in SCORED] for row in rows]).reshape(len(rows), len(SCORED))
         gain = table[:, 0] - table[:, 1]
         *of_means, of_gain = bootstrap_intervals(np.column_stack([table, gain]))
-        comparison[f"{metric}_interval"] = dict(zip(SCORED, of_means))
-        num_better = int(np.count_nonzero(gain > 0))
-        comparison["difference"] |= {metric: _mean(gain), f"{metric}_interval": of_gain}
-        comparison["share_better"] |= {
-            metric: _mean(gain > 0),
-            f"{metric}_interval": share_interval(num_better, len(rows)),
-        }
-    return comparison
+        of_share = share_interval(int(np.count_nonzero(gain > 0)), len(rows))
+        summary[metric] = dict(zip(SCORED, map(mean, table.T)))
+        summary[f"{metric}_interval"] = dict(zip(SCORED, of_means))
+        summary["difference"] |= {metric: mean(gain), f"{metric}_interval": of_gain}
+        summary["share_better"] |= {metric: mean(gain > 0), f"{metric}_interval": of_share}
+    return summary
+
+
+def mean(values: Sequence[float] | np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
 # The table.

@@ -12,7 +12,7 @@ from data.sthv2_dataset_hf import FramePair
 from pecn.pictures import comparison_picture, save_picture
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import sampling_options
-from pecn.scores import mean_scores, score_prediction
+from pecn.scores import score_prediction, summarize
 
 
 def validate(
@@ -37,12 +37,12 @@ def validate(
 
     folder = args.output_dir / "validation"
     folder.mkdir(exist_ok=True)
-    pictures, scores = {}, [score_prediction(prediction) for prediction in predictions]
+    pictures, scores = {}, [score_prediction(prediction) | {"task": prediction.task} for prediction in predictions]
     for prediction, its_scores in zip(predictions, scores):
         picture = comparison_picture(prediction, f"step {step}", its_scores)
         save_picture(folder / f"step-{step:06}_{prediction.video_id}.png", picture)
         pictures[f"validation/{prediction.video_id}"] = picture[None]
-    means = mean_scores(scores)
+    means = summarize(scores)
     # A dictionary becomes several lines in one chart, so that the prediction is seen to pass the copy.
     charts = {"psnr": means["psnr"], "ssim": means["ssim"], "psnr_where_something_moves": means["moving"]["psnr"]}
     accelerator.log({f"validation/{name}": lines for name, lines in charts.items() if None not in lines.values()}, step)

@@ -17,10 +17,10 @@ from pecn.pictures import (
     choose_for_overview,
     color_map,
     comparison_picture,
-    contact_sheet,
     describe_scores,
     save_results,
     save_scores_plot,
+    stack,
     wrap_text,
 )
 from pecn.sampling import Prediction
@@ -120,13 +120,11 @@ def test_wrapped_lines_lose_nothing(words, width):
     assert " ".join(wrap_text(" ".join(words), ImageFont.load_default(size=13), width)).split() == words
 
 
-def test_contact_sheet_keeps_every_picture():
+def test_stack_keeps_every_picture():
     pictures = [np.full((10 + index, 8 - index, 3), index, np.uint8) for index in range(3)]
-    sheet = contact_sheet(pictures, num_columns=2)
-    assert sheet.shape == (24, 16, 3)
-    assert [(sheet[..., 0] == index).sum() for index in range(3)] == [80, 77, 72]
-    assert contact_sheet(pictures).shape == (36, 8, 3)
-    assert contact_sheet(pictures[:1], num_columns=2).shape == (10, 8, 3)
+    stacked = stack(pictures)
+    assert stacked.shape == (33, 8, 3)
+    assert [(stacked[..., 0] == index).sum() for index in range(3)] == [80, 77, 72]
 
 
 @settings(deadline=None)

@@ -18,7 +18,6 @@ from pecn.scores import (
     SCORED,
     bootstrap_intervals,
     format_table,
-    mean_scores,
     moving_region,
     paired_permutation_test,
     psnr_gain,
@@ -190,8 +189,6 @@ def test_summary_of_hand_made_scores():
 def test_swapped_roles_flip_every_difference(rows):
     summary = summarize([record(*row) for row in rows])
     json.dumps(summary, allow_nan=False)
-    means = {key: summary[key] for key in ("num_samples", "psnr", "ssim")}
-    assert means.items() <= mean_scores([record(*row) for row in rows]).items()
     swapped = summarize([record(task, copy, prediction, moving) for task, prediction, copy, moving in rows])
     groups = [(summary, swapped), (summary["moving"], swapped["moving"])]
     groups += [(summary["per_task"][task], swapped["per_task"][task]) for task in summary["per_task"]]
