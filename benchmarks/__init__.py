@@ -1,1 +1,3 @@
-"""Speed and effect of what the project does, measured side by side; one command each."""
+"""Benchmarks: each module is one command that prints a table; see README.md here."""
+
+import pecn  # noqa: F401  keeps the libraries' notes out of the tables

@@ -17,6 +17,7 @@ study goes on where it stopped. The table is printed; `results.json` in the work
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import shlex
@@ -29,35 +30,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import sample_from_pix2pix
-import train_instruct_pix2pix
 from data.layout import (
+    CommandParser,
     UserError,
     filtered_annotations_path,
     frames_dir,
     make_folder,
+    number,
     read_annotations,
     run_command,
     write_file,
 )
-from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, describe_left_out, load_frame_pairs
-from pecn.scores import FEW_SAMPLES, bootstrap_interval, paired_permutation_test
+from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, choose_pairs, describe_left_out, load_frame_pairs
+from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
 
 PROJECT = Path(__file__).parents[1]
+TRAIN, SAMPLE = PROJECT / "train_instruct_pix2pix.py", PROJECT / "sample_from_pix2pix.py"
 DEMO_MODEL = Path("demo/base_model")
 CLIP_SEED = 20_260  # of the rendered clips; 42 is demo.make_clips' own, the base model's training has another
 SPLIT_SEED = 0  # of filtering, and of choosing held-out pairs
 ENOUGH_PAIRS = 200
-ALL_TASKS = "all"
-MEASURES = {"psnr": "PSNR over the whole picture, dB", "moving_psnr": "PSNR where something moves, dB"}
 # For the demo's base model, which predicts velocity: late timesteps, and a single step without guidance.
 DEMO_OPTIONS = {
     "training_options": "--lr_scheduler cosine --timestep_bias_strategy later --timestep_bias_portion 0.05"
     " --timestep_bias_multiplier 40",
-    "sampling_options": "--num_inference_steps 1 --guidance_scale 1 --image_guidance_scale 1 --num_predictions 4"
-    " --no-wiener_gain",
+    "num_inference_steps": 1,
+    "image_guidance_scale": 1.0,
+    "wiener_gain": False,
 }
 QUICK = {
     "work_dir": Path("outputs/progress_study_quick"),
@@ -71,24 +70,27 @@ QUICK = {
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.progress_study", description="Measure whether progress prompts help."
+    parser = CommandParser(
+        prog="python -m benchmarks.progress_study",
+        usage="%(prog)s [options]",
+        description="Measure whether progress prompts help.",
     )
-    add = parser.add_argument
+    add, count, index = parser.add_argument, number(at_least=1), number(at_least=0)
     add("--quick", action="store_true", help="a small run that only shows that everything works")
     add("--work_dir", type=Path, default=Path("outputs/progress_study"), help="runs and results go here (%(default)s)")
     add("--pretrained_model_name_or_path", default=str(DEMO_MODEL), help="base model (%(default)s)")
     add("--data_dir", type=Path, help="a prepared data directory, such as data/sthv2 (renders clips)")
-    add("--resolution", type=int, default=96, help="side of the frames in pixels (%(default)s)")
-    add("--num_train_clips", type=int, default=400, help="rendered clips to train on (%(default)s)")
-    add("--num_val_clips", type=int, default=220, help="rendered clips to evaluate on (%(default)s)")
-    add("--num_samples", type=sample_from_pix2pix.number_of_samples, help="held-out pairs to evaluate on, or 'all'")
-    add("--input_frame_idx", type=int, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
-    add("--target_frame_idx", type=int, nargs="+", default=[21, 25], help="frames to predict, one study each (21 25)")
+    side = number(at_least=8, multiple_of=8)
+    add("--resolution", type=side, default=96, help="side of the frames in pixels (%(default)s)")
+    add("--num_train_clips", type=count, default=400, help="rendered clips to train on (%(default)s)")
+    add("--num_val_clips", type=count, default=220, help="rendered clips to evaluate on (%(default)s)")
+    add("--num_samples", type=number_of_samples, help="held-out pairs to evaluate on, or 'all' (all)")
+    add("--input_frame_idx", type=index, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
+    add("--target_frame_idx", type=index, nargs="+", default=[21, 25], help="frames to predict, one study each (21 25)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and sampling (0 1 2)")
-    add("--max_train_steps", type=int, default=100, help="optimiser steps of each run (%(default)s)")
-    add("--train_batch_size", type=int, default=16, help="(%(default)s)")
-    add("--learning_rate", type=float, default=3e-4, help="(%(default)s)")
+    add("--max_train_steps", type=count, default=100, help="optimizer steps of each run (%(default)s)")
+    add("--train_batch_size", type=count, default=16, help="(%(default)s)")
+    add("--learning_rate", type=number(float, at_least=0), default=3e-4, help="(%(default)s)")
     add(
         "--training_options",
         type=shlex.split,
@@ -97,15 +99,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help='more flags of train_instruct_pix2pix.py: --training_options="--mixed_precision fp16" (none; for the'
         f' demo\'s base model "{DEMO_OPTIONS["training_options"]}")',
     )
-    add(
-        "--sampling_options",
-        type=shlex.split,
-        default="",
-        metavar="FLAGS",
-        help="more flags of sample_from_pix2pix.py (none; for the demo's base model"
-        f' "{DEMO_OPTIONS["sampling_options"]}")',
-    )
     add("--keep_models", action="store_true", help="keep trained models and predicted pictures, not only scores")
+    add_sampling_options(parser)
     given = parser.parse_args(arguments)
     if given.quick:
         parser.set_defaults(**QUICK)
@@ -114,11 +109,20 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.seeds = list(dict.fromkeys(args.seeds))
     args.target_frame_idx = list(dict.fromkeys(args.target_frame_idx))
-    for name in ("num_train_clips", "num_val_clips", "max_train_steps", "train_batch_size", "resolution"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    try:
+        sampling_options(args)
+    except UserError as error:
+        parser.error(str(error))
     return args
 
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
+
+from tqdm import tqdm
+
+from benchmarks.progress_comparison import ALL_TASKS, answer, compare_all, format_table, how_to_read
 
 # The data.
 
@@ -142,7 +146,7 @@ def choose_held_out(args: argparse.Namespace, data_dir: Path, target_frame_idx: 
     )
     if left_out:
         print(f"held-out clips: {describe_left_out(left_out)}")
-    chosen = {pair["video_id"] for pair in sample_from_pix2pix.choose_samples(pairs, args.num_samples, SPLIT_SEED)}
+    chosen = {pair.video_id for pair in choose_pairs(pairs, args.num_samples, SPLIT_SEED)}
     if not chosen:
         raise UserError(
             f"no held-out video of {data_dir} has both frames {args.input_frame_idx} and {target_frame_idx}; look at:"
@@ -186,9 +190,11 @@ class Run:
 def plan_runs(args: argparse.Namespace, data_dir: Path) -> list[Run]:
     """All runs, in an order that gives whole comparisons early: both prompts of a seed, then the next seed."""
     held_out = {target: choose_held_out(args, data_dir, target) for target in args.target_frame_idx}
-    data = filtered_annotations_path(data_dir, "train").read_text(encoding="utf-8")
+    # The commands' defaults are settings, too: where a script changes, results of before it do not count.
+    files = (filtered_annotations_path(data_dir, "train"), TRAIN, SAMPLE)
+    shared = digest(*(path.read_text(encoding="utf-8") for path in files), model_files(args))
     return [
-        plan_run(args, data_dir, held_out[target], target, add_progress, seed, digest(data, model_files(args)))
+        plan_run(args, data_dir, held_out[target], target, add_progress, seed, shared)
         for seed in args.seeds
         for target in args.target_frame_idx
         for add_progress in (False, True)
@@ -202,17 +208,15 @@ def plan_run(
     target_frame_idx: int,
     add_progress: bool,
     seed: int,
-    data_and_model: str,
+    shared: str,  # a hash of what all runs have in common
 ) -> Run:
     frames = [f"--input_frame_idx={args.input_frame_idx}", f"--target_frame_idx={target_frame_idx}"]
-    # The study's own flags come last, where they win over the user's.
     training = [
-        *args.training_options,
         f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}",
         f"--train_data_dir={data_dir}",
         f"--resolution={args.resolution}",
         *frames,
-        *(["--add_progress"] if add_progress else []),
+        f"--add_progress={add_progress}",
         f"--max_train_steps={args.max_train_steps}",
         f"--train_batch_size={args.train_batch_size}",
         f"--learning_rate={args.learning_rate}",
@@ -222,20 +226,20 @@ def plan_run(
         "--num_validation_images=0",
         "--report_to=none",
     ]
+    taken = {"--output_dir", *(word.split("=")[0] for word in training)}
+    for word in args.training_options:
+        if word.split("=")[0] in taken:
+            raise UserError(f"--training_options may not hold {word}: the study sets it itself")
+    training = [*args.training_options, *training]
     sampling = [
-        *args.sampling_options,
         f"--frames_dir={frames_dir(data_dir, args.resolution)}",
         f"--val_annotations={held_out}",
         *frames,
         "--num_samples=all",
         f"--seed={seed}",
+        *(f"--{name}={value}" for name, value in vars(sampling_options(args)).items()),
     ]
-    # All arguments, also those that nobody gave: where a default changes, results of before it do not count.
-    settings = [
-        train_instruct_pix2pix.parse_args(training),
-        sample_from_pix2pix.parse_args(["--model_dir=", *sampling]),
-    ]
-    key = digest(data_and_model, *(str(sorted(vars(options).items())) for options in settings))
+    key = digest(shared, *training, *sampling)
     prompts = "with_progress" if add_progress else "without_progress"
     name = f"{args.input_frame_idx}_to_{target_frame_idx}_{prompts}_seed_{seed}_{key}"
     return Run(target_frame_idx, add_progress, seed, args.work_dir / "runs" / name, training, sampling)
@@ -252,32 +256,18 @@ def digest(*texts: str) -> str:
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=5).hexdigest()
 
 
-def check_options(args: argparse.Namespace, run: Run) -> None:
-    """Refuses, before the first run, what could only fail in it, or would be overruled in silence."""
-    for name, words in (("training_options", run.training), ("sampling_options", run.sampling)):
-        asked = getattr(args, name)
-        taken = {"--add_progress", "--output_dir", "--model_dir", *(word.split("=")[0] for word in words[len(asked) :])}
-        for word in asked:
-            if word.split("=")[0] in taken:
-                raise UserError(f"--{name} may not hold {word}: the study sets it itself")
-    train_instruct_pix2pix.check_args(train_instruct_pix2pix.parse_args(run.training))
-    sample_from_pix2pix.check_args(sample_from_pix2pix.parse_args(["--model_dir=", *run.sampling]))
-
-
 def execute(runs: Sequence[Run], keep_models: bool) -> None:
     """Trains and samples what is not finished yet, with one progress bar over the runs."""
-    from tqdm import tqdm
-
     with tqdm(total=len(runs), unit="run") as progress_bar:
         for run in runs:
             progress_bar.set_description_str(f"training {run}")
             model, samples = run.folder / "model", run.folder / "samples"
             if not run.metrics.is_file() and not (model / "model_index.json").is_file():
-                words = [PROJECT / "train_instruct_pix2pix.py", f"--output_dir={model}", *run.training]
+                words = [TRAIN, f"--output_dir={model}", *run.training]
                 call(words, run.folder / "train.log")
             progress_bar.set_description_str(f"sampling {run}")
             if not run.metrics.is_file():
-                words = [PROJECT / "sample_from_pix2pix.py", f"--model_dir={model}", f"--output_dir={samples}"]
+                words = [SAMPLE, f"--model_dir={model}", f"--output_dir={samples}"]
                 call([*words, *run.sampling], run.folder / "sample.log")
             if not keep_models:
                 shutil.rmtree(model, ignore_errors=True)
@@ -321,7 +311,7 @@ def run_child(command: Sequence[str], output: Any) -> int:
             raise
 
 
-# The comparison.
+# Their scores.
 
 
 def collect_pairs(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -354,96 +344,10 @@ def read_metrics(run: Run) -> dict[str, Any]:
         raise UserError(f"{run.metrics} cannot be read ({error}); delete {run.folder} to repeat the run") from error
 
 
-def compare(pairs: Sequence[dict[str, Any]], measure: str, task: str = ALL_TASKS) -> dict[str, Any]:
-    """The paired comparison of one measure over one task's pairs, or over all.
-
-    A pair's difference (with minus without progress, dB) is first averaged over the seeds: the pairs are the
-    statistical unit. Returns their number, the means of `copy`, `without`, `with` and `difference`, the latter's
-    `interval` (95%, bootstrap over pairs), `p_value` (random changes of sign), and the mean `difference_per_seed`.
-    """
-    rows = [pair[measure] for pair in pairs if task in (ALL_TASKS, pair["task"]) and pair[measure] is not None]
-    comparison: dict[str, Any] = {"task": task, "measure": measure, "num_pairs": len(rows)}
-    if not rows:
-        names = ("copy", "without", "with", "difference", "interval", "p_value", "difference_per_seed")
-        return comparison | dict.fromkeys(names)
-    without, with_progress = (np.array([row[name] for row in rows]) for name in ("without", "with"))
-    differences = (with_progress - without).mean(axis=1)
-    return comparison | {
-        "copy": float(np.mean([row["copy"] for row in rows])),
-        "without": float(without.mean()),
-        "with": float(with_progress.mean()),
-        "difference": float(differences.mean()),
-        "interval": bootstrap_interval(differences),
-        "p_value": paired_permutation_test(differences),
-        "difference_per_seed": (with_progress - without).mean(axis=0).tolist(),
-    }
+# The study.
 
 
-def compare_all(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`compare` for each measure: a row for each task, then one for all."""
-    tasks = [*sorted({pair["task"] for pair in pairs}), ALL_TASKS]
-    return [compare(pairs, measure, task) for measure in MEASURES for task in tasks]
-
-
-def format_table(horizons: dict[str, list[dict[str, Any]]]) -> str:
-    """The comparisons of each horizon ("20 -> 25") as text of about 110 columns."""
-    heads = f"{'copying':>9}{'without':>9}{'with':>8}{'with - without (95%)':>27}{'p':>8}   for each seed"
-    lines = [f"{'pairs':>30}{heads}"]
-    for measure, title in MEASURES.items():
-        lines.append(title)
-        for horizon, rows in horizons.items():
-            for row in rows:
-                if row["measure"] == measure:
-                    lines.append(_table_row(horizon, row))
-    return "\n".join(lines)
-
-
-def _table_row(horizon: str, row: dict[str, Any]) -> str:
-    line = f"  {horizon:<9} {row['task']:<12}{row['num_pairs']:>6}"
-    if not row["num_pairs"]:
-        return f"{line}{'nothing moves':>17}"
-    interval = "" if row["interval"] is None else "({:+.2f} to {:+.2f})".format(*row["interval"])
-    line += f"{row['copy']:>9.2f}{row['without']:>9.2f}{row['with']:>8.2f}{row['difference']:>+9.2f} {interval:<17}"
-    seeds = " ".join(f"{difference:+.2f}" for difference in row["difference_per_seed"])
-    return f"{line}{row['p_value']:>8.4f}   {seeds}"
-
-
-def answer(horizon: str, row: dict[str, Any]) -> str:
-    """One sentence for the row over all tasks: what the interval and the seeds allow to say."""
-    where = "where something moves" if row["measure"] == "moving_psnr" else "over the whole picture"
-    if row["num_pairs"] < FEW_SAMPLES:
-        return (
-            f"{horizon}, {where}: {row['num_pairs']} pairs are too few for an answer, it takes {FEW_SAMPLES} or more."
-        )
-    low, high = row["interval"]
-    if low <= 0 <= high or row["p_value"] >= 0.05:
-        return f"{horizon}, {where}: no difference shown; it lies between {low:+.2f} and {high:+.2f} dB."
-    per_seed = row["difference_per_seed"]
-    same_sign = len({difference > 0 for difference in per_seed}) == 1
-    verb = "help" if row["difference"] > 0 else "hurt"
-    if len(per_seed) == 1:
-        seeds = "but only one seed was tried, so another training could turn it round"
-    else:
-        seeds = "with every seed" if same_sign else "but not with every seed, so another training could turn it round"
-    return f"{horizon}, {where}: progress prompts {verb} by {abs(row['difference']):.2f} dB, {seeds}."
-
-
-def how_to_read(num_rows: int, num_seeds: int, rendered: bool) -> str:
-    lines = [
-        "How to read this: a pair's difference is averaged over the seeds, and the pairs are what is counted; above 0",
-        "progress helps. The interval says how far other clips would move the mean; how far another training would,",
-        f"show the means of the single seeds ({num_seeds}) in the last column. Without any effect p falls below 0.05",
-        f"in one row of 20; there are {num_rows} rows.",
-    ]
-    if rendered:
-        lines.append(
-            "These are rendered clips, not SSv2: their actions fill the whole clip and keep to a fixed motion profile."
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     if args.pretrained_model_name_or_path == str(DEMO_MODEL) and not (DEMO_MODEL / "model_index.json").is_file():
         raise UserError(
             f"there is no {DEMO_MODEL}; run this in the project's folder, or name a base model with"
@@ -451,7 +355,6 @@ def main() -> None:
         )
     data_dir = args.data_dir or prepare_clips(args)
     runs = plan_runs(args, data_dir)
-    check_options(args, runs[0])
     execute(runs, args.keep_models)
 
     horizons, scores = {}, {}
@@ -476,4 +379,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, ends a run in an orderly way
-    run_command(main)
+    run_command(functools.partial(main, ARGS))

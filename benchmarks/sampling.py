@@ -8,54 +8,64 @@ Both draw the same pictures, to within rounding, from the same seeds, with the g
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import signal
 import statistics
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-import numpy as np
-
-from data.layout import UserError, run_command
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionInstructPix2PixPipeline
+from data.layout import CommandParser, UserError, number, run_command
 
 CLIP_SEED = 7
-MAX_DIFFERENCE = {"no": 1, "fp16": 16, "bf16": 64}  # grey levels between pictures of batches of other sizes
+INPUT_FRAME_IDX = 20
+MAX_DIFFERENCE = {"no": 1, "fp16": 16, "bf16": 64}  # gray levels between pictures of batches of other sizes
+QUICK = {"num_samples": 4, "num_inference_steps": 4, "rounds": 1, "batch_sizes": [4]}
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line; see `--help`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="python -m benchmarks.sampling", description=__doc__.splitlines()[0])
+    add, count = parser.add_argument, number(at_least=1)
     add("--model", default="demo", help="'demo', 'sd15' (its size, random weights), or a model's directory")
-    add("--resolution", type=int, default=128, help="side of the frames (%(default)s)")
-    add("--num_samples", type=int, default=16, help="predictions to make (%(default)s)")
-    add("--num_inference_steps", type=int, default=20, help="denoising steps (%(default)s)")
-    add("--batch_sizes", type=int, nargs="+", default=[4, 8, 16], help="of ours (%(default)s)")
-    add("--rounds", type=int, default=3, help="how often everything is timed, in turn (%(default)s)")
+    side = number(at_least=8, multiple_of=8)
+    add("--resolution", type=side, default=128, help="side of the frames (%(default)s)")
+    add("--num_samples", type=count, default=16, help="predictions to make (%(default)s)")
+    add("--num_inference_steps", type=count, default=20, help="denoising steps (%(default)s)")
+    add("--batch_sizes", type=count, nargs="+", default=[4, 8, 16], help="of ours (%(default)s)")
+    add("--rounds", type=count, default=3, help="how often everything is timed, in turn (%(default)s)")
     add("--mixed_precision", choices=list(MAX_DIFFERENCE), help="(fp16 on a GPU, else no)")
     add("--quick", action="store_true", help="a run under a minute: 4 samples, 4 steps, one round")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
-        args.num_samples, args.num_inference_steps, args.rounds, args.batch_sizes = 4, 4, 1, [4]
-    if min(args.num_samples, args.num_inference_steps, args.rounds, *args.batch_sizes) < 1:
-        parser.error("samples, steps, rounds and batch sizes must be at least 1")
+        vars(args).update(QUICK)
     return args
 
 
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
+
+import cv2
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+
+from benchmarks.models import build_model
+from data.sthv2_dataset_hf import build_prompt
+from demo.renderer.clip import render_clip
+from pecn.model import find_model, load_pipeline
+from pecn.sampling import predict_frames
+from pecn.sampling_options import SamplingOptions
+
+
 def render_inputs(count: int, resolution: int) -> tuple[list[np.ndarray], list[str]]:
-    """Frame 20 of rendered clips, uint8 RGB, and their prompts."""
-    import itertools
-
-    import cv2
-
-    from data.sthv2_dataset_hf import build_prompt
-    from demo.renderer.clip import render_clip
-
+    """The input frames of rendered clips, uint8 RGB, and their prompts."""
     frames, prompts = [], []
     for index in range(count):
         annotation, rendered = render_clip(CLIP_SEED, "val", index)
-        frame = next(itertools.islice(rendered, 20, None))
+        frame = next(itertools.islice(rendered, INPUT_FRAME_IDX, None))
         frames.append(cv2.resize(frame, (resolution, resolution), interpolation=cv2.INTER_AREA))
         prompts.append(build_prompt(annotation["label"]))
     return frames, prompts
@@ -63,25 +73,10 @@ def render_inputs(count: int, resolution: int) -> tuple[list[np.ndarray], list[s
 
 def load_model(name: str, mixed_precision: str | None) -> StableDiffusionInstructPix2PixPipeline:
     """The pipeline to time, on the device and in the precision that sampling would choose."""
-    import torch
-    from accelerate import PartialState
-
-    from pecn.model import load_pipeline, quiet_libraries
-
-    quiet_libraries()
-    if name == "demo":
-        from demo.pretraining.untrained import build_pipeline
-
-        pipeline = build_pipeline(seed=0)
-    elif name == "sd15":
-        from benchmarks.train_step import build_stable_diffusion
-
-        pipeline = build_stable_diffusion()
-    else:
-        pipeline = load_pipeline(name)
     device = PartialState().device
     precision = mixed_precision or ("fp16" if device.type == "cuda" else "no")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    pipeline = build_model(name) if name in ("demo", "sd15") else load_pipeline(find_model(name))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device, dtype)
 
@@ -90,9 +85,6 @@ def predict_one_by_one(
     pipeline: StableDiffusionInstructPix2PixPipeline, frames: list[np.ndarray], prompts: list[str], num_steps: int
 ) -> list[np.ndarray]:
     """What most scripts do: a call of the pipeline for each frame."""
-    import torch
-    from PIL import Image
-
     pictures = []
     for seed, (frame, prompt) in enumerate(zip(frames, prompts)):
         generator = torch.Generator().manual_seed(seed)
@@ -116,9 +108,6 @@ def predict_in_batches(
     batch_size: int,
 ) -> list[np.ndarray]:
     """Ours, as `sample_from_pix2pix.py` calls it, with the plain pipeline's way of decoding."""
-    from pecn.sampling import predict_frames
-    from pecn.sampling_options import SamplingOptions
-
     options = SamplingOptions(
         num_inference_steps=num_steps,
         guidance_scale=7.5,
@@ -136,17 +125,14 @@ def predict_in_batches(
     return pictures
 
 
-def main() -> None:
-    args = parse_args()
-    import torch
-
+def main(args: argparse.Namespace) -> None:
     frames, prompts = render_inputs(args.num_samples, args.resolution)
     pipeline = load_model(args.model, args.mixed_precision)
     alternatives = {
-        "(a) the pipeline, one by one": lambda: predict_one_by_one(pipeline, frames, prompts, args.num_inference_steps)
+        "diffusers, one by one": lambda: predict_one_by_one(pipeline, frames, prompts, args.num_inference_steps)
     }
     for size in args.batch_sizes:
-        alternatives[f"(b) ours, batch {size}"] = lambda size=size: predict_in_batches(
+        alternatives[f"ours, batch {size}"] = lambda size=size: predict_in_batches(
             pipeline, frames, prompts, args.num_inference_steps, size
         )
     device = pipeline.device
@@ -167,15 +153,15 @@ def main() -> None:
         f" {args.model}, {device.type}, {torch.get_num_threads()} threads, mixed precision {precision},"
         f" median of {args.rounds}"
     )
-    print(f"{'':32}{'seconds':>10}{'a second':>10}{'ratio':>8}")
+    print(f"{'':24}{'seconds':>10}{'a second':>10}{'ratio':>8}")
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     slowest = next(iter(medians.values()))
     for name, median in medians.items():
-        print(f"{name:32}{median:>10.2f}{args.num_samples / median:>10.2f}{slowest / median:>8.2f}")
-    print(f"largest difference between their pictures: {largest} of 255 grey levels")
+        print(f"{name:24}{median:>10.2f}{args.num_samples / median:>10.2f}{slowest / median:>8.2f}")
+    print(f"largest difference between their pictures: {largest} of 255 gray levels")
     if largest > MAX_DIFFERENCE[precision]:
-        raise UserError(f"the alternatives drew different pictures ({largest} grey levels apart)")
+        raise UserError(f"the alternatives drew different pictures ({largest} gray levels apart)")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(functools.partial(main, ARGS))

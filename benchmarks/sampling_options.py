@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampling_options --model_dir outputs/run --data_dir data/sthv2
 
-Each row changes what its name says and leaves the rest as `--sampling_options` has it, or at the defaults of
+Each row changes what its name says and leaves the rest as the flags have it, which are those of
 `sample_from_pix2pix.py`; the first five start from the paper's settings instead. All rows predict the same pairs from
 the same seeds.
 """
@@ -10,16 +10,17 @@ the same seeds.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import shlex
+import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import sample_from_pix2pix
-from data.layout import UserError, run_command, write_file
-from pecn.sampling_options import SCHEDULERS, SamplingOptions, sampling_options
+from data.layout import CommandParser, UserError, number, run_command, write_file
+from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
 
 PAPER = SamplingOptions(
     num_inference_steps=20,
@@ -31,33 +32,44 @@ PAPER = SamplingOptions(
     residual=False,
     wiener_gain=False,
 )
-BASE_ROW = "--sampling_options, or the defaults"  # the sixth; the rows below it start from it
+BASE_ROW = "as the flags say, or the defaults"  # the sixth; the rows below it start from it
+DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
+QUICK_ROWS, QUICK_SAMPLES, QUICK_STEPS = 6, 3, 2
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line; see `--help`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling_options", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--model_dir", required=True, help="a trained model's directory")
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="python -m benchmarks.sampling_options", description=__doc__.splitlines()[0])
+    add, count = parser.add_argument, number(at_least=1)
+    add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
     add("--data_dir", type=Path, default=Path("data/demo"), help="prepared data directory (%(default)s)")
-    add("--num_samples", type=int, default=60, help="validation pairs, spread over the tasks (%(default)s)")
+    add("--num_samples", type=count, default=60, help="validation pairs, spread over the tasks (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
-    add("--batch_size", type=int, default=16, help="pictures predicted at once (%(default)s)")
-    add(
-        "--sampling_options",
-        type=shlex.split,
-        default="",
-        metavar="FLAGS",
-        help='flags of sample_from_pix2pix.py, for all rows but the first five: --sampling_options="--strength 0.9"',
-    )
+    add("--batch_size", type=count, default=16, help="pictures predicted at once (%(default)s)")
     add("--output", type=Path, help="JSON file for all scores of all pairs")
     add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 6 of the rows")
-    args = parser.parse_args()
-    if min(args.num_samples, args.batch_size) < 1:
-        parser.error("--num_samples and --batch_size must be at least 1")
+    add_sampling_options(parser)
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.num_samples = QUICK_SAMPLES
     if args.output and not args.output.parent.is_dir():
         parser.error(f"there is no folder {args.output.parent} for --output")
+    try:
+        sampling_options(args)
+    except UserError as error:
+        parser.error(str(error))
     return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
+
+from accelerate import PartialState
+
+from data.sthv2_dataset_hf import FramePair, choose_pairs, load_frame_pairs, verify_frames
+from pecn.model import find_model, load_pipeline, read_training_config
+from pecn.sampling import predict_pairs
+from pecn.scores import score_prediction, summarize
 
 
 def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
@@ -92,38 +104,16 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
     return rows
 
 
-def as_flags(options: SamplingOptions) -> str:
-    """The flags of sample_from_pix2pix.py that ask for `options`."""
-    flags = []
-    for name, value in vars(options).items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags.append(f"--{name} {value}")
-    return " ".join(flags)
-
-
-def find_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Validation pairs that have their target, as the model was trained for."""
-    from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, load_frame_pairs
-    from pecn.frame_check import check_frames
-    from pecn.model import read_training_config
-    from pecn.sampling import choose_samples
-    from sample_from_pix2pix import DEFAULT_RESOLUTION
-
-    trained = read_training_config(args.model_dir)
-    pairs, _ = load_frame_pairs(
-        args.data_dir,
-        "val",
-        trained.get("resolution", DEFAULT_RESOLUTION),
-        trained.get("input_frame_idx", DEFAULT_INPUT_FRAME_IDX),
-        trained.get("target_frame_idx", DEFAULT_TARGET_FRAME_IDX),
-        trained.get("add_progress", False),
-    )
+def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FramePair]:
+    """Validation pairs that have their target, as the model was trained for (its training config)."""
+    names = ("resolution", "input_frame_idx", "target_frame_idx", "add_progress")
+    as_trained = {"resolution": DEFAULT_RESOLUTION} | {name: trained[name] for name in names if name in trained}
+    pairs, _ = load_frame_pairs(args.data_dir, "val", **as_trained)
     if not pairs:
         raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")
-    check_frames(pairs, trained.get("resolution", DEFAULT_RESOLUTION))
-    return choose_samples(pairs, args.num_samples, args.seed)
+    pairs = choose_pairs(pairs, args.num_samples, args.seed)
+    verify_frames(pairs, as_trained["resolution"])
+    return pairs
 
 
 def format_row(name: str, summary: dict[str, Any], seconds: float) -> str:
@@ -140,27 +130,20 @@ def format_row(name: str, summary: dict[str, Any], seconds: float) -> str:
     return f"{name:38}{compared(summary)}{better:>8.0%}{compared(summary['moving'])}{seconds:>8.2f}"
 
 
-def main() -> None:
-    args = parse_args()
-    base = sampling_options(sample_from_pix2pix.parse_args(["--model_dir", args.model_dir, *args.sampling_options]))
-    rows = alternatives(base)
+def main(args: argparse.Namespace) -> None:
+    rows = alternatives(sampling_options(args))
     if args.quick:
-        args.num_samples = 3
-        rows = {name: replace(options, num_inference_steps=2) for name, options in list(rows.items())[:6]}
-
-    from accelerate import PartialState
-
-    from pecn.model import load_pipeline
-    from pecn.sampling import predict_pairs
-    from pecn.scores import score_result, summarise
-
-    # First, because a model that is missing cannot say which frames to look for.
-    pipeline = load_pipeline(args.model_dir).to(PartialState().device)
-    pairs = find_pairs(args)
+        rows = {
+            name: replace(options, num_inference_steps=QUICK_STEPS) for name, options in list(rows.items())[:QUICK_ROWS]
+        }
+    model = find_model(args.model_dir)  # first: it says which frames to look for
+    pairs = find_pairs(args, read_training_config(model))
+    pipeline = load_pipeline(model).to(PartialState().device)
     print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}")
     if args.quick:
-        print("all rows in 2 steps")
-    print(f"from row 6 on, unless the row says otherwise: {as_flags(rows[BASE_ROW])}")
+        print(f"all rows in {QUICK_STEPS} steps")
+    flags = " ".join(f"--{name} {value}" for name, value in vars(rows[BASE_ROW]).items())
+    print(f"from row 6 on, unless the row says otherwise: {flags}")
     print(
         f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>8}"
         f"{'PSNR where it moves - copying':>32}{'s/pair':>8}"
@@ -170,10 +153,10 @@ def main() -> None:
     for name, options in rows.items():
         if options not in rows_of:  # several rows change nothing
             started = time.perf_counter()
-            results = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
+            predictions = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
             seconds = (time.perf_counter() - started) / len(pairs)
-            scores = [{key: result[key] for key in ("video_id", "task")} | score_result(result) for result in results]
-            rows_of[options] = {"seconds_per_pair": seconds, "summary": summarise(scores), "samples": scores}
+            scores = [{"video_id": p.video_id, "task": p.task} | score_prediction(p) for p in predictions]
+            rows_of[options] = {"seconds_per_pair": seconds, "summary": summarize(scores), "samples": scores}
         everything[name] = rows_of[options]
         summary = everything[name]["summary"]
         print(format_row(name, summary, everything[name]["seconds_per_pair"]), flush=True)
@@ -188,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(functools.partial(main, ARGS))

@@ -1,263 +1,123 @@
-"""Times an optimiser step: as diffusers' InstructPix2Pix example takes it, and ours, plain and compiled.
+"""Times an optimizer step: as diffusers' InstructPix2Pix example takes it, and ours, plain and compiled.
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --models sd15 --mixed_precision fp16 --batch_sizes 8 --gradient_accumulation_steps 2
 
-The alternatives take turns (A B C A B C …) on one UNet with random weights, each turn with a fresh optimiser and a
+The alternatives take turns (A B C A B C …) on one UNet with random weights, each turn with a fresh optimizer and a
 first step that does not count. Before the first turn all of them compute loss and gradient norm for the same pictures,
-prompts, noise and timesteps, which must agree. Both run on a GPU where there is one.
+prompts, noise and timesteps, which must agree. They run on a GPU where there is one. On a CPU ours keeps freed memory,
+as its shell script sets it, which helps any training: diffusers' step is timed with and without.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import resource
+import signal
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
-from data.layout import UserError, run_command
-
-if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
-    from diffusers import StableDiffusionInstructPix2PixPipeline
-
-    from pecn.encoded_frames import TrainingBatches
+from data.layout import CommandParser, UserError, number, run_command
 
 NUM_PAIRS = 16  # pictures and prompts that the steps draw from
+SEED = 42
 CHECKED_BATCHES = 2
 CHECKED_LOSS_SCALE = 1024  # so that gradients neither vanish nor overflow in fp16; a power of 2, so exact
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}  # relative, of losses and gradient norms
-PARTS = ("encoding", "forward", "backward", "clip", "optimiser", "other")
-PARTS_OF_PLAIN_STEP = {"encode": "encoding", "forward": "forward", "clip": "clip"}
-ALTERNATIVES = {"plain": "(a) as diffusers' example", "ours": "(b) ours", "compiled": "(b) ours with --compile"}
+PARTS = ("encoding", "forward", "backward", "clip", "optimizer", "other")
+# Each alternative with its row's name, and what it changes of the one before it.
+ALTERNATIVES = {
+    "plain": ("plain", "diffusers' example"),
+    "plain_memory_kept": ("plain, memory kept", "keeping freed memory"),
+    "ours": ("ours", "encoding once, fused AdamW, clipping inside it"),
+    "compiled": ("compiled", "torch.compile"),
+}
 # What the experiment takes: 3,000 samples, 20 epochs; and how long it may take on an H100.
 EXPERIMENT_SAMPLES, TARGET_MINUTES = 60_000, 3
 BATCH_SIZES = {"cpu": {"demo": (4, 16), "sd15": (1, 2)}, "cuda": {"demo": (16, 64), "sd15": (8, 16)}}
 WARM_UP_STEPS = {"cpu": 1, "cuda": 5}  # a GPU also has its allocator and the scale of fp16's loss to find
 STEPS = {"cpu": {"demo": 5, "sd15": 2}, "cuda": {"demo": 20, "sd15": 20}}
+QUICK = {"models": ["demo"], "alternatives": ["plain", "plain_memory_kept", "ours"], "steps": 2, "rounds": 1}
+QUICK_BATCH_SIZES = [4]
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line; see `--help`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
+    add, count = parser.add_argument, number(at_least=1)
     add("--models", nargs="+", choices=list(STEPS["cpu"]), default=["demo", "sd15"], help="(%(default)s)")
-    add("--alternatives", nargs="+", choices=list(ALTERNATIVES), default=list(ALTERNATIVES), help="(%(default)s)")
-    add("--resolution", type=int, default=128, help="side of the frames (%(default)s)")
-    add("--batch_sizes", type=int, nargs="+", help="samples a pass (chosen for model and device)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="passes per optimiser step (%(default)s)")
+    add(
+        "--alternatives",
+        nargs="+",
+        choices=list(ALTERNATIVES),
+        default=list(ALTERNATIVES),
+        help="plain_memory_kept is left out on a GPU (%(default)s)",
+    )
+    side = number(at_least=8, multiple_of=8)
+    add("--resolution", type=side, default=128, help="side of the frames (%(default)s)")
+    add("--batch_sizes", type=count, nargs="+", help="samples a pass (chosen for model and device)")
+    add("--gradient_accumulation_steps", type=count, default=1, help="passes per optimizer step (%(default)s)")
     add("--mixed_precision", choices=list(TOLERANCE), help="(fp16 on a GPU, else no)")
     add("--gradient_checkpointing", action="store_true", help="for all alternatives")
-    add("--use_8bit_adam", action="store_true", help="ours with AdamW of bitsandbytes; (a) keeps torch's")
+    add("--use_8bit_adam", action="store_true", help="ours with AdamW of bitsandbytes; plain keeps torch's")
     add("--allow_tf32", action="store_true", help="for all alternatives")
     add("--channels_last", action="store_true", help="the UNet's weights in that order, for all alternatives")
-    add("--steps", type=int, help="optimiser steps timed in a turn (chosen for model and device)")
-    add("--rounds", type=int, default=3, help="turns of each alternative (%(default)s)")
+    add("--steps", type=count, help="optimizer steps timed in a turn (chosen for model and device)")
+    add("--rounds", type=count, default=3, help="turns of each alternative (%(default)s)")
     add("--quick", action="store_true", help="under a minute: the demo's model, batch 4, 2 steps, nothing compiled")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
-        args.models, args.alternatives = ["demo"], ["plain", "ours"]
-        args.batch_sizes, args.steps, args.rounds = args.batch_sizes or [4], 2, 1
-    if min(args.gradient_accumulation_steps, args.rounds, args.steps or 1, *(args.batch_sizes or [1])) < 1:
-        parser.error("batch sizes, passes, steps and rounds must be at least 1")
+        vars(args).update(QUICK, batch_sizes=args.batch_sizes or QUICK_BATCH_SIZES)
+    if args.use_8bit_adam and not find_spec("bitsandbytes"):
+        parser.error("the package bitsandbytes is missing: pip install bitsandbytes, or leave --use_8bit_adam out")
     return args
 
 
-# Models and data
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
+
+import cv2
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from tqdm import tqdm
+
+from benchmarks.freed_memory import keep_freed_memory
+from benchmarks.models import build_model
+from benchmarks.training_steps import OurStep, PlainStep, Timed
+from data.sthv2_dataset_hf import FramePair, build_prompt, verify_frames
+from pecn.encoded_frames import EncodedPairs, TrainingBatches, encode_once
+from pecn.optimization import compile_unet
 
 
-def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
-    """InstructPix2Pix of Stable Diffusion 1.5's size, random weights (float32, CPU); the tokenizer is the demo's."""
-    from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from demo.pretraining.tokenizer import build_tokenizer
-    from demo.pretraining.untrained import assemble_pipeline
-
-    tokenizer = build_tokenizer()
-    text_config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=64, in_channels=8, out_channels=4, cross_attention_dim=768, attention_head_dim=8
-    )
-    scheduler = EulerAncestralDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )
-    return assemble_pipeline(vae, CLIPTextModel(text_config), tokenizer, unet, scheduler)
-
-
-def build_model(name: str) -> StableDiffusionInstructPix2PixPipeline:
-    import torch
-
-    if name == "sd15":
-        torch.manual_seed(0)
-        return build_stable_diffusion()
-    from demo.pretraining.untrained import build_pipeline
-
-    return build_pipeline(seed=0)
-
-
-def write_pairs(folder: Path, resolution: int) -> list[dict[str, Any]]:
-    """Frame pairs of random colours, as PNG files, with prompts; rows of `frame_pairs_dataset`."""
-    import cv2
-    import numpy as np
-
-    from data.sthv2_dataset_hf import build_prompt
-
+def write_pairs(folder: Path, resolution: int) -> list[FramePair]:
+    """Frame pairs of random colors, as PNG files, with prompts."""
     random = np.random.default_rng(0)
     pairs = []
     for index in range(NUM_PAIRS):
-        paths = {column: str(folder / f"{index}_{column}.png") for column in ("input_image", "edited_image")}
-        for path in paths.values():
-            colours = random.integers(256, size=(8, 8, 3), dtype=np.uint8)
-            cv2.imwrite(path, cv2.resize(colours, (resolution, resolution), interpolation=cv2.INTER_LINEAR))
+        paths = [str(folder / f"{index}_{name}.png") for name in ("input", "target")]
+        for path in paths:
+            colors = random.integers(256, size=(8, 8, 3), dtype=np.uint8)
+            cv2.imwrite(path, cv2.resize(colors, (resolution, resolution), interpolation=cv2.INTER_LINEAR))
         prompt = build_prompt(f"Moving object {index} up")
-        pairs.append({**paths, "edit_prompt": prompt, "video_id": str(index), "task": "move_object", "num_frames": 40})
+        pairs.append(FramePair(str(index), "move_object", prompt, *paths, num_frames=40))
     return pairs
 
 
-def training_arguments(args: argparse.Namespace, data_dir: Path, batch_size: int) -> argparse.Namespace:
-    """The arguments that `train_instruct_pix2pix.py` would get, without conditioning dropout."""
-    from train_instruct_pix2pix import parse_args as parse_training_args
-
-    values = {
-        "train_data_dir": data_dir,
-        "resolution": args.resolution,
-        "train_batch_size": batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "mixed_precision": args.mixed_precision,
-        "conditioning_dropout_prob": 0,
-        "max_train_steps": 1_000_000,
-        "report_to": "none",
-    }
-    words = [str(word) for name, value in values.items() if value is not None for word in (f"--{name}", value)]
-    switches = ("gradient_checkpointing", "use_8bit_adam", "allow_tf32")
-    return parse_training_args(words + [f"--{name}" for name in switches if getattr(args, name)])
-
-
-# (a) The plain step
-
-
-class PlainStep:
-    """The optimiser step of diffusers' InstructPix2Pix training example, which encodes what it is given each time.
-
-    Pictures and tokens are prepared beforehand: reading them is not part of what is timed.
-    """
-
-    def __init__(
-        self,
-        pipeline: StableDiffusionInstructPix2PixPipeline,
-        pairs: list[dict[str, Any]],
-        scheduler: Any,
-        accelerator: Accelerator,
-        args: argparse.Namespace,
-    ) -> None:
-        import torch
-        from PIL import Image
-
-        from pecn.model import tokenize
-
-        self.pipeline, self.scheduler, self.accelerator, self.args = pipeline, scheduler, accelerator, args
-        self.weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-        self.pixels = {
-            column: pipeline.image_processor.preprocess([Image.open(pair[column]).convert("RGB") for pair in pairs])
-            for column in ("input_image", "edited_image")
-        }
-        self.token_ids = tokenize(pipeline, [pair["edit_prompt"] for pair in pairs])
-
-    def start(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Puts the frozen models where the step needs them; returns torch's default AdamW."""
-        import torch
-
-        for frozen in (self.pipeline.vae, self.pipeline.text_encoder):
-            frozen.to(self.accelerator.device, self.weight_dtype)
-        return torch.optim.AdamW(model.parameters(), lr=self.args.learning_rate)
-
-    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        tensors = {column: pixels[rows] for column, pixels in self.pixels.items()}
-        tensors["token_ids"] = self.token_ids[rows]
-        return {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
-
-    def encode(self, batch: dict[str, torch.Tensor]) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """The posterior of the target's latents, the input's latents, the prompt's embedding."""
-        posterior = self.pipeline.vae.encode(batch["edited_image"].to(self.weight_dtype)).latent_dist
-        prompt_embeds = self.pipeline.text_encoder(batch["token_ids"])[0]
-        image_latents = self.pipeline.vae.encode(batch["input_image"].to(self.weight_dtype)).latent_dist.mode()
-        return posterior, image_latents, prompt_embeds
-
-    def forward(
-        self, model: torch.nn.Module, encoded: tuple[Any, ...], generator: torch.Generator | None = None
-    ) -> torch.Tensor:
-        """The loss. A CPU generator in the place of the device's own draws what `TrainingBatches` draws from it."""
-        import torch
-        import torch.nn.functional as F
-
-        posterior, image_latents, prompt_embeds = encoded
-        device = self.accelerator.device if generator is None else torch.device("cpu")
-        drawn = {"generator": generator, "device": device}
-        noise = torch.randn(posterior.mean.shape, **drawn).to(posterior.mean)
-        posterior_noise = torch.randn(posterior.mean.shape, **drawn).to(posterior.mean)
-        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(noise),), **drawn).to(noise.device)
-        latents = (posterior.mean + posterior.std * posterior_noise) * self.pipeline.vae.config.scaling_factor
-        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
-        unet_input = torch.cat([noisy_latents, image_latents], dim=1)
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        prediction = model(unet_input, timesteps, prompt_embeds, return_dict=False)[0]
-        return F.mse_loss(prediction.float(), target.float())
-
-    def clip(self, model: torch.nn.Module) -> None:
-        self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-
-    def take(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, first_row: int) -> None:
-        """One update of the weights, with the losses read where the example reads them to log them."""
-        size, train_loss = self.args.train_batch_size, 0.0
-        for part in range(self.args.gradient_accumulation_steps):
-            rows = [(first_row + part * size + i) % NUM_PAIRS for i in range(size)]
-            with self.accelerator.accumulate(model):
-                loss = self.forward(model, self.encode(self.batch(rows)))
-                mean_loss = self.accelerator.gather(loss.repeat(size)).mean()
-                train_loss += mean_loss.item() / self.args.gradient_accumulation_steps
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    self.clip(model)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss.detach().item()  # the example shows each pass's loss in its progress bar
-
-    def stop(self) -> None:
-        import torch
-
-        for frozen in (self.pipeline.vae, self.pipeline.text_encoder):
-            frozen.to("cpu", torch.float32)
-
-
-# Measuring
+# Measuring.
 
 
 class Stopwatch:
@@ -269,17 +129,17 @@ class Stopwatch:
 
     def timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            synchronise(self.device)
+            synchronize(self.device)
             started = time.perf_counter()
             result = function(*args, **kwargs)
-            synchronise(self.device)
+            synchronize(self.device)
             self.seconds[part] += time.perf_counter() - started
             return result
 
         return wrapper
 
     @contextlib.contextmanager
-    def watching(self, *functions: tuple[Any, str, str]) -> Iterator[None]:
+    def watching(self, functions: Sequence[Timed]) -> Iterator[None]:
         """Times the calls of `owner.name` as `part`, for each (owner, name, part), within the block."""
         with contextlib.ExitStack() as stack:
             for owner, name, part in functions:
@@ -287,17 +147,13 @@ class Stopwatch:
             yield
 
 
-def synchronise(device: torch.device) -> None:
-    import torch
-
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Starts the peak anew. On the CPU Linux forgets the process's peak when 5 is written there (man 5 proc)."""
-    import torch
-
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -309,8 +165,6 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> float:
     """GB since the last reset: allocated on the GPU, or resident in this process."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with contextlib.suppress(OSError, StopIteration):
@@ -323,127 +177,81 @@ def peak_memory(device: torch.device) -> float:
 class Measured:
     """One alternative's turns: seconds a step (by the clock; of processors), of each part, and peak memory in GB."""
 
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
+    all_seconds: list[float] = field(default_factory=list)
+    all_cpu_seconds: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
     memory: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.all_seconds)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return statistics.median(self.all_cpu_seconds)
 
     def median_part(self, part: str) -> float:
         return statistics.median(parts.get(part, 0.0) for parts in self.parts)
 
 
-@dataclass
-class Subject:
-    """What a turn needs: one model with a batch size, and all alternatives' ways to take a step with it."""
-
-    accelerator: Accelerator
-    args: argparse.Namespace  # those of training
-    unet: torch.nn.Module
-    compiled: torch.nn.Module | None
-    scheduler: Any
-    plain: PlainStep
-    batches: TrainingBatches
-    checked_batches: TrainingBatches  # the same without accumulation
-
-    def model(self, alternative: str) -> torch.nn.Module:
-        return self.compiled if alternative == "compiled" else self.unet
-
-
-def take_turn(subject: Subject, alternative: str, num_steps: int, measured: Measured) -> None:
-    """Times `num_steps` steps after one that does not count, with an optimiser of its own."""
-    from pecn import optimization as training
-    from pecn.encoded_frames import load_batches
-    from pecn.freed_memory import keep_freed_memory, return_freed_memory
-
-    accelerator, args, model = subject.accelerator, subject.args, subject.model(alternative)
-    device = accelerator.device
-    return_freed_memory()
-    if alternative != "plain" and device.type == "cpu":
-        keep_freed_memory()
-    reset_peak_memory(device)
-    if alternative == "plain":
-        optimizer = accelerator.prepare(subject.plain.start(model))
-        starts = iter(range(0, 10**9, args.train_batch_size * args.gradient_accumulation_steps))
-        watched = [(subject.plain, name, part) for name, part in PARTS_OF_PLAIN_STEP.items()]
-
-        def step() -> None:
-            subject.plain.take(model, optimizer, next(starts))
-    else:
-        optimizer = accelerator.prepare(training.create_optimizer(model, args, args.learning_rate))
-        loader = load_batches(subject.batches, 0, accelerator, args)
-        log = training.StepLog(accelerator, subject.batches.global_batch_size)
-        watched = [(training, "diffusion_loss", "forward"), (training, "clip_gradients", "clip")]
-
-        def step() -> None:
-            loss, norm = training.optimisation_step(accelerator, model, optimizer, subject.scheduler, loader, args)
-            log.add(len(log.pending) + 1, loss, norm, args.learning_rate)
-            if len(log.pending) == training.LOG_EVERY:
-                log.flush()
-
-    watched += [(accelerator, "backward", "backward"), (optimizer, "step", "optimiser")]
-    for _ in range(WARM_UP_STEPS["cuda" if device.type == "cuda" else "cpu"]):
-        step()
-    stopwatch = Stopwatch(device)
-    totals = []
-    if device.type == "cuda":  # the stopwatch waits for the GPU at each part, so the total is timed without it
-        totals.append(seconds_per_step(step, num_steps, device))
-    with stopwatch.watching(*watched):
-        totals.append(seconds_per_step(step, num_steps, device))
-    measured.seconds.append(totals[0][0])
-    measured.cpu_seconds.append(totals[0][1])
-    parts = {part: seconds / num_steps for part, seconds in stopwatch.seconds.items()}
-    measured.parts.append(parts | {"other": totals[-1][0] - sum(parts.values())})
-    measured.memory = max(measured.memory, peak_memory(device))
-
-    if alternative == "plain":
-        subject.plain.stop()
-    optimizer.zero_grad(set_to_none=True)
-    accelerator.free_memory()
-
-
 def seconds_per_step(step: Callable[[], None], num_steps: int, device: torch.device) -> tuple[float, float]:
     """By the clock, and of all processors together, which other programs on the machine hardly change."""
-    synchronise(device)
+    synchronize(device)
     started, cpu_started = time.perf_counter(), time.process_time()
     for _ in range(num_steps):
         step()
-    synchronise(device)
+    synchronize(device)
     return (time.perf_counter() - started) / num_steps, (time.process_time() - cpu_started) / num_steps
 
 
-def losses_and_norms(subject: Subject, alternative: str) -> list[tuple[float, float]]:
-    """Loss and gradient norm of the first batches, with the weights as they are; the same for every alternative."""
-    import torch
+@dataclass
+class Alternatives:
+    """One model with a batch size, and all alternatives' ways to take a step with it."""
 
-    from data.sthv2_dataset_hf import derive_seed
-    from pecn.diffusion import diffusion_loss
+    accelerator: Accelerator
+    models: dict[str, torch.nn.Module]
+    steps: dict[str, PlainStep | OurStep]
+    checked_steps: dict[str, PlainStep | OurStep]  # the same without accumulation
 
-    accelerator, model, plain = subject.accelerator, subject.model(alternative), subject.plain
-    if alternative == "plain":
-        plain.start(model)
-    found = []
-    for step in range(CHECKED_BATCHES):
-        if alternative == "plain":
-            rows = subject.checked_batches.samples_of_step(step)
-            generator = torch.Generator().manual_seed(derive_seed(subject.args.seed, "step", step))
-            loss = plain.forward(model, plain.encode(plain.batch(rows)), generator)
-        else:
-            batch = subject.checked_batches[step]
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            loss = diffusion_loss(model, subject.scheduler, batch)
-        (loss * CHECKED_LOSS_SCALE).backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-        found.append((loss.item(), norm.item() / CHECKED_LOSS_SCALE))
-        model.zero_grad(set_to_none=True)
-    if alternative == "plain":
-        plain.stop()
-    return found
+    def take_turn(self, name: str, num_steps: int, measured: Measured) -> None:
+        """Times `num_steps` steps after those that do not count, with an optimizer of its own."""
+        step, device = self.steps[name], self.accelerator.device
+        if device.type == "cpu":
+            keep_freed_memory(name != "plain")
+        reset_peak_memory(device)
+        functions = step.start(self.models[name])
+        for _ in range(WARM_UP_STEPS[device.type]):
+            step.take()
+        stopwatch, totals = Stopwatch(device), []
+        if device.type == "cuda":  # the stopwatch waits for the GPU at each part, so the total is timed without it
+            totals.append(seconds_per_step(step.take, num_steps, device))
+        with stopwatch.watching(functions):
+            totals.append(seconds_per_step(step.take, num_steps, device))
+        measured.all_seconds.append(totals[0][0])
+        measured.all_cpu_seconds.append(totals[0][1])
+        parts = {part: seconds / num_steps for part, seconds in stopwatch.seconds.items()}
+        measured.parts.append(parts | {"other": totals[-1][0] - sum(parts.values())})
+        measured.memory = max(measured.memory, peak_memory(device))
+        step.stop()
+        self.accelerator.free_memory()
+
+    def losses_and_norms(self, name: str) -> list[tuple[float, float]]:
+        """Loss and gradient norm of the first batches, with the weights as they are; the same for every alternative."""
+        step, model, found = self.checked_steps[name], self.models[name], []
+        step.start(model)
+        for index in range(CHECKED_BATCHES):
+            loss = step.loss(index)
+            (loss * CHECKED_LOSS_SCALE).backward()
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+            found.append((loss.item(), norm.item() / CHECKED_LOSS_SCALE))
+            model.zero_grad(set_to_none=True)
+        step.stop()
+        self.accelerator.free_memory()
+        return found
 
 
 def check_agreement(found: dict[str, list[tuple[float, float]]], mixed_precision: str) -> str:
     """A line that says how well losses and gradient norms agree. Raises UserError where they do not."""
-    import numpy as np
-
     values = np.array(list(found.values()))  # alternative, batch, loss or norm
     differences = np.abs(values / values[0] - 1).max(axis=(0, 1))
     numbers = ", ".join(f"{loss:.5f}" for loss, _ in values[0])
@@ -453,116 +261,136 @@ def check_agreement(found: dict[str, list[tuple[float, float]]], mixed_precision
     return f"the same work: {line}"
 
 
-# The run
+# The tables.
 
 
-def describe(subject: Subject, model_name: str, num_steps: int, num_rounds: int) -> str:
-    import torch
+def format_table(results: dict[str, Measured], samples_per_step: int) -> str:
+    """A row for each alternative, ratios to the first one, and below what each of them gives over the one before."""
+    first = next(iter(results.values()))
+    parts = "".join(f"{part:>11}" for part in PARTS)
+    lines = [f"{'':20}{'samples/s':>10}{'ratio':>7}{'CPU s/step':>12}{'ratio':>7}{'s/step':>9} ={parts}{'GB':>8}"]
+    for name, measured in results.items():
+        parts = "".join(f"{measured.median_part(part):>11.4f}" for part in PARTS)
+        lines.append(
+            f"{ALTERNATIVES[name][0]:20}{samples_per_step / measured.seconds:>10.2f}"
+            f"{first.seconds / measured.seconds:>7.2f}{measured.cpu_seconds:>12.4f}"
+            f"{first.cpu_seconds / measured.cpu_seconds:>7.2f}{measured.seconds:>9.4f}  {parts}{measured.memory:>8.2f}"
+        )
+    names = list(results)
+    if len(names) > 1:
+        lines.append("the share of each cause: times as fast as the row above (by processor time)")
+    for before, name in zip(names, names[1:]):
+        skipped = list(ALTERNATIVES)[list(ALTERNATIVES).index(before) + 1 : list(ALTERNATIVES).index(name) + 1]
+        causes = "; ".join(ALTERNATIVES[alternative][1] for alternative in skipped)
+        ratio = results[before].seconds / results[name].seconds
+        cpu_ratio = results[before].cpu_seconds / results[name].cpu_seconds
+        lines.append(f"  {ratio:.2f} ({cpu_ratio:.2f})  {ALTERNATIVES[name][0]}: {causes}")
+    return "\n".join(lines)
 
-    args, device = subject.args, subject.accelerator.device
-    size = sum(parameter.numel() for parameter in subject.unet.parameters()) / 1e6
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return (
-        f"{model_name} (UNet of {size:.1f} M parameters), {args.resolution}x{args.resolution}, batch"
-        f" {args.train_batch_size} x {args.gradient_accumulation_steps}, mixed precision {args.mixed_precision},"
-        f" {where}, torch {torch.__version__}; medians of {num_rounds} turns of {num_steps} steps"
+
+def describe_experiment(results: dict[str, Measured], samples_per_step: int) -> str:
+    """How long the whole experiment takes with each alternative."""
+    return "\n".join(
+        f"{ALTERNATIVES[name][0]}: {EXPERIMENT_SAMPLES:,} samples take"
+        f" {EXPERIMENT_SAMPLES / samples_per_step * measured.seconds / 60:.1f} min"
+        f" (on one H100 they should take at most {TARGET_MINUTES})"
+        for name, measured in results.items()
     )
 
 
-def print_table(results: dict[str, Measured], samples_per_step: int, device_type: str) -> None:
-    """Samples per second, seconds per step and in each part, peak memory; ratios to the first alternative."""
-    first = next(iter(results.values()))
-    first_seconds, first_cpu_seconds = statistics.median(first.seconds), statistics.median(first.cpu_seconds)
-    parts = "".join(f"{part:>11}" for part in PARTS)
-    print(f"{'':26}{'samples/s':>10}{'ratio':>7}{'CPU s/step':>12}{'ratio':>7}{'s/step':>9} ={parts}{'GB':>8}")
-    for alternative, measured in results.items():
-        seconds, cpu_seconds = statistics.median(measured.seconds), statistics.median(measured.cpu_seconds)
-        parts = "".join(f"{measured.median_part(part):>11.4f}" for part in PARTS)
-        print(
-            f"{ALTERNATIVES[alternative]:26}{samples_per_step / seconds:>10.2f}{first_seconds / seconds:>7.2f}"
-            f"{cpu_seconds:>12.4f}{first_cpu_seconds / cpu_seconds:>7.2f}{seconds:>9.4f}  {parts}"
-            f"{measured.memory:>8.2f}"
+# The run.
+
+
+def prepare(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: Any,
+    unet: torch.nn.Module,
+    pairs: list[FramePair],
+    encoded: EncodedPairs,
+    batch_size: int,
+) -> Alternatives:
+    """All alternatives for one batch size; `unet` is the pipeline's, prepared by accelerate."""
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    both = []
+    for passes in (args.gradient_accumulation_steps, 1):
+        batches = TrainingBatches(
+            encoded,
+            seed=SEED,
+            train_batch_size=batch_size,
+            gradient_accumulation_steps=passes,
+            num_train_epochs=1,
+            max_train_steps=1_000_000,
+            scaling_factor=pipeline.vae.config.scaling_factor,
+            num_train_timesteps=noise_scheduler.config.num_train_timesteps,
         )
-    if device_type == "cuda":
-        for alternative, measured in results.items():
-            minutes = EXPERIMENT_SAMPLES / samples_per_step * statistics.median(measured.seconds) / 60
-            print(
-                f"{ALTERNATIVES[alternative]}: {EXPERIMENT_SAMPLES:,} samples take {minutes:.1f} min"
-                f" (on one H100 they should take at most {TARGET_MINUTES})"
-            )
+        plain = PlainStep(accelerator, pipeline, noise_scheduler, pairs, batches)
+        ours = OurStep(accelerator, noise_scheduler, batches, args.use_8bit_adam)
+        both.append({name: plain if name.startswith("plain") else ours for name in args.alternatives})
+    torch._dynamo.reset()  # what was compiled for another batch size
+    models = {name: compile_unet(unet) if name == "compiled" else unet for name in args.alternatives}
+    return Alternatives(accelerator, models, *both)
 
 
-def benchmark(name: str, args: argparse.Namespace, accelerator: Accelerator, data_dir: Path) -> None:
+def benchmark(model_name: str, args: argparse.Namespace, accelerator: Accelerator, folder: Path) -> None:
     """Times one model with every batch size and prints the tables."""
-    import torch
-    from diffusers import DDPMScheduler
-    from tqdm import tqdm
-
-    from pecn import optimization as training
-    from pecn.encoded_frames import TrainingBatches, encode_once
-
-    device_type = "cuda" if accelerator.device.type == "cuda" else "cpu"
-    num_steps = args.steps or STEPS[device_type][name]
-    pipeline = build_model(name)
+    device = accelerator.device
+    num_steps = args.steps or STEPS[device.type][model_name]
+    pipeline = build_model(model_name)
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.requires_grad_(False)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    pairs = write_pairs(data_dir, args.resolution)
+    pairs = write_pairs(folder, args.resolution)
+    frames_hash = verify_frames(pairs, args.resolution)
+    encoded = encode_once(pipeline, pairs, frames_hash, False, folder / "encoded_cache", accelerator)
     unet = pipeline.unet.to(memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    for batch_size in args.batch_sizes or BATCH_SIZES[device_type][name]:
-        training_args = training_arguments(args, data_dir, batch_size)
-        training.prepare_unet(unet, training_args)
-        latents, embeddings, _ = encode_once(pipeline, pairs, training_args, accelerator)
-        batches, checked_batches = (
-            TrainingBatches(
-                latents,
-                embeddings,
-                argparse.Namespace(**vars(training_args) | {"gradient_accumulation_steps": passes}),
-                scheduler.config.num_train_timesteps,
-                pipeline.vae.config.scaling_factor,
-            )
-            for passes in (args.gradient_accumulation_steps, 1)
-        )
-        unet = accelerator.prepare(unet)
-        torch._dynamo.reset()  # what was compiled for another batch size
-        compiled = training.compile_unet(unet) if "compiled" in args.alternatives else None
-        plain = PlainStep(pipeline, pairs, scheduler, accelerator, training_args)
-        subject = Subject(accelerator, training_args, unet, compiled, scheduler, plain, batches, checked_batches)
-
-        found, results = {}, {alternative: Measured() for alternative in args.alternatives}
-        with tqdm(total=len(results) * (args.rounds + 1), desc=f"{name}, batch {batch_size}", leave=False) as bar:
-            for alternative in results:
-                found[alternative] = losses_and_norms(subject, alternative)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet = accelerator.prepare(unet.train())
+    size = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    for batch_size in args.batch_sizes or BATCH_SIZES[device.type][model_name]:
+        alternatives = prepare(args, accelerator, pipeline, unet, pairs, encoded, batch_size)
+        results = {name: Measured() for name in args.alternatives}
+        with tqdm(total=len(results) * (args.rounds + 1), desc=f"{model_name}, batch {batch_size}", leave=False) as bar:
+            found = {}
+            for name in results:
+                found[name] = alternatives.losses_and_norms(name)
                 bar.update()
             agreement = check_agreement(found, args.mixed_precision)
             for _ in range(args.rounds):
-                for alternative, measured in results.items():
-                    take_turn(subject, alternative, num_steps, measured)
+                for name, measured in results.items():
+                    alternatives.take_turn(name, num_steps, measured)
                     bar.update()
-        print(describe(subject, name, num_steps, args.rounds))
-        print_table(results, batches.global_batch_size, device_type)
+        print(
+            f"{model_name} (UNet of {size:.1f} M parameters), {args.resolution}x{args.resolution}, batch {batch_size} x"
+            f" {args.gradient_accumulation_steps}, mixed precision {args.mixed_precision}, {where}, torch"
+            f" {torch.__version__}; medians of {args.rounds} turns of {num_steps} steps"
+        )
+        samples_per_step = batch_size * args.gradient_accumulation_steps
+        print(format_table(results, samples_per_step))
+        if device.type == "cuda":
+            print(describe_experiment(results, samples_per_step))
         print(f"{agreement}\n", flush=True)
 
 
-def main() -> None:
-    args = parse_args()
-    from train_instruct_pix2pix import check_args
-
-    check_args(training_arguments(args, Path(), batch_size=1))
-    import datasets
-    import torch
-
-    from pecn.model import quiet_libraries
-    from train_instruct_pix2pix import create_accelerator
-
-    quiet_libraries()
+def main(args: argparse.Namespace) -> None:
+    has_gpu = torch.cuda.is_available()
+    if args.mixed_precision == "fp16" and not has_gpu:
+        raise UserError("there is no GPU, and --mixed_precision fp16 needs one; use bf16 or no")
+    args.mixed_precision = args.mixed_precision or ("fp16" if has_gpu else "no")
+    left_out = {"plain_memory_kept"} if has_gpu else set()
+    args.alternatives = [name for name in ALTERNATIVES if name in set(args.alternatives) - left_out]
+    if not args.alternatives:
+        raise UserError("plain_memory_kept alone is for a CPU: name another alternative")
     datasets.disable_progress_bars()
-    args.mixed_precision = args.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision
+    )
     with tempfile.TemporaryDirectory(prefix="train_step_") as folder:
-        accelerator = create_accelerator(training_arguments(args, Path(folder), batch_size=1))
         for name in dict.fromkeys(args.models):
             benchmark(name, args, accelerator, Path(folder))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(functools.partial(main, ARGS))

@@ -9,8 +9,8 @@ from tests.conftest import SIDE, run
 
 def test_batches_draw_the_pictures_of_single_calls(tiny_model):
     done = run("python", "-m", "benchmarks.sampling", "--quick", "--model", tiny_model, "--resolution", SIDE)
-    assert re.search(r"\(a\) the pipeline, one by one +[\d.]+ +[\d.]+ +1\.00", done.stdout)
-    assert re.search(r"\(b\) ours, batch 4 +[\d.]+ +[\d.]+ +[\d.]+", done.stdout)
+    assert re.search(r"diffusers, one by one +[\d.]+ +[\d.]+ +1\.00", done.stdout)
+    assert re.search(r"ours, batch 4 +[\d.]+ +[\d.]+ +[\d.]+", done.stdout)
     difference = re.search(r"largest difference between their pictures: (\d+)", done.stdout)
     assert int(difference[1]) <= 1
 
@@ -22,7 +22,7 @@ def test_options_are_compared_on_the_same_pairs(data_dir, tiny_model, tmp_path):
     (model / "training_config.json").write_text(json.dumps(config))
     output = tmp_path / "scores.json"
     options = ["--model_dir", model, "--data_dir", data_dir, "--output", output]
-    options.append("--sampling_options=--wiener_gain --num_predictions 2")
+    options += ["--wiener_gain", "True", "--num_predictions", 2]
     done = run("python", "-m", "benchmarks.sampling_options", "--quick", *options)
     rows = json.loads(output.read_text())
     assert len(rows) == 6 and all(name in done.stdout for name in rows)
@@ -31,7 +31,10 @@ def test_options_are_compared_on_the_same_pairs(data_dir, tiny_model, tmp_path):
     copies = {row["summary"]["psnr"]["copy"] for row in rows.values()}
     predictions = {row["summary"]["psnr"]["prediction"] for row in rows.values()}
     assert len(copies) == 1 and len(predictions) > 1  # the same pairs, predicted differently
-    assert "--num_inference_steps 2 " in done.stdout and "--num_predictions 2 --residual --wiener_gain" in done.stdout
+    assert (
+        "--num_inference_steps 2 " in done.stdout
+        and "--num_predictions 2 --residual True --wiener_gain True" in done.stdout
+    )
     assert f"copying: {copies.pop():.2f} dB" in done.stdout
 
 
@@ -40,6 +43,12 @@ def test_a_missing_model_is_not_blamed_on_the_data(tmp_path, data_dir):
     done = run("python", "-m", "benchmarks.sampling_options", "--quick", *options, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"there is no directory {tmp_path / 'nowhere'}" in done.stderr.splitlines()[-1]
+
+
+def test_options_that_do_not_go_together_are_one_line(tmp_path):
+    options = ("--model_dir", tmp_path, "--residual", "False", "--wiener_gain", "True")
+    done = run("python", "-m", "benchmarks.sampling_options", *options, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: --wiener_gain needs --residual")
 
 
 def test_a_model_without_pairs_is_one_line(tmp_path, data_dir, tiny_model):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import progress_study
+from benchmarks import progress_comparison, progress_study
 from benchmarks.progress_study import Run
 from data.layout import UserError
 from tests.conftest import run
@@ -41,7 +41,7 @@ def test_quick_study_compares_the_same_clips_with_and_without_progress(study: tu
     for pair in pairs:
         for name, samples in by_prompt.items():
             sample = samples[pair["video_id"]]
-            assert ("% of the action" in sample["prompt"]) == (name == "with")
+            assert ("% of the action" in sample["edit_prompt"]) == (name == "with")
             assert pair["psnr"][name] == [sample["psnr"]["prediction"]]
             assert pair["psnr"]["copy"] == sample["psnr"]["copy"]
     gains = [pair["psnr"]["with"][0] - pair["psnr"]["without"][0] for pair in pairs]
@@ -69,8 +69,10 @@ def test_finished_runs_are_not_repeated_and_models_not_kept(study: tuple[Path, s
         (["--data_dir", "nowhere"], "python -m data.dataset --data_dir nowhere"),
         (["--pretrained_model_name_or_path", "demo/base_model"], "demo.make_model"),
         (["--training_options=--seed 3"], "--seed"),
-        (["--sampling_options=--num_inference_steps 0"], "num_inference_steps"),
-        (["--sampling_options=--no_such_flag"], "no_such_flag"),
+        (["--training_options=--add_progress=True"], "--add_progress"),
+        (["--num_inference_steps", "0"], "num_inference_steps"),
+        (["--num_predictions", "1", "--wiener_gain", "True"], "--wiener_gain needs"),
+        (["--max_train_steps", "0"], "max_train_steps"),
     ],
 )
 def test_mistakes_are_told_before_the_first_run(
@@ -79,11 +81,21 @@ def test_mistakes_are_told_before_the_first_run(
     monkeypatch.chdir(tmp_path)
     data = ["--data_dir", str(study[0] / "clips")]
     words = ["--quick", "--work_dir", "work", "--pretrained_model_name_or_path", str(tiny_model), *data, *options]
-    monkeypatch.setattr("sys.argv", ["progress_study", *words])
     with pytest.raises((UserError, SystemExit)) as caught:
-        progress_study.main()
+        progress_study.main(progress_study.parse_args(words))
     assert message in str(caught.value) + capsys.readouterr().err
     assert not Path("work/runs").exists()
+
+
+def test_a_flag_that_training_refuses_stops_the_study(
+    study: tuple[Path, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    options = ("--data_dir", study[0] / "clips", "--training_options=--no_such_flag")
+    done = quick(tmp_path, tiny_model, *options, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("error: ") and "--no_such_flag" in message and "train.log" in message
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_settings_that_change_results_change_the_runs_folder(tmp_path: Path) -> None:
@@ -95,10 +107,10 @@ def test_settings_that_change_results_change_the_runs_folder(tmp_path: Path) -> 
     assert folder() == folder()
     others = [
         folder("--training_options="),
-        folder("--sampling_options="),
+        folder("--wiener_gain=auto"),
         folder("--learning_rate=1e-3"),
         folder("--training_options=--use_ema"),
-        folder("--sampling_options=--num_inference_steps 7"),
+        folder("--num_inference_steps=7"),
         folder(model="another"),
         folder(seed=1),
         folder(add_progress=True),
@@ -138,13 +150,22 @@ def test_differences_are_averaged_over_seeds_before_pairs(tmp_path: Path) -> Non
         write_metrics(tmp_path, True, 1, {"a": 24, "b": 29, "still": 40}),
     ]
     pairs = progress_study.collect_pairs(runs)
-    whole = progress_study.compare(pairs, "psnr")
+    whole = progress_comparison.compare(pairs, "psnr")
     assert (whole["num_pairs"], whole["copy"], whole["without"]) == (3, 20, 30)
     assert whole["difference"] == pytest.approx(1)  # a +3, b 0, still 0
     assert whole["difference_per_seed"] == pytest.approx([1, 1])
     assert whole["interval"] == pytest.approx((0, 3))  # 27 equally likely resamples; all a and no a are above 2.5%
-    moving = progress_study.compare(pairs, "moving_psnr")
+    moving = progress_comparison.compare(pairs, "moving_psnr")
     assert (moving["num_pairs"], moving["copy"], moving["difference"]) == (2, 10, pytest.approx(1.5))
+
+
+def test_a_single_pair_has_neither_interval_nor_p_value(tmp_path: Path) -> None:
+    runs = [write_metrics(tmp_path, add_progress, 0, {"a": 20 + add_progress}) for add_progress in (False, True)]
+    rows = progress_comparison.compare_all(progress_study.collect_pairs(runs))
+    assert all((row["difference"], row["interval"], row["p_value"]) == (1, None, None) for row in rows)
+    assert "  20 -> 25  all              1    20.00    20.00   21.00    +1.00" in progress_comparison.format_table(
+        {"20 -> 25": rows}
+    )
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"samples": []}'])
@@ -163,8 +184,8 @@ def test_swapping_the_prompts_turns_the_answer_round(scores: list[tuple[float, f
         cells = [{"copy": 20.0, first: [a] * num_seeds, second: [b] * num_seeds} for a, b in scores]
         return [{"video_id": str(i), "task": "drop_object", "psnr": cell} for i, cell in enumerate(cells)]
 
-    one = progress_study.compare(pairs("without", "with"), "psnr")
-    other = progress_study.compare(pairs("with", "without"), "psnr")
+    one = progress_comparison.compare(pairs("without", "with"), "psnr")
+    other = progress_comparison.compare(pairs("with", "without"), "psnr")
     assert other["difference"] == pytest.approx(-one["difference"], abs=1e-9)
     assert other["interval"] == pytest.approx([-end for end in reversed(one["interval"])], abs=1e-6)
     assert other["p_value"] == pytest.approx(one["p_value"])
@@ -173,14 +194,14 @@ def test_swapping_the_prompts_turns_the_answer_round(scores: list[tuple[float, f
 
 def test_answer_needs_interval_and_seeds_to_agree() -> None:
     row = {"num_pairs": 200, "measure": "psnr", "difference": 0.3, "interval": (0.1, 0.5), "p_value": 0.001}
-    assert "help by 0.30 dB, with every seed" in progress_study.answer(
+    assert "help by 0.30 dB, with every seed" in progress_comparison.answer(
         "20 -> 25", row | {"difference_per_seed": [0.2, 0.4]}
     )
-    assert "not with every seed" in progress_study.answer("20 -> 25", row | {"difference_per_seed": [-0.1, 0.7]})
+    assert "not with every seed" in progress_comparison.answer("20 -> 25", row | {"difference_per_seed": [-0.1, 0.7]})
     unsure = row | {"interval": (-0.1, 0.7), "p_value": 0.2, "difference_per_seed": [0.2, 0.4]}
-    assert "no difference shown" in progress_study.answer("20 -> 25", unsure)
+    assert "no difference shown" in progress_comparison.answer("20 -> 25", unsure)
     harmful = row | {"difference": -0.3, "interval": (-0.5, -0.1), "difference_per_seed": [-0.2, -0.4]}
-    assert "hurt by 0.30 dB" in progress_study.answer("20 -> 25", harmful)
+    assert "hurt by 0.30 dB" in progress_comparison.answer("20 -> 25", harmful)
     single = row | {"difference_per_seed": [0.3]}
-    assert "help by 0.30 dB, but only one seed was tried" in progress_study.answer("20 -> 25", single)
-    assert "6 pairs are too few" in progress_study.answer("20 -> 25", single | {"num_pairs": 6})
+    assert "help by 0.30 dB, but only one seed was tried" in progress_comparison.answer("20 -> 25", single)
+    assert "6 pairs are too few" in progress_comparison.answer("20 -> 25", single | {"num_pairs": 6})
