@@ -113,7 +113,7 @@ def write_pairs(folder: Path, resolution: int) -> list[FramePair]:
             colors = random.integers(256, size=(8, 8, 3), dtype=np.uint8)
             cv2.imwrite(path, cv2.resize(colors, (resolution, resolution), interpolation=cv2.INTER_LINEAR))
         prompt = build_prompt(f"Moving object {index} up")
-        pairs.append(FramePair(str(index), "move_object", prompt, *paths, num_frames=40))
+        pairs.append(FramePair(*paths, prompt, video_id=str(index), task="move_object", num_frames=40))
     return pairs
 
 

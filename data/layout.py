@@ -42,11 +42,9 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interruption:
+        where = f" {interruption}" if str(interruption) else ": run the same command again to continue"
         if rank == "0":
-            print(
-                f"interrupted {str(interruption) or 'before the end: run the same command again to go on'}",
-                file=sys.stderr,
-            )
+            print(f"interrupted{where}", file=sys.stderr)
         sys.exit(getattr(interruption, "exit_status", 130))
 
 

@@ -194,7 +194,7 @@ def verify_frames(pairs: Sequence[FramePair], resolution: int) -> str:
         shown = " ".join(shlex.quote(str(folder)) for folder in list(bad)[:MOST_IDS])
         shown += " ..." if len(bad) > MOST_IDS else ""
         more = f" (and frames of {len(bad) - 1} more videos)" if len(bad) > 1 else ""
-        data_dir = shlex.quote(str(next(iter(bad)).parents[1]))
+        data_dir = shlex.quote(str(next(iter(bad)).parent.parent))
         raise UserError(
             f"{next(iter(bad.values()))}{more}; delete and extract again:"
             f" rm -r {shown} && python -m data.video_loader --data_dir {data_dir} --resolutions {resolution}"

@@ -82,9 +82,8 @@ def main() -> None:
 
     from demo.pretraining.training import pretrain
     from demo.pretraining.untrained import build_pipeline, count_parameters
-    from pecn.model import load_pipeline, quiet_libraries
+    from pecn.model import load_pipeline
 
-    quiet_libraries()
     pipeline = load_pipeline(str(initial)) if initial else build_pipeline(args.seed)
     steps = (args.vae_train_steps, args.text_train_steps, args.unet_train_steps)
     if any(steps):

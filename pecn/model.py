@@ -116,7 +116,7 @@ def load_pipeline(
 
 
 def find_missing_part(folder: Path) -> str | None:
-    """Which part a pipeline's directory lacks, as a sentence; None where all are there."""
+    """Which part a pipeline's directory lacks, or has as a pickle, as a sentence; None where all are there."""
     if not (folder / "model_index.json").is_file():
         return "it holds no diffusers pipeline (no model_index.json)"
     for part, pattern in PARTS.items():
@@ -124,6 +124,10 @@ def find_missing_part(folder: Path) -> str | None:
             pickles = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.ckpt")]
             unsafe = ", only pickles, which can run any code when they are loaded" if pickles else ""
             return f"{part}/ holds no {pattern}{unsafe}"
+        for index in (folder / part).glob("*.safetensors.index*.json"):
+            for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+                if not name.endswith(".safetensors"):
+                    return f"{part}/{index.name} names {name}, which is no safetensors file"
     return None
 
 

@@ -110,7 +110,7 @@ def test_a_pickle_is_never_loaded(model, tmp_path, part):
     refusal(model)  # the only safetensors file has a name that is not looked for
     index = model / part / f"{weights.name}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "pytorch_model.bin"}}))
-    refusal(model)
+    assert "names pytorch_model.bin, which is no safetensors file" in refusal(model)
     index.unlink()
     (model / part / "other.safetensors").rename(weights)
     load_pipeline(model)  # pickles beside whole weights do no harm

@@ -187,7 +187,7 @@ def test_real_clips_pass_through_the_whole_pipeline(tiny_model, tmp_path):
     assert f"data: {data_dir}" in done.stdout
     assert "1 too short: 19 frames, frame 20 is wanted (30011)" in done.stdout
     metrics = json.loads((tmp_path / "samples" / "metrics.json").read_text())
-    assert all(row["prompt"].endswith("% of the action has been completed.") for row in metrics["samples"])
+    assert all(row["edit_prompt"].endswith("% of the action has been completed.") for row in metrics["samples"])
     assert metrics["summary"]["num_samples"] == 3
 
 
