@@ -84,7 +84,7 @@ def main() -> None:
     from demo.pretraining.untrained import build_pipeline, count_parameters
     from pecn.model import load_pipeline
 
-    pipeline = load_pipeline(str(initial)) if initial else build_pipeline(args.seed)
+    pipeline = load_pipeline(initial) if initial else build_pipeline(args.seed)
     steps = (args.vae_train_steps, args.text_train_steps, args.unet_train_steps)
     if any(steps):
         try:
