@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import math
-import operator
 import os
 import re
 import shutil
@@ -67,28 +66,30 @@ class CommandParser(argparse.ArgumentParser):
 def number(
     kind: type = int,
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
     multiple_of: int = 0,
 ) -> Callable[[str], Any]:
     """An argparse type: a finite number of `kind` (int or float) within the bounds."""
-    bounds = ((at_least, operator.ge), (above, operator.gt), (at_most, operator.le), (below, operator.lt))
-    words = {operator.ge: "at least", operator.gt: "above", operator.le: "at most", operator.lt: "below"}
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number")
-        for bound, holds in bounds:
-            if bound is not None and not holds(value, bound):
-                raise argparse.ArgumentTypeError(f"must be {words[holds]} {bound:.4g}, not {text}")
-        if multiple_of and value % multiple_of:
-            raise argparse.ArgumentTypeError(f"must be a multiple of {multiple_of}, not {text}")
+        for holds, requirement in (
+            (value >= at_least, f"at least {round(at_least, 4)}"),
+            (value > above, f"above {round(above, 4)}"),
+            (value <= at_most, f"at most {round(at_most, 4)}"),
+            (value < below, f"below {round(below, 4)}"),
+            (not multiple_of or value % multiple_of == 0, f"a multiple of {multiple_of}"),
+        ):
+            if not holds:
+                raise argparse.ArgumentTypeError(f"must be {requirement}, not {text}")
         return value
 
     return parse
@@ -173,19 +174,16 @@ def parts_replaced_together(folder: Path, last: str) -> Iterator[Path]:
     try:
         yield new
         former.mkdir()
-        names = sorted((path.name for path in new.iterdir()), key=lambda name: name == last)
+        names = sorted(os.listdir(new), key=lambda name: name == last)
+        moves = [(folder / name, former / name) for name in reversed(names) if (folder / name).exists()]
+        moves += [(new / name, folder / name) for name in names]
         try:
-            for name in reversed(names):
-                if (folder / name).exists():
-                    os.rename(folder / name, former / name)
-            for name in names:
-                os.rename(new / name, folder / name)
+            for source, target in moves:
+                os.rename(source, target)
         except BaseException:
-            for name in names:
-                if not (new / name).exists():
-                    remove(folder / name)
-                if (former / name).exists():
-                    os.rename(former / name, folder / name)
+            for source, target in reversed(moves):
+                if not source.exists():  # it was moved
+                    os.rename(target, source)
             raise
     finally:
         for path in (new, former):
@@ -250,8 +248,6 @@ def frame_path(frames_dir: Path | str, video_id: str, frame_idx: int) -> Path:
 
 def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
     """`<data_dir>/annotations/<split>_filtered.json`, `split` being "train" or "val"."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     return Path(data_dir) / "annotations" / f"{split}_filtered.json"
 
 
@@ -266,9 +262,6 @@ def list_videos(data_dir: Path | str) -> set[str] | None:
         raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
 
 
-# An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
-
-
 # Annotations.
 
 # An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
@@ -278,73 +271,50 @@ _is_safe_id = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}").fullmatch
 def read_annotations(path: Path | str) -> list[dict]:
     """Read and check an annotation file: a JSON list of entries with `id`, `label` and `template`.
 
-    All other keys are kept as they are; `task` and `num_frames`, where present, are checked too. Raises
-    UserError, naming the file and the entry, if the file cannot be read or an entry is not as described: an
-    id is a string of at most 100 letters, digits, "-", "_" and ".", not starting with ".", and unique in
-    its file; label and template are strings that are not blank.
+    `task` and `num_frames`, where present, are checked too; all other keys are kept as they are. Raises UserError,
+    naming the file and the entry, if the file cannot be read or an entry is not as described.
     """
-    path = Path(path)
-    entries = _load_json(path)
+    entries = _load_json(Path(path))
     if not isinstance(entries, list):
-        raise UserError(f"{path}: the file must be a list of entries, but holds {_json_type(entries)}")
+        raise UserError(f"{path}: the file must be a list of entries")
     seen: set[str] = set()
-    for index, entry in enumerate(entries):
+    for position, entry in enumerate(entries, start=1):
         if problem := _find_problem(entry, seen):
-            raise UserError(f"{path}: entry {index + 1}{problem}")
+            video_id = entry.get("id") if isinstance(entry, dict) else None
+            named = f" (id {json.dumps(video_id[:60])})" if isinstance(video_id, str) else ""
+            raise UserError(f"{path}: entry {position}{named}: {problem}")
         seen.add(entry["id"])
     return entries
 
 
-def _load_json(path: Path) -> object:
+def _load_json(path: Path) -> Any:
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        if not text.strip():
-            raise UserError(f"{path}: the file is empty; copy it again from where it came from")
         content = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
+        if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # an escaped half of a character cannot be written again
         return content
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); make or copy it again") from None
 
 
-def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 def _find_problem(entry: Any, seen: set[str]) -> str | None:
-    """What is wrong with an entry, as the end of the sentence that begins "entry 5"; None if nothing is."""
+    """What is wrong with an entry, or None; `seen` are the ids before it."""
     if not isinstance(entry, dict):
-        return f" must be an object with id, label and template, but is {_json_type(entry)}"
-    if "id" not in entry:
-        return " has no id"
-    video_id = entry["id"]
-    if not isinstance(video_id, str):
-        return f': the id must be a string such as "74225", but is {_json_type(video_id)}'
-    if not _is_safe_id(video_id):
-        return (
-            f": the id {json.dumps(video_id[:60])} cannot name a file safely; an id has at most 100 letters, digits,"
-            " '-', '_' and '.' and does not start with '.'"
-        )
-    if video_id in seen:
-        return f': the id "{video_id}" occurs twice in this file'
-    for key in ("label", "template", *(["task"] if "task" in entry else [])):
-        if key not in entry:
-            return f' (id "{video_id}") has no {key}'
-        if not isinstance(entry[key], str):
-            return f' (id "{video_id}"): the {key} must be a string, but is {_json_type(entry[key])}'
-        if not entry[key].strip():
-            return f' (id "{video_id}"): the {key} is blank'
+        return "must be an object with id, label and template"
+    for key in ("id", "label", "template", "task"):
+        text = entry.get(key, "unknown" if key == "task" else None)
+        if not isinstance(text, str) or not text.strip():
+            return f"{key} is missing, blank or not a string"
+    if not _is_safe_id(entry["id"]):
+        return "the id cannot name a file; it may have 100 letters, digits, '-', '_' and '.', and not start with '.'"
+    if entry["id"] in seen:
+        return "the id occurs twice in this file"
     num_frames = entry.get("num_frames", 1)
     if type(num_frames) is not int or num_frames < 1:
-        return (
-            f' (id "{video_id}"): num_frames must be a positive whole number; run python -m data.video_loader to set it'
-        )
+        return "num_frames must be a positive whole number; run python -m data.video_loader to set it"
     return None
 
 

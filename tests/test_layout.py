@@ -160,6 +160,7 @@ def test_a_good_value_is_taken(kind, text, value):
     [
         (layout.number(at_least=1), "0", "must be at least 1, not 0"),
         (layout.number(at_most=4096), "4097", "must be at most 4096, not 4097"),
+        (layout.number(at_most=999_999), "9" * 400, f"must be at most 999999, not {'9' * 400}"),
         (layout.number(float, above=0), "0", "must be above 0, not 0"),
         (layout.number(float, below=1), "1", "must be below 1, not 1"),
         (layout.number(multiple_of=8), "97", "must be a multiple of 8, not 97"),
