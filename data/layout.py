@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -236,7 +237,7 @@ def frames_dir(data_dir: Path | str, resolution: int) -> Path:
 
 def extraction_command(frames_folder: Path) -> str:
     """The shell command that extracts the frames of `<data_dir>/frames_<R>x<R>`; of any other name, all its sizes."""
-    command = f"python -m data.video_loader --data_dir {frames_folder.parent}"
+    command = f"python -m data.video_loader --data_dir {shlex.quote(str(frames_folder.parent))}"
     match = re.fullmatch(r"frames_(\d+)x\1", frames_folder.name)
     return f"{command} --resolutions {match[1]}" if match else command
 
