@@ -24,7 +24,7 @@ from data.sthv2_dataset_hf import (
     find_frame_pairs,
     verify_frames,
 )
-from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
+from pecn.sampling_options import add_sampling_options, number_of_samples, parse_with_sampling_options, sampling_options
 
 DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
 
@@ -53,12 +53,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="weights variant of the model files, such as fp16")
     add("--cache_dir", help="where models from the hub are kept")
-    args = parser.parse_args(arguments)
-    try:
-        sampling_options(args)
-    except UserError as error:
-        parser.error(str(error))
-    return args
+    return parse_with_sampling_options(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from data.sthv2_dataset_hf import (
     load_frame_pairs,
     verify_frames,
 )
-from pecn.sampling_options import add_sampling_options, sampling_command, sampling_options
+from pecn.sampling_options import add_sampling_options, parse_with_sampling_options, sampling_command
 
 PROJECT_NAME = "instruct_pix2pix"
 NOT_UPLOADED = ("checkpoint-*/**", "encoded_cache/**", "train.log", ".*")
@@ -131,15 +131,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--hub_token", help="token for the upload (what `hf auth login` stored); never logged")
     add_sampling_options(parser)
 
-    args = parser.parse_args(arguments)
+    args = parse_with_sampling_options(parser, arguments)
     packages = [package for option, package in OPTIONAL_PACKAGES.items() if getattr(args, option)]
     for package in [*packages, *(["wandb"] if args.report_to == "wandb" else [])]:
         if not find_spec(package):
             parser.error(f"the package {package} is missing: pip install {package}, or leave its option out")
-    try:
-        sampling_options(args)
-    except UserError as error:
-        parser.error(str(error))
     return args
 
 

@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from data.layout import CommandParser, UserError, number, run_command, write_file
-from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
+from pecn.sampling_options import (
+    SCHEDULERS,
+    SamplingOptions,
+    add_sampling_options,
+    parse_with_sampling_options,
+    sampling_options,
+)
 
 PAPER = SamplingOptions(
     num_inference_steps=20,
@@ -48,15 +54,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, help="JSON file for all scores of all pairs")
     add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 6 of the rows")
     add_sampling_options(parser)
-    args = parser.parse_args(arguments)
+    args = parse_with_sampling_options(parser, arguments)
     if args.quick:
         args.num_samples = QUICK_SAMPLES
     if args.output and not args.output.parent.is_dir():
         parser.error(f"there is no folder {args.output.parent} for --output")
-    try:
-        sampling_options(args)
-    except UserError as error:
-        parser.error(str(error))
     return args
 
 

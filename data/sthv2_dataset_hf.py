@@ -175,7 +175,8 @@ def verify_frames(pairs: Sequence[FramePair], resolution: int) -> str:
                     size = image.size
                     image.verify()  # compares the checksums of all parts, without decoding any
             except Exception as error:  # Pillow has no one kind of error for what a file may hold
-                bad.setdefault(path.parent, f"{path} is not a whole PNG file ({layout.one_line(error)})")
+                reason = getattr(error, "strerror", None) or "damaged"
+                bad.setdefault(path.parent, f"{path} is not a whole PNG file ({reason})")
             else:
                 if size != (resolution, resolution):
                     bad.setdefault(path.parent, f"{path} is {size[0]}x{size[1]} pixels, not {resolution}x{resolution}")

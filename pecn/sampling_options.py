@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from data.layout import SWITCH, UserError, boolean, filtered_annotations_path, frames_dir, number
+from data.layout import SWITCH, CommandParser, UserError, boolean, filtered_annotations_path, frames_dir, number
 
 SCHEDULERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
@@ -84,6 +85,16 @@ def boolean_or_auto(text: str) -> bool | None:
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
     """How the command line wants frames to be predicted. Raises UserError where options do not go together."""
     return SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
+
+
+def parse_with_sampling_options(parser: CommandParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """`parser.parse_args`, which also refuses sampling options that do not go together."""
+    args = parser.parse_args(arguments)
+    try:
+        sampling_options(args)
+    except UserError as error:
+        parser.error(str(error))
+    return args
 
 
 def number_of_samples(text: str) -> int | None:
