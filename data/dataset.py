@@ -7,27 +7,15 @@ reads `annotations/train.json` and `annotations/validation.json` (or SSv2's publ
 `val_filtered.json` beside them: the sampled entries, each with its `task`. Next: `python -m data.video_loader`.
 """
 
+import argparse
 import gc
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.layout import (
-    DEFAULT_DATA_DIR,
-    DOWNLOAD_HINT,
-    SPLITS,
-    CommandParser,
-    UserError,
-    filtered_annotations_path,
-    list_videos,
-    number,
-    read_annotations,
-    run_command,
-    video_path,
-    write_annotations,
-    write_file,
-)
+from data import layout
+from data.layout import SPLITS, UserError
 
 SOURCE_NAMES = {
     "train": ("train.json", "something-something-v2-train.json"),
@@ -122,9 +110,8 @@ def sampling_rank(seed: int, video_id: str) -> bytes:
 def sample_entries(entries: list[dict], count: int, seed: int) -> list[dict]:
     """The `count` entries of each task that come first in the seeded shuffle (all if there are fewer), in its order.
 
-    Whether an entry is taken depends only on the seed and on the ids of its task: not on the order of the file, nor
-    on other tasks. A smaller sample is part of a larger one. The order mixes the tasks, so that the first N entries
-    (--limit of the extraction) are a fair sample of the whole.
+    The choice depends on the seed and on the ids of a task, not on the order of the file or on other tasks. A smaller
+    sample is part of a larger one, and the first N entries (the extraction's --limit) are a fair sample of all tasks.
     """
     taken: Counter[str] = Counter()
     sampled = []
@@ -152,21 +139,19 @@ def keep_existing(matched: dict[str, list[dict]], data_dir: Path) -> tuple[dict[
 
     Without any videos everything is kept. Raises UserError if there are videos, but none of those that match.
     """
-    videos = list_videos(data_dir)
+    videos = layout.list_videos(data_dir)
     folder = data_dir / "videos"
     if videos is None:
         return matched, [f"No videos in {folder} yet: sampled from all matching entries."]
     available = {split: [entry for entry in matched[split] if f"{entry['id']}.webm" in videos] for split in SPLITS}
     num_matched, num_available = (sum(map(len, stage.values())) for stage in (matched, available))
     if num_available == 0:
-        example = video_path(data_dir, matched["train"][0]["id"])
+        example = layout.video_path(data_dir, matched["train"][0]["id"])
         raise UserError(f"none of the {num_matched} matching videos is in {folder}; expected files such as {example}")
     if num_available == num_matched:
         return available, []
-    return available, [
-        f"{num_matched - num_available} of {num_matched} matching videos are missing from {folder}:"
-        f" sampled from the {num_available} that exist."
-    ]
+    missing = f"{num_matched - num_available} of {num_matched} matching videos are missing from {folder}"
+    return available, [f"{missing}: sampled from the {num_available} that exist."]
 
 
 def count_entries(entries: dict[str, list[dict]]) -> Counter:
@@ -193,20 +178,21 @@ def count_table(counters: list[Counter], templates: dict[str, Iterable[str]]) ->
 # The command.
 
 
-def build_parser() -> CommandParser:
-    """The command line of `python -m data.dataset`."""
-    parser = CommandParser(
+def parse_args() -> argparse.Namespace:
+    parser = layout.CommandParser(
         prog="python -m data.dataset",
         description="Filter SSv2's annotations to the tasks, sample from them, and write"
         " train_filtered.json and val_filtered.json. Counts per template go to annotations/filter.log.",
     )
-    count, tasks = number(at_least=1), list(TASK_TEMPLATES)
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
+    count, tasks = layout.number(at_least=1), list(TASK_TEMPLATES)
+    parser.add_argument("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--train_samples_per_task", type=count, default=1000, help="default: %(default)s")
     parser.add_argument("--val_samples_per_task", type=count, default=100, help="default: %(default)s")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
-    parser.add_argument("--seed", type=number(), default=42, help="same seed, same output (default: %(default)s)")
-    return parser
+    parser.add_argument(
+        "--seed", type=layout.number(), default=42, help="same seed, same output (default: %(default)s)"
+    )
+    return parser.parse_args()
 
 
 def find_source(data_dir: Path, split: str) -> Path:
@@ -215,20 +201,18 @@ def find_source(data_dir: Path, split: str) -> Path:
     for name in SOURCE_NAMES[split]:
         if (folder / name).exists():
             return folder / name
-    raise UserError(
-        f"no {' or '.join(SOURCE_NAMES[split])} in {folder}: {DOWNLOAD_HINT} and put its annotation files"
-        " there, or name another folder with --data_dir"
-    )
+    wanted = " or ".join(SOURCE_NAMES[split])
+    raise UserError(f"no {wanted} in {folder}: {layout.DOWNLOAD_HINT} and put it there, or name another --data_dir")
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    args = parse_args()
     gc.disable()  # looking for garbage among 220,000 entries takes longer than the work
     tasks = list(dict.fromkeys(args.tasks))
     asked = {"train": args.train_samples_per_task, "val": args.val_samples_per_task}
 
     sources = [find_source(args.data_dir, split) for split in SPLITS]
-    train, val, num_shared = drop_shared_ids(*map(read_annotations, sources), args.seed)
+    train, val, num_shared = drop_shared_ids(*map(layout.read_annotations, sources), args.seed)
     matched = {"train": match_tasks(train, tasks), "val": match_tasks(val, tasks)}
     if not matched["train"]:
         raise UserError(f"{sources[0]}: no entry has a template of {', '.join(tasks)}")
@@ -238,26 +222,24 @@ def main() -> None:
     counters = [count_entries(stage) for stage in (matched, available, sampled)]
     report = [count_table(counters, {task: [""] for task in tasks})]
     if num_shared:
-        report.append(
-            f"{num_shared} ids are in both annotation files: a tenth of them is kept for validation only, the"
-            " others for training only."
-        )
+        rule = "a tenth of them is kept for validation only, the others for training only"
+        report.append(f"{num_shared} ids are in both annotation files: {rule}.")
     report += notes
     for split in SPLITS:
         for task in tasks:
             if (count := counters[-1][split, task, ""]) < asked[split]:
                 report.append(f"{task}, {split}: asked for {asked[split]}, took all {count}.")
 
-    outputs = {split: filtered_annotations_path(args.data_dir, split) for split in SPLITS}
+    outputs = {split: layout.filtered_annotations_path(args.data_dir, split) for split in SPLITS}
     log_path = args.data_dir / "annotations" / "filter.log"
     for split in SPLITS:  # nothing is written before everything is known to be good
-        write_annotations(outputs[split], sampled[split])
+        layout.write_annotations(outputs[split], sampled[split])
     per_template = count_table(counters, {task: TASK_TEMPLATES[task] for task in tasks})
-    write_file(log_path, "\n".join([f"seed {args.seed}", *report, "", per_template, ""]))
+    layout.write_file(log_path, "\n".join([f"seed {args.seed}", *report, "", per_template, ""]))
     print("\n".join(report))
     print(f"Wrote {outputs['train']} and {outputs['val']}.")
     print(f"Counts per template: {log_path}. Next: python -m data.video_loader --data_dir {args.data_dir}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    layout.run_command(main)

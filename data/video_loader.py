@@ -8,40 +8,24 @@ reads `videos/<id>.webm` for the entries of `train_filtered.json` and `val_filte
 exists only when it is whole, so a run can be stopped at any moment, and the next one does what is missing.
 """
 
+import argparse
 import contextlib
 import errno
 import os
 import signal
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 
-from data.layout import (
-    DEFAULT_DATA_DIR,
-    DOWNLOAD_HINT,
-    SPLITS,
-    CommandParser,
-    UserError,
-    filtered_annotations_path,
-    frame_path,
-    frames_dir,
-    list_videos,
-    number,
-    only_one,
-    read_annotations,
-    remove_leftovers,
-    run_command,
-    write_annotations,
-    write_file,
-)
+from data import layout
+from data.layout import SPLITS, UserError
 from data.video_decoder import Job, Result, extract_video
 
-MAX_RESOLUTION = 4096
 LOG_NAME = "frames_extraction.log"
 
 
@@ -54,20 +38,22 @@ def count_frames(folder: Path) -> int:
         names = {name for name in os.listdir(folder) if not name.startswith(".")}
     except FileNotFoundError:
         return 0
-    expected = {frame_path(folder.parent, folder.name, index).name for index in range(len(names))}
+    expected = {layout.frame_path(folder.parent, folder.name, index).name for index in range(len(names))}
     return len(names) if names == expected else 0
 
 
 def plan(entries: list[dict], data_dir: Path, resolutions: tuple[int, ...]) -> tuple[list[Result], list[Job]]:
     """Split the entries into videos whose frames are all there and those that are to be decoded.
 
-    Frames are all there when every size has a folder, each with the same frames 0 to n-1, n being the entry's
-    `num_frames` if it has one. If the folders contradict each other, all sizes are written again.
+    Frames are all there when the folder of every size holds frames 0 to n-1, n being the entry's `num_frames` if it
+    has one. If the folders contradict each other, all sizes are written again.
     """
     done, jobs = [], []
     for entry in entries:
         video_id = entry["id"]
-        counts = {resolution: count_frames(frames_dir(data_dir, resolution) / video_id) for resolution in resolutions}
+        counts = {
+            resolution: count_frames(layout.frames_dir(data_dir, resolution) / video_id) for resolution in resolutions
+        }
         kept = {resolution: count for resolution, count in counts.items() if count}
         num_frames = entry.get("num_frames") or next(iter(kept.values()), None)
         if any(count != num_frames for count in kept.values()):
@@ -82,20 +68,18 @@ def plan(entries: list[dict], data_dir: Path, resolutions: tuple[int, ...]) -> t
 
 def find_missing(jobs: list[Job], data_dir: Path) -> tuple[list[Job], list[Result]]:
     """Separate the jobs whose video file exists from those that have none; a misnamed file is pointed out."""
-    names = list_videos(data_dir)
+    names = layout.list_videos(data_dir) if jobs else set()
     if names is None:
-        raise UserError(f"no videos in {data_dir / 'videos'}: {DOWNLOAD_HINT} and put its .webm files there")
-    by_stem = defaultdict(list)
-    for name in sorted(names):
-        by_stem[Path(name).stem.casefold()].append(name)
+        raise UserError(f"no videos in {data_dir / 'videos'}: {layout.DOWNLOAD_HINT} and put its .webm files there")
+    by_stem = {Path(name).stem.casefold(): name for name in sorted(names, reverse=True)}
     present, missing = [], []
     for job in jobs:
         expected = f"{job.video_id}.webm"
-        similar = by_stem[job.video_id.casefold()] + by_stem[expected.casefold()]
+        similar = by_stem.get(job.video_id.casefold()) or by_stem.get(expected.casefold())
         if expected in names:
             present.append(job)
         elif similar:
-            details = f"found {similar[0]!r}; if it is this video, in videos/: mv {similar[0]!r} {expected!r}"
+            details = f"found {similar!r}; if it is this video, in videos/: mv {similar!r} {expected!r}"
             missing.append(Result(job.video_id, failure="misnamed", details=details))
         else:
             missing.append(Result(job.video_id, failure="missing", details=f"there is no videos/{expected}"))
@@ -156,24 +140,24 @@ def run_jobs(jobs: list[Job], num_workers: int, is_retry: bool = False) -> Itera
 
 def read_selected(data_dir: Path, split: str, limit: int | None) -> list[dict]:
     """The first `limit` entries of a split's filtered annotations (all, if None)."""
-    path = filtered_annotations_path(data_dir, split)
+    path = layout.filtered_annotations_path(data_dir, split)
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with: python -m data.dataset --data_dir {data_dir}")
-    return read_annotations(path)[:limit]
+    return layout.read_annotations(path)[:limit]
 
 
 def record_num_frames(data_dir: Path, results: list[Result]) -> None:
     """Set `num_frames` in the filtered annotations; entries of failed videos stay, without it."""
     num_frames = {result.video_id: result.num_frames for result in results}
     for split in SPLITS:
-        path = filtered_annotations_path(data_dir, split)
-        entries = read_annotations(path)
+        path = layout.filtered_annotations_path(data_dir, split)
+        entries = layout.read_annotations(path)
         updated = [entry | {"num_frames": num_frames.get(entry["id"], entry.get("num_frames"))} for entry in entries]
         for entry in updated:
             if entry["num_frames"] is None:
                 del entry["num_frames"]
         if updated != entries:
-            write_annotations(path, updated)
+            layout.write_annotations(path, updated)
 
 
 def write_log(data_dir: Path, num_selected: int, results: list[Result]) -> str:
@@ -185,12 +169,12 @@ def write_log(data_dir: Path, num_selected: int, results: list[Result]) -> str:
     num_whole = len(results) - len(failed)
     summary = f"{num_selected} videos selected: {num_whole} have all their frames, {len(failed)} failed"
     if failed:
-        kinds = Counter(result.failure for result in failed)
-        summary += f" ({', '.join(f'{kind}: {count}' for kind, count in sorted(kinds.items()))})"
+        kinds = sorted(Counter(result.failure for result in failed).items())
+        summary += f" ({', '.join(f'{kind}: {count}' for kind, count in kinds)})"
     if len(results) < num_selected:
         summary += f", {num_selected - len(results)} not done yet"
     lines = [f"{result.video_id}: {result.failure}: {result.details}" for result in failed]
-    write_file(data_dir / LOG_NAME, "\n".join([summary, *lines]) + "\n")
+    layout.write_file(data_dir / LOG_NAME, "\n".join([summary, *lines]) + "\n")
     return summary
 
 
@@ -199,28 +183,27 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def build_parser() -> CommandParser:
-    """The command line of `python -m data.video_loader`."""
-    parser = CommandParser(
+def parse_args() -> argparse.Namespace:
+    parser = layout.CommandParser(
         prog="python -m data.video_loader",
-        description="Extract every frame of the selected videos and add num_frames to the filtered"
-        f" annotations. Videos that fail are counted and listed with a reason in {LOG_NAME} in the data"
-        " directory; the exit status is 0 all the same. Run it again to do what is missing.",
+        description="Extract every frame of the selected videos and add num_frames to the filtered annotations."
+        f" Videos that fail are listed with a reason in {LOG_NAME} in the data directory; the exit status is 0 all the"
+        " same. Run it again to do what is missing.",
     )
-    size, count = number(at_least=1, at_most=MAX_RESOLUTION), number(at_least=1)
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
+    size, count = layout.number(at_least=1, at_most=4096), layout.number(at_least=1)
+    parser.add_argument("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--resolutions", type=size, nargs="+", default=[96, 128], help="in pixels (default: 96 128)")
     parser.add_argument("--num_workers", type=count, default=available_cores(), help="processes (default: all cores)")
     parser.add_argument("--limit", type=count, help="only the first N entries of each split")
-    return parser
+    return parser.parse_args()
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    args = parse_args()
     resolutions = tuple(dict.fromkeys(args.resolutions))
     selected = {entry["id"]: entry for split in SPLITS for entry in read_selected(args.data_dir, split, args.limit)}
     try:
-        with only_one(args.data_dir / "annotations", "extraction"):
+        with layout.only_one(args.data_dir / "annotations", "extraction"):
             extract(args.data_dir, list(selected.values()), resolutions, args.num_workers)
     except OSError as error:
         hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
@@ -232,33 +215,31 @@ def extract(data_dir: Path, entries: list[dict], resolutions: tuple[int, ...], n
     from tqdm import tqdm
 
     start = time.perf_counter()
-    folders = [frames_dir(data_dir, resolution) for resolution in resolutions]
+    folders = [layout.frames_dir(data_dir, resolution) for resolution in resolutions]
     for folder in folders:
         folder.mkdir(exist_ok=True)
-        remove_leftovers(folder)
+        layout.remove_leftovers(folder)
     done, jobs = plan(entries, data_dir, resolutions)
-    jobs, missing = find_missing(jobs, data_dir) if jobs else ([], [])
+    jobs, missing = find_missing(jobs, data_dir)
     extracted: list[Result] = []
     try:
         with contextlib.closing(run_jobs(jobs, num_workers)) as finished:
             first = len(done) + len(missing)
-            for result in tqdm(finished, total=len(entries), initial=first, unit="video", desc="extracting"):
-                extracted.append(result)
+            progress = tqdm(finished, total=len(entries), initial=first, unit="video", desc="extracting")
+            extracted.extend(progress)
     finally:
         for folder in folders:
-            remove_leftovers(folder)
+            layout.remove_leftovers(folder)
         results = [*done, *missing, *extracted]
         record_num_frames(data_dir, results)
         print(write_log(data_dir, len(entries), results))
         counts = [result.num_frames for result in extracted if result.num_frames]
         seconds = time.perf_counter() - start
-        print(
-            f"This run: {len(counts)} videos extracted, {len(done)} were there already; {sum(counts)} frames"
-            f" in {seconds:.1f} s ({sum(counts) / seconds:.0f} frames/s)"
-        )
+        rate = f"{sum(counts)} frames in {seconds:.1f} s ({sum(counts) / seconds:.0f} frames/s)"
+        print(f"This run: {len(counts)} videos extracted, {len(done)} were there already; {rate}")
         if any(result.failure for result in results):
             print(f"The failed videos, each with its reason: {data_dir / LOG_NAME}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    layout.run_command(main)
