@@ -139,8 +139,7 @@ def keep_existing(matched: dict[str, list[dict]], data_dir: Path) -> tuple[dict[
 
     Without any videos everything is kept. Raises UserError if there are videos, but none of those that match.
     """
-    videos = layout.list_videos(data_dir)
-    folder = data_dir / "videos"
+    videos, folder = layout.list_videos(data_dir), data_dir / "videos"
     if videos is None:
         return matched, [f"No videos in {folder} yet: sampled from all matching entries."]
     available = {split: [entry for entry in matched[split] if f"{entry['id']}.webm" in videos] for split in SPLITS}
@@ -189,9 +188,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_samples_per_task", type=count, default=1000, help="default: %(default)s")
     parser.add_argument("--val_samples_per_task", type=count, default=100, help="default: %(default)s")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
-    parser.add_argument(
-        "--seed", type=layout.number(), default=42, help="same seed, same output (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=layout.number(), default=42, help="of the choice; default: %(default)s")
     return parser.parse_args()
 
 
@@ -231,9 +228,9 @@ def main() -> None:
                 report.append(f"{task}, {split}: asked for {asked[split]}, took all {count}.")
 
     outputs = {split: layout.filtered_annotations_path(args.data_dir, split) for split in SPLITS}
-    log_path = args.data_dir / "annotations" / "filter.log"
     for split in SPLITS:  # nothing is written before everything is known to be good
         layout.write_annotations(outputs[split], sampled[split])
+    log_path = args.data_dir / "annotations" / "filter.log"
     per_template = count_table(counters, {task: TASK_TEMPLATES[task] for task in tasks})
     layout.write_file(log_path, "\n".join([f"seed {args.seed}", *report, "", per_template, ""]))
     print("\n".join(report))

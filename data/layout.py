@@ -288,6 +288,14 @@ def read_annotations(path: Path | str) -> list[dict]:
     return entries
 
 
+def read_filtered_annotations(data_dir: Path, split: str) -> list[dict]:
+    """The entries that `python -m data.dataset` has chosen for a split."""
+    path = filtered_annotations_path(data_dir, split)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; make it with: python -m data.dataset --data_dir {data_dir}")
+    return read_annotations(path)
+
+
 def _load_json(path: Path) -> Any:
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -148,10 +148,7 @@ def load_frame_pairs(
     add_progress: bool = False,
 ) -> tuple[list[FramePair], list[tuple[str, str]]]:
     """`find_frame_pairs` for one split ("train" or "val") of a data directory."""
-    annotations = layout.filtered_annotations_path(data_dir, split)
-    if not annotations.is_file():
-        raise UserError(f"there is no {annotations}; make it with: python -m data.dataset --data_dir {data_dir}")
-    entries = layout.read_annotations(annotations)
+    entries = layout.read_filtered_annotations(data_dir, split)
     folder = layout.frames_dir(data_dir, resolution)
     return find_frame_pairs(entries, folder, input_frame_idx, target_frame_idx, add_progress)
 

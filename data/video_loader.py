@@ -51,10 +51,8 @@ def plan(entries: list[dict], data_dir: Path, resolutions: tuple[int, ...]) -> t
     done, jobs = [], []
     for entry in entries:
         video_id = entry["id"]
-        counts = {
-            resolution: count_frames(layout.frames_dir(data_dir, resolution) / video_id) for resolution in resolutions
-        }
-        kept = {resolution: count for resolution, count in counts.items() if count}
+        counts = [count_frames(layout.frames_dir(data_dir, resolution) / video_id) for resolution in resolutions]
+        kept = {resolution: count for resolution, count in zip(resolutions, counts) if count}
         num_frames = entry.get("num_frames") or next(iter(kept.values()), None)
         if any(count != num_frames for count in kept.values()):
             kept = {}
@@ -80,9 +78,9 @@ def find_missing(jobs: list[Job], data_dir: Path) -> tuple[list[Job], list[Resul
             present.append(job)
         elif similar:
             details = f"found {similar!r}; if it is this video, in videos/: mv {similar!r} {expected!r}"
-            missing.append(Result(job.video_id, failure="misnamed", details=details))
+            missing.append(Result(job.video_id, None, "misnamed", details))
         else:
-            missing.append(Result(job.video_id, failure="missing", details=f"there is no videos/{expected}"))
+            missing.append(Result(job.video_id, None, "missing", f"there is no videos/{expected}"))
     return present, missing
 
 
@@ -136,14 +134,6 @@ def run_jobs(jobs: list[Job], num_workers: int, is_retry: bool = False) -> Itera
 
 
 # Annotations, log, and the command.
-
-
-def read_selected(data_dir: Path, split: str, limit: int | None) -> list[dict]:
-    """The first `limit` entries of a split's filtered annotations (all, if None)."""
-    path = layout.filtered_annotations_path(data_dir, split)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; make it with: python -m data.dataset --data_dir {data_dir}")
-    return layout.read_annotations(path)[:limit]
 
 
 def record_num_frames(data_dir: Path, results: list[Result]) -> None:
@@ -201,7 +191,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     resolutions = tuple(dict.fromkeys(args.resolutions))
-    selected = {entry["id"]: entry for split in SPLITS for entry in read_selected(args.data_dir, split, args.limit)}
+    splits = [layout.read_filtered_annotations(args.data_dir, split)[: args.limit] for split in SPLITS]
+    selected = {entry["id"]: entry for entries in splits for entry in entries}
     try:
         with layout.only_one(args.data_dir / "annotations", "extraction"):
             extract(args.data_dir, list(selected.values()), resolutions, args.num_workers)
@@ -225,8 +216,8 @@ def extract(data_dir: Path, entries: list[dict], resolutions: tuple[int, ...], n
     try:
         with contextlib.closing(run_jobs(jobs, num_workers)) as finished:
             first = len(done) + len(missing)
-            progress = tqdm(finished, total=len(entries), initial=first, unit="video", desc="extracting")
-            extracted.extend(progress)
+            for result in tqdm(finished, total=len(entries), initial=first, unit="video", desc="extracting"):
+                extracted.append(result)
     finally:
         for folder in folders:
             layout.remove_leftovers(folder)
