@@ -294,11 +294,11 @@ def train(
     )
     with stop.deferred(), progress_bar:
         for step in range(first_step + 1, max_train_steps + 1):
-            loss, grad_norm = optimization.optimizer_step(
+            loss, grad_norm, updated = optimization.optimizer_step(
                 accelerator, model, optimizer, noise_scheduler, loader, args.max_grad_norm, args.snr_gamma
             )
             step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0])
-            if not accelerator.optimizer_step_was_skipped:  # as fp16 does where gradients overflow
+            if updated:
                 lr_scheduler.step()
                 if ema:
                     ema.step(unet.parameters())
@@ -330,16 +330,17 @@ def train(
             if save_now or validate_now:
                 step_log.restart_clock()
 
+    with stop.deferred():
         if ema:
             ema.copy_to(unet.parameters())
         pipeline.unet = optimization.gather_unet(accelerator, unet)
         if accelerator.is_main_process:
             checkpoints.save_pipeline(pipeline, args.output_dir, config)
             print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")
-            if args.push_to_hub:
-                upload(args.output_dir, repository, args.hub_token, [*NOT_UPLOADED, f"{args.logging_dir}/**"])
-                print(f"uploaded to {repository}")
-        accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        upload(args.output_dir, repository, args.hub_token, [*NOT_UPLOADED, f"{args.logging_dir}/**"])
+        print(f"uploaded to {repository}")
+    accelerator.end_training()
 
 
 def main() -> None:
@@ -354,10 +355,14 @@ def main() -> None:
                 layout.remove_leftovers(args.output_dir)
             train(args, train_pairs, validation_pairs, accelerator, stop)
     except Interrupted as interruption:
-        message = str(interruption) or "before the first step: nothing is lost, run the same command again"
+        started = "before the first step: nothing is lost, run the same command again"
+        is_done = (args.output_dir / checkpoints.PIPELINE_INDEX).is_file()
+        message = str(interruption) or (f"after training: the pipeline is in {args.output_dir}" if is_done else started)
         raise Interrupted(interruption.signal_number, message) from None
     except OSError as error:
-        raise UserError(f"{layout.one_line(error)}; mend that, or make room, and run the same command again") from error
+        raise UserError(
+            f"{layout.one_line(error)}; fix the cause, or make room, and run the same command again"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -135,7 +135,7 @@ class OurStep:
         return [*timed, (self.accelerator, "backward", "backward"), (self.optimizer, "step", "optimizer")]
 
     def take(self) -> None:
-        loss, norm = optimization.optimizer_step(
+        loss, norm, _ = optimization.optimizer_step(
             self.accelerator, self.model, self.optimizer, self.noise_scheduler, self.loader, MAX_GRAD_NORM
         )
         self.log.add(len(self.log.pending) + 1, loss, norm, LEARNING_RATE)

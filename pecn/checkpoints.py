@@ -92,7 +92,7 @@ def failed_save_in_one_line(what: str, output_dir: Path) -> Iterator[None]:
         go_on = f"go on from {checkpoint} with {HOW_TO_RESUME}" if checkpoint else "start again"
         free = shutil.disk_usage(output_dir).free / 1e6
         raise UserError(
-            f"{what} cannot be saved: {one_line(error)} ({free:,.0f} MB are free there); mend that and {go_on}"
+            f"{what} cannot be saved: {one_line(error)} ({free:,.0f} MB are free there); fix the cause and {go_on}"
         ) from error
 
 

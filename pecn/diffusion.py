@@ -1,4 +1,4 @@
-"""What is learnt: the loss of a batch, how its timesteps and dropped conditions are drawn, the image channels."""
+"""What is learned: the loss of a batch, how its timesteps and dropped conditions are drawn, the image channels."""
 
 from __future__ import annotations
 

@@ -73,10 +73,11 @@ def encode_once(
         embeddings = encode_texts(
             pipeline, prompts, cache_dir / f"prompts-{prompts_key}.arrow", prompts_key, accelerator
         )
+    order = json.dumps(list(frames["edit_prompt"])).encode()  # which prompt belongs to which pair
     # The prompts are no part of what is kept: texts that give the same tokens share an embedding.
     latents = latents.add_column("edit_prompt", list(frames["edit_prompt"]))
     embeddings = embeddings.add_column("edit_prompt", prompts)
-    return EncodedPairs(latents, embeddings, len(pairs), digest([frames_key.encode(), prompts_key.encode()]))
+    return EncodedPairs(latents, embeddings, len(pairs), digest([frames_key.encode(), prompts_key.encode(), order]))
 
 
 def digest(parts: Iterable[bytes]) -> str:

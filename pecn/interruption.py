@@ -34,7 +34,7 @@ class StopRequest:
         self.num_interrupts = 0
         self.is_deferred = False
         self.process = os.getpid()
-        # `accelerate launch` of a single process passes no signal on: that it is gone must do for one.
+        # `accelerate launch` of a single process passes no signal on: that it has ended is treated as SIGTERM.
         launched_alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
         self.launcher = os.getppid() if launched_alone else None
         self.group = None

@@ -36,9 +36,8 @@ PARTS = {  # a pipeline's folders, each with a file that it must hold
 }
 HUB_TIMEOUT = 10  # seconds for each of the hub's answers
 
-# Bars and notes while weights load would stand between the lines of the commands.
+# No progress bars while weights load; pecn/__init__.py silences the libraries' notes.
 for _logging in (transformers_logging, diffusers_logging):
-    _logging.set_verbosity_error()
     _logging.disable_progress_bar()
 
 

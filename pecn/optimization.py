@@ -58,9 +58,14 @@ def optimizer_step(
     batches: Iterator[dict[str, torch.Tensor]],
     max_grad_norm: float,
     snr_gamma: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update of the weights from all its passes; returns this process's mean loss and the gradient's norm."""
-    losses = []
+) -> tuple[torch.Tensor, torch.Tensor | float | None, bool]:
+    """One update of the weights from all its passes.
+
+    Returns this process's mean loss, the gradient's norm (a number or None under DeepSpeed), and whether the weights
+    were updated: fp16's scaler skips a step whose gradients overflow, and lowers its scale.
+    """
+    losses, scaler = [], accelerator.scaler
+    scale = scaler.get_scale() if scaler else 1.0  # a fused optimizer skips by itself, which accelerate cannot see
     for batch in itertools.islice(batches, accelerator.gradient_accumulation_steps):
         with accelerator.accumulate(model):
             loss = diffusion_loss(model, noise_scheduler, batch, snr_gamma)
@@ -70,13 +75,13 @@ def optimizer_step(
                 grad_norm = clip_gradients(accelerator, model, optimizer, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    return sum(losses) / len(losses), grad_norm
+    return sum(losses) / len(losses), grad_norm, scaler is None or scaler.get_scale() >= scale
 
 
 def clip_gradients(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> torch.Tensor:
-    """Sees to it that the optimizer uses gradients of at most this norm together; returns their norm before that.
+    """Makes the optimizer use gradients of at most this norm together; returns their norm before that.
 
     A fused optimizer divides by `grad_scale` while it reads the gradients, which saves the pass over all of them
     that clipping would be. Where there is none, or the processes share out the gradients, accelerate clips them.
@@ -126,7 +131,7 @@ class StepLog:
 
     def __init__(self, accelerator: Accelerator, samples_per_step: int) -> None:
         self.accelerator, self.samples_per_step = accelerator, samples_per_step
-        self.pending: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor | float | None, float]] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:

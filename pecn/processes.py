@@ -14,6 +14,8 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_
 
 from data.layout import UserError
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for.
@@ -69,4 +71,4 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
 
 def is_out_of_memory(error: Exception) -> bool:
     """Only a GPU's allocator has an exception of its own; those of the CPU and of C++ differ in their words alone."""
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in ("memory", "bad_alloc"))
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)

@@ -119,7 +119,7 @@ def wiener_gain_map(changes: np.ndarray) -> np.ndarray:
 
     Signal / (signal + noise), where the mean change squared stands for signal + noise, and for the noise the variance
     of a mean of K, but never less than SMALLEST_CHANGE squared. Both are summed over the colors and averaged over a
-    neighbourhood of a 16th of the side.
+    neighborhood of a 16th of the side.
     """
     power = np.square(changes.mean(axis=0)).sum(axis=-1)
     noise = changes.var(axis=0, ddof=1).sum(axis=-1) / len(changes)
@@ -137,7 +137,7 @@ def predict_frames(
 ) -> list[PredictedFrame]:
     """Predicts one batch from uint8 RGB frames (H, W, 3).
 
-    Each sample has its own noise seed, so its picture does not depend on its neighbours in the batch. Of several
+    Each sample has its own noise seed, so its picture does not depend on its neighbors in the batch. Of several
     predictions the first is the one that would be made alone.
     """
     count = options.num_predictions
