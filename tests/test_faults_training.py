@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from data.layout import UserError, frame_path, frames_dir
-from pecn.checkpoints import checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
+from pecn.checkpoints import checkpoint_steps, find_checkpoint, find_damage
 from tests.conftest import PROJECT, SIDE, fork_script, hear_ctrl_c, make_data_dir, run
 
 STEPS = 30
@@ -372,29 +372,6 @@ def test_run_goes_on_from_the_newest_whole_checkpoint_and_keeps_what_it_saves(st
 def step_of(training: Training) -> int:
     steps = re.findall(r"(\d+)/5000", training.printed())
     return int(steps[-1]) if steps else 0
-
-
-def test_interrupted_checkpoint_outlives_a_damaged_newer_one(tmp_path):
-    (tmp_path / "checkpoint-20").mkdir()
-    for step in (10, 11):
-        save_checkpoint(FilesOnly(), tmp_path, step, {"notes": "x"}, total_limit=1)
-    assert checkpoint_steps(tmp_path) == [11, 20]
-    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-11"
-    save_checkpoint(FilesOnly(), tmp_path, 20, {"notes": "x"}, total_limit=1)
-    assert checkpoint_steps(tmp_path) == [20] and find_damage(tmp_path / "checkpoint-20") is None
-
-
-class FilesOnly:
-    """In an Accelerator's place: its state is one file."""
-
-    is_main_process = True
-
-    def wait_for_everyone(self) -> None:
-        pass
-
-    def save_state(self, folder: str) -> None:
-        Path(folder).mkdir()
-        (Path(folder) / "state").write_bytes(b"state")
 
 
 def test_damaged_frames_are_named_before_the_first_step(start, tmp_path):

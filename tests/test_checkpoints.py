@@ -1,0 +1,28 @@
+"""Checkpoints as folders: which are kept and which are found. Saving in training is tested in test_faults_training.py."""
+
+from pathlib import Path
+
+from pecn.checkpoints import checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
+
+
+def test_interrupted_checkpoint_outlives_a_damaged_newer_one(tmp_path):
+    (tmp_path / "checkpoint-20").mkdir()
+    for step in (10, 11):
+        save_checkpoint(FilesOnly(), tmp_path, step, {"notes": "x"}, total_limit=1)
+    assert checkpoint_steps(tmp_path) == [11, 20]
+    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-11"
+    save_checkpoint(FilesOnly(), tmp_path, 20, {"notes": "x"}, total_limit=1)
+    assert checkpoint_steps(tmp_path) == [20] and find_damage(tmp_path / "checkpoint-20") is None
+
+
+class FilesOnly:
+    """In an Accelerator's place: its state is one file."""
+
+    is_main_process = True
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+    def save_state(self, folder: str) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "state").write_bytes(b"state")
