@@ -1,4 +1,4 @@
-"""Checkpoints as folders: which are kept and which are found. Saving in training is tested in test_faults_training.py."""
+"""Checkpoints as folders: which are kept and which are found. (Saving while training: test_faults_training.py.)"""
 
 from pathlib import Path
 
