@@ -26,10 +26,9 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from data.layout import UserError, one_line, partial_path, parts_replaced_together, whole_or_absent, write_file
-from pecn.model import TRAINING_CONFIG
+from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG
 
 MANIFEST = "manifest.json"
-PIPELINE_INDEX = "model_index.json"  # the last file of a pipeline to be written
 HOW_TO_RESUME = "RESUME=latest (--resume_from_checkpoint latest)"
 
 

@@ -11,6 +11,8 @@ from types import FrameType
 
 import torch
 
+from pecn.processes import is_first_process
+
 
 class Interrupted(KeyboardInterrupt):
     """Work ended because of a signal. The message is one line that says where things stand."""
@@ -80,5 +82,5 @@ class StopRequest:
 
 def write_error_line(text: str) -> None:
     """Writes a line to standard error past Python's buffers, which a signal handler must not enter again."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         os.write(2, f"\n{text}\n".encode())

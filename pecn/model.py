@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from data.layout import UserError, one_line
 
 TRAINING_CONFIG = "training_config.json"  # what train_instruct_pix2pix.py was called with, beside the trained pipeline
+PIPELINE_INDEX = "model_index.json"  # names a pipeline's parts; the last file of one to be written
 PARTS = {  # a pipeline's folders, each with a file that it must hold
     "unet": "*.safetensors",
     "vae": "*.safetensors",
@@ -116,7 +117,7 @@ def load_pipeline(
 
 def find_missing_part(folder: Path) -> str | None:
     """Which part a pipeline's directory lacks, or has as a pickle, as a sentence; None where all are there."""
-    if not (folder / "model_index.json").is_file():
+    if not (folder / PIPELINE_INDEX).is_file():
         return "it holds no diffusers pipeline (no model_index.json)"
     for part, pattern in PARTS.items():
         if not any((folder / part).glob(pattern)):
