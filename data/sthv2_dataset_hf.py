@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import re
 import shlex
 from collections import defaultdict
@@ -95,13 +96,13 @@ def find_frame_pairs(
         has_input, has_target = input_frame.is_file(), target_frame.is_file()
         if not has_input or (target_required and not has_target):
             missing = target_frame_idx if has_input else input_frame_idx
-            left_out.append((video_id, _why_frame_is_missing(input_frame.parent, missing, num_frames)))
+            has_frames = input_frame.parent.is_dir()
+            left_out.append((video_id, f"without frame {missing}" if has_frames else "without extracted frames"))
             continue
         if add_progress and (num_frames is None or num_frames <= input_frame_idx):
             raise UserError(
-                f"progress prompts need the number of frames, which for video {video_id} is"
-                f" {num_frames or 'not recorded'}, though frame {input_frame_idx} exists; run `python -m"
-                " data.video_loader` after the filtering (`python -m data.dataset`), it sets num_frames"
+                f"progress prompts need num_frames, which for video {video_id} is {num_frames or 'not recorded'},"
+                f" though frame {input_frame_idx} exists; set it with: python -m data.video_loader"
             )
         progress = action_progress(input_frame_idx, num_frames) if add_progress else None
         pairs.append(
@@ -115,13 +116,6 @@ def find_frame_pairs(
             )
         )
     return pairs, left_out
-
-
-def _why_frame_is_missing(video_frames: Path, frame_idx: int, num_frames: int | None) -> str:
-    if not video_frames.is_dir():
-        return "no frames were extracted"
-    is_too_short = num_frames is not None and num_frames <= frame_idx
-    return f"too short for frame {frame_idx}" if is_too_short else f"frame {frame_idx} is missing"
 
 
 def frame_pairs_dataset(pairs: Sequence[FramePair]) -> Dataset:
@@ -156,34 +150,26 @@ def load_frame_pairs(
 def verify_frames(pairs: Sequence[FramePair], resolution: int) -> str:
     """Reads every frame of the pairs once; returns a hash of all their bytes, in hexadecimal.
 
-    Raises UserError, naming the first one, where a frame is not a whole PNG of `resolution` x `resolution` pixels. A
-    pair may lack its target.
+    Raises UserError at the first frame that is not a whole PNG of `resolution` x `resolution` pixels. A pair may lack
+    its target.
     """
     from PIL import Image
 
     total = hashlib.blake2b(digest_size=16)
-    bad: dict[Path, str] = {}  # {a video's folder: what is wrong with its first bad frame}
-    for pair in pairs:
-        for path in map(Path, filter(None, (pair.input_image, pair.edited_image))):
-            try:
-                content = path.read_bytes()
-                total.update(hashlib.sha256(content).digest())
-                with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-                    size = image.size
-                    image.verify()  # compares the checksums of all parts, without decoding any
-            except Exception as error:  # Pillow has no one kind of error for what a file may hold
-                reason = getattr(error, "strerror", None) or "damaged"
-                bad.setdefault(path.parent, f"{path} is not a whole PNG file ({reason})")
-            else:
-                if size != (resolution, resolution):
-                    bad.setdefault(path.parent, f"{path} is {size[0]}x{size[1]} pixels, not {resolution}x{resolution}")
-    if bad:
-        folders = list(bad)
-        more = f" (and frames of {len(bad) - 1} more videos)" if len(bad) > 1 else ""
-        shown = " ".join(shlex.quote(str(folder)) for folder in folders[:MOST_NAMED])
-        first = f" (the first {MOST_NAMED} videos)" if len(bad) > MOST_NAMED else ""
-        extract = layout.extraction_command(folders[0].parent)
-        raise UserError(f"{bad[folders[0]]}{more}; delete and extract again{first}: rm -r {shown} && {extract}")
+    paths = [path for pair in pairs for path in (pair.input_image, pair.edited_image) if path]
+    for path in map(Path, paths):
+        try:
+            content = path.read_bytes()
+            total.update(hashlib.sha256(content).digest())
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+                width, height = image.size
+                image.verify()  # compares the checksums of all parts, without decoding any
+            problem = "" if width == height == resolution else f"{width}x{height} pixels, not {resolution}x{resolution}"
+        except Exception as error:  # Pillow has no one kind of error for what a file may hold
+            problem = f"not a whole PNG file ({getattr(error, 'strerror', None) or 'damaged'})"
+        if problem:
+            commands = f"rm -r {shlex.quote(str(path.parent))} && {layout.extraction_command(path.parents[1])}"
+            raise UserError(f"{path} is {problem}; delete and extract again: {commands}")
     return total.hexdigest()
 
 
@@ -195,9 +181,8 @@ def choose_pairs(pairs: Sequence[FramePair], num_samples: int | None, seed: int)
     by_task = defaultdict(list)
     for pair in sorted(pairs, key=lambda pair: sampling_rank(seed, pair.video_id)):
         by_task[pair.task].append(pair)
-    turns = [(turn, task, pair) for task, of_task in by_task.items() for turn, pair in enumerate(of_task)]
-    turns.sort(key=lambda item: item[:2])
-    return [pair for _, _, pair in turns[:num_samples]]
+    turns = itertools.zip_longest(*(by_task[task] for task in sorted(by_task)))
+    return [pair for turn in turns for pair in turn if pair][:num_samples]
 
 
 def describe_left_out(left_out: Sequence[tuple[str, str]], most_named: int | None = MOST_NAMED) -> str:
@@ -224,7 +209,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input_frame_idx", type=index, default=DEFAULT_INPUT_FRAME_IDX, help="(%(default)s)")
     parser.add_argument("--target_frame_idx", type=index, default=DEFAULT_TARGET_FRAME_IDX, help="(%(default)s)")
     parser.add_argument("--add_progress", **layout.SWITCH, help="prompts say how much of the action is done")
-    parser.add_argument("--num_prompts", type=index, default=3, help="shown for each task (%(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -238,7 +222,7 @@ def main() -> None:
         for task in sorted({pair.task for pair in pairs}):
             prompts = [pair.edit_prompt for pair in pairs if pair.task == task]
             print(f"  {task}: {len(prompts)}")
-            for prompt in prompts[: args.num_prompts]:
+            for prompt in prompts[:3]:
                 print(f"    {prompt}")
         print("  " + (describe_left_out(left_out, most_named=None) or "no video left out"))
 

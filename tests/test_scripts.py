@@ -185,7 +185,7 @@ def test_real_clips_pass_through_the_whole_pipeline(tiny_model, tmp_path):
     variables |= {"MAX_TRAIN_STEPS": 4, "PROGRESS": "True", "NUM_SAMPLES": "all", "NUM_INFERENCE_STEPS": 2}
     done = run("bash", "test_train_instruct_pix2pix.sh", **variables)
     assert f"data: {data_dir}" in done.stdout
-    assert "1 too short for frame 20 (30011)" in done.stdout
+    assert "1 without frame 20 (30011)" in done.stdout
     metrics = json.loads((tmp_path / "samples" / "metrics.json").read_text())
     assert all(row["edit_prompt"].endswith("% of the action has been completed.") for row in metrics["samples"])
     assert metrics["summary"]["num_samples"] == 3

@@ -72,7 +72,7 @@ def test_dataset_has_the_promised_columns_and_pictures(data_dir):
     input_image, edited_image = (np.asarray(row[name]) for name in ("input_image", "edited_image"))
     assert input_image.shape == (SIDE, SIDE, 3)
     assert (np.roll(input_image[8:16], 1, axis=1) == edited_image[8:16]).mean() > 0.9  # the square moved by a pixel
-    assert left_out == [("train_short", "too short for frame 21")]
+    assert left_out == [("train_short", "without frame 21")]
 
 
 def test_any_frame_pair_can_be_asked_for(data_dir):
@@ -91,9 +91,9 @@ def test_videos_without_a_frame_are_named_with_the_reason(tmp_path):
     pairs, left_out = load_frame_pairs(data_dir, "train", SIDE)
     assert len(pairs) == 4
     assert dict(left_out) == {
-        "train0": "no frames were extracted",
-        "train1": "frame 21 is missing",
-        "train_short": "too short for frame 21",
+        "train0": "without extracted frames",
+        "train1": "without frame 21",
+        "train_short": "without frame 21",
     }
     assert "train0" in describe_left_out(left_out)
     assert describe_left_out([]) == ""
@@ -101,12 +101,11 @@ def test_videos_without_a_frame_are_named_with_the_reason(tmp_path):
 
 def test_many_left_out_stay_one_readable_line():
     left_out = [
-        (f"video{number}", "no frames were extracted" if number % 4 else "too short for frame 900")
-        for number in range(100)
+        (f"video{number}", "without extracted frames" if number % 4 else "without frame 900") for number in range(100)
     ]
     assert describe_left_out(left_out) == (
-        "100 videos left out: 75 no frames were extracted (video1, video2, video3, video5, video6, …);"
-        " 25 too short for frame 900 (video0, video4, video8, video12, video16, …)"
+        "100 videos left out: 75 without extracted frames (video1, video2, video3, video5, video6, …);"
+        " 25 without frame 900 (video0, video4, video8, video12, video16, …)"
     )
     assert all(video_id in describe_left_out(left_out, most_named=None) for video_id, _ in left_out)
 
@@ -125,7 +124,7 @@ def test_progress_without_num_frames_says_what_to_run(tmp_path):
     entries = read_annotations(path)
     del entries[2]["num_frames"]
     write_annotations(path, entries)
-    with pytest.raises(UserError, match="train2 is not recorded.*; run .*video_loader.* after the filtering"):
+    with pytest.raises(UserError, match="train2 is not recorded.*: python -m data.video_loader"):
         load_frame_pairs(data_dir, "train", SIDE, add_progress=True)
     entries[2]["num_frames"] = 20
     write_annotations(path, entries)
@@ -143,11 +142,11 @@ def test_missing_preparation_names_the_command(tmp_path, data_dir):
 
 def test_module_shows_what_training_would_see(data_dir):
     command = ("python", "-m", "data.sthv2_dataset_hf", "--data_dir", data_dir, "--resolution", SIDE)
-    shown = run(*command, "--add_progress", "--num_prompts", 1).stdout
+    shown = run(*command, "--add_progress").stdout
     assert "train: 6 frame pairs, frame 20 -> 21" in shown
     assert "val: 3 frame pairs" in shown
-    assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 2
-    assert "1 videos left out: 1 too short for frame 21 (train_short)" in shown
+    assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 3
+    assert "1 videos left out: 1 without frame 21 (train_short)" in shown
 
 
 def test_frames_hash_names_their_bytes(tmp_path):
@@ -158,7 +157,7 @@ def test_frames_hash_names_their_bytes(tmp_path):
     frame[0, 0, 0] ^= 1
     Image.fromarray(frame).save(pairs[0].input_image)
     assert verify_frames(pairs, SIDE) != before
-    with pytest.raises(UserError, match=f"is {SIDE}x{SIDE} pixels, not 64x64 .*python -m data.video_loader"):
+    with pytest.raises(UserError, match=f"is {SIDE}x{SIDE} pixels, not 64x64; .*python -m data.video_loader"):
         verify_frames(pairs, 64)
 
 

@@ -108,7 +108,7 @@ def test_validation_pictures_are_saved(trained):
 def test_old_checkpoints_are_removed_and_short_videos_named(trained):
     output_dir, printed = trained
     assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-6"]
-    assert "1 too short for frame 21 (train_short)" in printed
+    assert "1 without frame 21 (train_short)" in printed
     assert "training on 6 frame pairs" in printed
 
 
