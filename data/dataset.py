@@ -8,10 +8,9 @@ reads `annotations/train.json` and `annotations/validation.json` (or SSv2's publ
 """
 
 import argparse
-import gc
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from data import layout
@@ -134,43 +133,19 @@ def drop_shared_ids(train: list[dict], val: list[dict], seed: int) -> tuple[list
     return train, val, len(shared)
 
 
-def keep_existing(matched: dict[str, list[dict]], data_dir: Path) -> tuple[dict[str, list[dict]], list[str]]:
-    """Keep the entries ({split: entries}) whose video exists, and note how many were missing.
-
-    Without any videos everything is kept. Raises UserError if there are videos, but none of those that match.
-    """
-    videos, folder = layout.list_videos(data_dir), data_dir / "videos"
-    if videos is None:
-        return matched, [f"No videos in {folder} yet: sampled from all matching entries."]
-    available = {split: [entry for entry in matched[split] if f"{entry['id']}.webm" in videos] for split in SPLITS}
-    num_matched, num_available = (sum(map(len, stage.values())) for stage in (matched, available))
-    if num_available == 0:
-        example = layout.video_path(data_dir, matched["train"][0]["id"])
-        raise UserError(f"none of the {num_matched} matching videos is in {folder}; expected files such as {example}")
-    if num_available == num_matched:
-        return available, []
-    missing = f"{num_matched - num_available} of {num_matched} matching videos are missing from {folder}"
-    return available, [f"{missing}: sampled from the {num_available} that exist."]
+def keep_existing(entries: list[dict], videos: set[str]) -> list[dict]:
+    """The entries whose video is among the file names `videos`; all entries where there are no videos at all."""
+    return [entry for entry in entries if not videos or f"{entry['id']}.webm" in videos]
 
 
-def count_entries(entries: dict[str, list[dict]]) -> Counter:
-    """The number of entries ({split: entries}) of each (split, task, template), and of each (split, task, "")."""
-    return Counter(
-        (split, entry["task"], template)
-        for split in SPLITS
-        for entry in entries[split]
-        for template in ("", plain_template(entry["template"]))
-    )
-
-
-def count_table(counters: list[Counter], templates: dict[str, Iterable[str]]) -> str:
-    """One line per split and {task: template}, "" being all templates; a column for each stage of the sampling."""
+def count_table(stages: list[dict[str, list[dict]]], tasks: list[str]) -> str:
+    """One line per task and split, with a column for each stage of the sampling ({split: entries})."""
+    counts = [Counter((split, entry["task"]) for split in SPLITS for entry in stage[split]) for stage in stages]
     lines = [f"{'task':<14}{'split':<7}{'matched':>9}{'with video':>12}{'sampled':>9}"]
-    for task, names in templates.items():
+    for task in tasks:
         for split in SPLITS:
-            for name in names:
-                matched, available, sampled = (counter[split, task, name] for counter in counters)
-                lines.append(f"{task:<14}{split:<7}{matched:>9}{available:>12}{sampled:>9}  {name}".rstrip())
+            matched, available, sampled = (count[split, task] for count in counts)
+            lines.append(f"{task:<14}{split:<7}{matched:>9}{available:>12}{sampled:>9}")
     return "\n".join(lines)
 
 
@@ -181,7 +156,7 @@ def parse_args() -> argparse.Namespace:
     parser = layout.CommandParser(
         prog="python -m data.dataset",
         description="Filter SSv2's annotations to the tasks, sample from them, and write"
-        " train_filtered.json and val_filtered.json. Counts per template go to annotations/filter.log.",
+        " train_filtered.json and val_filtered.json.",
     )
     count, tasks = layout.number(at_least=1), list(TASK_TEMPLATES)
     parser.add_argument("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="default: %(default)s")
@@ -204,38 +179,31 @@ def find_source(data_dir: Path, split: str) -> Path:
 
 def main() -> None:
     args = parse_args()
-    gc.disable()  # looking for garbage among 220,000 entries takes longer than the work
-    tasks = list(dict.fromkeys(args.tasks))
     asked = {"train": args.train_samples_per_task, "val": args.val_samples_per_task}
-
     sources = [find_source(args.data_dir, split) for split in SPLITS]
     train, val, num_shared = drop_shared_ids(*map(layout.read_annotations, sources), args.seed)
-    matched = {"train": match_tasks(train, tasks), "val": match_tasks(val, tasks)}
+    matched = {"train": match_tasks(train, args.tasks), "val": match_tasks(val, args.tasks)}
     if not matched["train"]:
-        raise UserError(f"{sources[0]}: no entry has a template of {', '.join(tasks)}")
-    available, notes = keep_existing(matched, args.data_dir)
+        raise UserError(f"{sources[0]}: no entry has a template of {', '.join(args.tasks)}")
+    folder = args.data_dir / "videos"
+    videos = set(os.listdir(folder)) if folder.exists() else set()
+    available = {split: keep_existing(matched[split], videos) for split in SPLITS}
+    if not any(available.values()):
+        example = layout.video_path(args.data_dir, matched["train"][0]["id"])
+        raise UserError(f"no matching video is in {folder}; expected files such as {example}")
     sampled = {split: sample_entries(available[split], asked[split], args.seed) for split in SPLITS}
 
-    counters = [count_entries(stage) for stage in (matched, available, sampled)]
-    report = [count_table(counters, {task: [""] for task in tasks})]
+    for split in SPLITS:  # nothing is written before everything is known to be good
+        layout.write_annotations(layout.filtered_annotations_path(args.data_dir, split), sampled[split])
+    print(count_table([matched, available, sampled], args.tasks))
+    print(f"Asked for {asked['train']} training and {asked['val']} validation entries of each task, seed {args.seed}.")
+    if not videos:
+        print(f"No videos in {folder} yet: sampled from all matching entries.")
     if num_shared:
         rule = "a tenth of them is kept for validation only, the others for training only"
-        report.append(f"{num_shared} ids are in both annotation files: {rule}.")
-    report += notes
-    for split in SPLITS:
-        for task in tasks:
-            if (count := counters[-1][split, task, ""]) < asked[split]:
-                report.append(f"{task}, {split}: asked for {asked[split]}, took all {count}.")
-
-    outputs = {split: layout.filtered_annotations_path(args.data_dir, split) for split in SPLITS}
-    for split in SPLITS:  # nothing is written before everything is known to be good
-        layout.write_annotations(outputs[split], sampled[split])
-    log_path = args.data_dir / "annotations" / "filter.log"
-    per_template = count_table(counters, {task: TASK_TEMPLATES[task] for task in tasks})
-    layout.write_file(log_path, "\n".join([f"seed {args.seed}", *report, "", per_template, ""]))
-    print("\n".join(report))
-    print(f"Wrote {outputs['train']} and {outputs['val']}.")
-    print(f"Counts per template: {log_path}. Next: python -m data.video_loader --data_dir {args.data_dir}")
+        print(f"{num_shared} ids are in both annotation files: {rule}.")
+    print("Wrote train_filtered.json and val_filtered.json.")
+    print(f"Next: python -m data.video_loader --data_dir {args.data_dir}")
 
 
 if __name__ == "__main__":
