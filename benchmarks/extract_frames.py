@@ -37,6 +37,7 @@ from data.layout import (
     SPLITS,
     CommandParser,
     UserError,
+    available_cores,
     filtered_annotations_path,
     frame_path,
     frames_dir,
@@ -46,7 +47,6 @@ from data.layout import (
     video_path,
     write_annotations,
 )
-from data.video_loader import available_cores
 
 PROJECT = Path(__file__).parents[1]
 RESOLUTIONS = (96, 128)

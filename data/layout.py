@@ -48,6 +48,11 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(getattr(interruption, "exit_status", 130))
 
 
+def available_cores() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 

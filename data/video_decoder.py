@@ -1,84 +1,28 @@
-"""Turn one video into folders of square PNG frames, or say why that is impossible.
-
-`extract_video` is what the worker processes of `data.video_loader` run.
-"""
+"""Decode one video and write its frames as square PNGs, or say why that is impossible."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from data.layout import UserError, frame_path, frames_dir, video_path, whole_or_absent
+import av
+import cv2
+import numpy as np
 
-if TYPE_CHECKING:
-    import av
-    import numpy as np
+from data.layout import frame_path
 
 # Video containers only: without the list a picture would count as a video of one frame, and a text file could be a
 # playlist that makes FFmpeg open other files.
 VIDEO_FORMATS = "matroska,webm,mov,mp4,avi"
 FULL_CHROMA = 0x2000  # swscale's SWS_FULL_CHR_H_INT: color at full horizontal resolution
 
-
-@dataclass(frozen=True)
-class Job:
-    """One video to decode."""
-
-    video_id: str
-    data_dir: Path
-    resolutions: tuple[int, ...]  # the sizes (pixels) to write
-    all_resolutions: tuple[int, ...]  # these, and the sizes whose frames are there already
-    kept_frames: int | None  # the number of frames that are there at each of those; None if there are no such sizes
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a video: its number of frames, or the kind of failure and its details."""
-
-    video_id: str
-    num_frames: int | None = None
-    failure: str | None = None
-    details: str = ""
+av.logging.set_level(None)  # a failure is reported once, by a VideoError
+cv2.setNumThreads(1)  # the worker processes are parallel
 
 
 class VideoError(Exception):
     """A video that cannot be extracted. Arguments: the kind of failure (for counting) and the details."""
-
-
-@functools.cache
-def import_av_and_cv2():
-    """PyAV (silent: the reasons given for a failure are ours) and OpenCV (on one thread: the workers are parallel)."""
-    try:
-        import av
-        import cv2
-    except ImportError as error:
-        raise UserError(f"PyAV and OpenCV cannot be loaded ({error}); pip install av opencv-python-headless") from None
-    av.logging.set_level(None)
-    cv2.setNumThreads(1)
-    return av, cv2
-
-
-def extract_video(job: Job) -> Result:
-    """Decode one video and write its folders of frames. Failures of the video are returned, not raised."""
-    try:
-        with contextlib.ExitStack() as stack:
-            folders = {
-                resolution: stack.enter_context(whole_or_absent(frames_dir(job.data_dir, resolution) / job.video_id))
-                for resolution in job.resolutions
-            }
-            num_frames = write_frames(video_path(job.data_dir, job.video_id), folders)
-    except VideoError as error:
-        failure, details = error.args
-        return Result(job.video_id, failure=failure, details=details)
-    if job.kept_frames not in (None, num_frames):  # of another version of the video: all sizes must come from this one
-        return extract_video(replace(job, resolutions=job.all_resolutions, kept_frames=None))
-    return Result(job.video_id, num_frames)
 
 
 def write_frames(path: Path, folders: dict[int, Path]) -> int:
@@ -103,47 +47,27 @@ def decode_video(path: Path) -> Iterator[av.VideoFrame]:
 
     Raises VideoError, perhaps after frames that are whole, if the file is not a video or not a whole one.
     """
-    av, _ = import_av_and_cv2()
+    if not path.is_file():  # a pipe would block when opened
+        raise VideoError("missing", f"there is no file {path}")
+    times = []  # seconds; 8 bytes a frame
     try:
-        check_file(path)
-        container = av.open(str(path), options={"format_whitelist": VIDEO_FORMATS})
-    except av.FFmpegError:
-        raise VideoError("not a video", "the file is no video container; download it again") from None
-    except OSError as error:
-        raise VideoError("unreadable", f"the file cannot be read: {error.strerror}") from None
-    with container:
-        if not container.streams.video:
-            raise VideoError("not a video", "there is no video stream in the file; download it again")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise VideoError("not decodable", "there is no decoder for its codec; convert it to VP9")
-        stream.codec_context.thread_count = 1
-        interval = 1 / float(stream.guessed_rate or 1)  # seconds from frame to frame
-        start = float((stream.start_time or 0) * stream.time_base)
-        times = []  # seconds; 8 bytes a frame
-        try:
+        with av.open(str(path), options={"format_whitelist": VIDEO_FORMATS}) as container:
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
+                raise VideoError("unreadable", "it has no video stream that can be decoded")
+            stream.codec_context.thread_count = 1
+            interval = 1 / float(stream.guessed_rate or 1)  # seconds from frame to frame
+            start = float((stream.start_time or 0) * stream.time_base)
             for frame in container.decode(stream):
                 times.append(len(times) * interval if frame.time is None else frame.time - start)
                 yield frame
-        except av.FFmpegError as error:
-            details = f"{error.strerror} after {len(times)} frames; download it again"
-            raise VideoError("not decodable", details) from None
-        if not times:
-            raise VideoError("no frames", "the file opens as a video, but not one frame decodes; download it again")
-        if stream.guessed_rate:
-            duration = (container.duration or 0) / av.time_base - start  # a container's duration counts from time 0
-            check_duration(times, stream.frames * interval or duration, interval)
-
-
-def check_file(path: Path) -> None:
-    """Raise VideoError if there is no file or an empty one, OSError if it cannot be read."""
-    if path.is_symlink() and not path.exists():
-        raise VideoError("missing", f"a link to {os.readlink(path)}, which does not exist")
-    if not path.is_file():  # a pipe would block when opened
-        raise VideoError("not a file", "a folder or a special file has the video's name")
-    with open(path, "rb") as file:
-        if not file.read(1):
-            raise VideoError("empty", "the file has 0 bytes; download it again")
+            if not times:
+                raise VideoError("unreadable", "not one of its frames can be decoded; download it again")
+            if stream.guessed_rate:
+                duration = (container.duration or 0) / av.time_base - start  # a container's duration counts from time 0
+                check_duration(times, stream.frames * interval or duration, interval)
+    except av.FFmpegError as error:
+        raise VideoError("unreadable", f"{error.strerror} after {len(times)} frames; download it again") from None
 
 
 def check_duration(times: list[float], duration: float, interval: float) -> None:
@@ -168,7 +92,6 @@ def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:
     where OpenCV's route is 1.1 too dark; but by up to 20, not 3, at a few sharp edges of saturated colors). Where a
     frame grows, OpenCV resizes it, since FFmpeg's area method does not interpolate.
     """
-    av, cv2 = import_av_and_cv2()
     area = int(av.video.reformatter.Interpolation.AREA) | FULL_CHROMA
     shrinking, converting = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
 
@@ -188,7 +111,6 @@ def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:
 
 def encode_png(image: np.ndarray) -> np.ndarray:
     """A uint8 BGR picture as the bytes of an RGB PNG."""
-    _, cv2 = import_av_and_cv2()
     # No search for repeated strings, each pixel predicted from the one above: the fastest settings, 6% smaller files.
     strategy = (cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY)
     return cv2.imencode(".png", image, [*strategy, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP])[1]

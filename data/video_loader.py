@@ -10,23 +10,33 @@ exists only when it is whole, so a run can be stopped at any moment, and the nex
 
 import argparse
 import contextlib
-import errno
+import functools
 import os
 import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 
 from data import layout
 from data.layout import SPLITS, UserError
-from data.video_decoder import Job, Result, extract_video
 
 LOG_NAME = "frames_extraction.log"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a video: its number of frames, or the kind of failure and its details."""
+
+    video_id: str
+    num_frames: int | None = None
+    failure: str | None = None
+    details: str = ""
 
 
 # What is to be done.
@@ -34,54 +44,26 @@ LOG_NAME = "frames_extraction.log"
 
 def count_frames(folder: Path) -> int:
     """The number of frames in a video's folder, or 0 if it does not hold exactly frames 0 to n-1."""
-    try:
-        names = {name for name in os.listdir(folder) if not name.startswith(".")}
-    except FileNotFoundError:
-        return 0
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
     expected = {layout.frame_path(folder.parent, folder.name, index).name for index in range(len(names))}
     return len(names) if names == expected else 0
 
 
-def plan(entries: list[dict], data_dir: Path, resolutions: tuple[int, ...]) -> tuple[list[Result], list[Job]]:
-    """Split the entries into videos whose frames are all there and those that are to be decoded.
+def plan(entries: list[dict], frames_folders: list[Path]) -> tuple[list[Result], list[str]]:
+    """Split the entries into videos whose frames are all there and the ids of those that are to be decoded.
 
     Frames are all there when the folder of every size holds frames 0 to n-1, n being the entry's `num_frames` if it
-    has one. If the folders contradict each other, all sizes are written again.
+    has one. Otherwise all sizes are written, since they must come from the same version of the video.
     """
-    done, jobs = [], []
+    done, to_decode = [], []
     for entry in entries:
-        video_id = entry["id"]
-        counts = [count_frames(layout.frames_dir(data_dir, resolution) / video_id) for resolution in resolutions]
-        kept = {resolution: count for resolution, count in zip(resolutions, counts) if count}
-        num_frames = entry.get("num_frames") or next(iter(kept.values()), None)
-        if any(count != num_frames for count in kept.values()):
-            kept = {}
-        missing = tuple(resolution for resolution in resolutions if resolution not in kept)
-        if missing:
-            jobs.append(Job(video_id, data_dir, missing, resolutions, num_frames if kept else None))
+        counts = {count_frames(folder / entry["id"]) for folder in frames_folders}
+        num_frames = entry.get("num_frames") or max(counts)
+        if num_frames and counts == {num_frames}:
+            done.append(Result(entry["id"], num_frames))
         else:
-            done.append(Result(video_id, num_frames))
-    return done, jobs
-
-
-def find_missing(jobs: list[Job], data_dir: Path) -> tuple[list[Job], list[Result]]:
-    """Separate the jobs whose video file exists from those that have none; a misnamed file is pointed out."""
-    names = layout.list_videos(data_dir) if jobs else set()
-    if names is None:
-        raise UserError(f"no videos in {data_dir / 'videos'}: {layout.DOWNLOAD_HINT} and put its .webm files there")
-    by_stem = {Path(name).stem.casefold(): name for name in sorted(names, reverse=True)}
-    present, missing = [], []
-    for job in jobs:
-        expected = f"{job.video_id}.webm"
-        similar = by_stem.get(job.video_id.casefold()) or by_stem.get(expected.casefold())
-        if expected in names:
-            present.append(job)
-        elif similar:
-            details = f"found {similar!r}; if it is this video, in videos/: mv {similar!r} {expected!r}"
-            missing.append(Result(job.video_id, None, "misnamed", details))
-        else:
-            missing.append(Result(job.video_id, None, "missing", f"there is no videos/{expected}"))
-    return present, missing
+            to_decode.append(entry["id"])
+    return done, to_decode
 
 
 # The worker processes.
@@ -98,20 +80,38 @@ def start_worker() -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def run_jobs(jobs: list[Job], num_workers: int, is_retry: bool = False) -> Iterator[Result]:
-    """Extract videos in worker processes and yield the results as they come.
+def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]) -> Result:
+    """Decode a video and write its folder of frames of each size; a video that cannot be decoded is no exception."""
+    from data.video_decoder import VideoError, write_frames  # PyAV and OpenCV, which the workers alone need
+
+    try:
+        with contextlib.ExitStack() as stack:
+            folders = {
+                resolution: stack.enter_context(layout.whole_or_absent(folder / video_id))
+                for resolution, folder in frames_folders.items()
+            }
+            return Result(video_id, write_frames(layout.video_path(data_dir, video_id), folders))
+    except VideoError as error:
+        failure, details = error.args
+        return Result(video_id, failure=failure, details=details)
+
+
+def run_workers(
+    extract: Callable[[str], Result], video_ids: list[str], num_workers: int, is_retry: bool = False
+) -> Iterator[Result]:
+    """Call `extract` for each video in worker processes and yield the results as they come.
 
     When a worker dies (out of memory, say) nobody can tell which of the videos in work it was, so each of these is
     tried once more, alone; one that ends its worker again is reported, and the others go on.
     """
-    waiting = deque(jobs)
+    waiting = deque(video_ids)
     while waiting:
         running = {}
         pool = ProcessPoolExecutor(min(num_workers, len(waiting)), get_context("spawn"), initializer=start_worker)
         try:
             while waiting or running:
                 while waiting and len(running) < 2 * num_workers:
-                    future = pool.submit(extract_video, waiting[0])
+                    future = pool.submit(extract, waiting[0])
                     running[future] = waiting.popleft()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     result = future.result()
@@ -125,12 +125,12 @@ def run_jobs(jobs: list[Job], num_workers: int, is_retry: bool = False) -> Itera
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        for job in running.values():
+        for video_id in running.values():
             if is_retry:
                 details = "its worker process died twice, perhaps for lack of memory; try --num_workers 1"
-                yield Result(job.video_id, failure="worker died", details=details)
+                yield Result(video_id, failure="worker died", details=details)
             else:
-                yield from run_jobs([job], 1, is_retry=True)
+                yield from run_workers(extract, [video_id], 1, is_retry=True)
 
 
 # Annotations, log, and the command.
@@ -168,11 +168,6 @@ def write_log(data_dir: Path, num_selected: int, results: list[Result]) -> str:
     return summary
 
 
-def available_cores() -> int:
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def parse_args() -> argparse.Namespace:
     parser = layout.CommandParser(
         prog="python -m data.video_loader",
@@ -183,45 +178,41 @@ def parse_args() -> argparse.Namespace:
     size, count = layout.number(at_least=1, at_most=4096), layout.number(at_least=1)
     parser.add_argument("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--resolutions", type=size, nargs="+", default=[96, 128], help="in pixels (default: 96 128)")
-    parser.add_argument("--num_workers", type=count, default=available_cores(), help="processes (default: all cores)")
+    parser.add_argument("--num_workers", type=count, default=layout.available_cores(), help="default: all cores")
     parser.add_argument("--limit", type=count, help="only the first N entries of each split")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    resolutions = tuple(dict.fromkeys(args.resolutions))
     splits = [layout.read_filtered_annotations(args.data_dir, split)[: args.limit] for split in SPLITS]
     selected = {entry["id"]: entry for entries in splits for entry in entries}
-    try:
-        with layout.only_one(args.data_dir / "annotations", "extraction"):
-            extract(args.data_dir, list(selected.values()), resolutions, args.num_workers)
-    except OSError as error:
-        hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        raise UserError(f"cannot write {error.filename or args.data_dir}: {error.strerror}{hint}") from None
+    with layout.only_one(args.data_dir / "annotations", "extraction"):
+        extract_missing(args.data_dir, list(selected.values()), args.resolutions, args.num_workers)
 
 
-def extract(data_dir: Path, entries: list[dict], resolutions: tuple[int, ...], num_workers: int) -> None:
+def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int], num_workers: int) -> None:
     """Extract the entries' videos, show a progress bar, and record the outcome, also if interrupted."""
     from tqdm import tqdm
 
     start = time.perf_counter()
-    folders = [layout.frames_dir(data_dir, resolution) for resolution in resolutions]
-    for folder in folders:
+    folders = {resolution: layout.frames_dir(data_dir, resolution) for resolution in resolutions}
+    for folder in folders.values():
         folder.mkdir(exist_ok=True)
         layout.remove_leftovers(folder)
-    done, jobs = plan(entries, data_dir, resolutions)
-    jobs, missing = find_missing(jobs, data_dir)
+    done, to_decode = plan(entries, list(folders.values()))
+    if to_decode and not any((data_dir / "videos").glob("*.webm")):
+        raise UserError(f"no videos in {data_dir / 'videos'}: {layout.DOWNLOAD_HINT} and put its .webm files there")
+    extract = functools.partial(extract_video, data_dir=data_dir, frames_folders=folders)
     extracted: list[Result] = []
     try:
-        with contextlib.closing(run_jobs(jobs, num_workers)) as finished:
-            first = len(done) + len(missing)
-            for result in tqdm(finished, total=len(entries), initial=first, unit="video", desc="extracting"):
+        with contextlib.closing(run_workers(extract, to_decode, num_workers)) as finished:
+            for result in tqdm(finished, total=len(entries), initial=len(done), unit="video", desc="extracting"):
                 extracted.append(result)
     finally:
-        for folder in folders:
+        for folder in folders.values():
             layout.remove_leftovers(folder)
-        results = [*done, *missing, *extracted]
+        results = done + extracted
         record_num_frames(data_dir, results)
         print(write_log(data_dir, len(entries), results))
         counts = [result.num_frames for result in extracted if result.num_frames]

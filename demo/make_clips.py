@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from data.layout import (
     CommandParser,
     UserError,
+    available_cores,
     make_folder,
     number,
     only_one,
@@ -94,14 +94,13 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     clips = number(at_least=0, at_most=999_999)
     add("--output_dir", type=Path, default=Path("data/demo"), help="data directory to make")
     add("--num_train_clips", type=clips, default=240, help="number of training clips")
     add("--num_val_clips", type=clips, default=60, help="number of validation clips")
     add("--seed", type=number(at_least=0, at_most=2**63), default=42, help="other seeds give other clips")
     workers = number(at_least=1, at_most=1024)
-    add("--num_workers", type=workers, default=cores, help="processes that render, one for each core unless given")
+    add("--num_workers", type=workers, default=available_cores(), help="processes that render")
     return parser.parse_args()
 
 

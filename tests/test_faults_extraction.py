@@ -109,18 +109,18 @@ def test_bad_videos_are_named_and_stop_nobody(tmp_path):
     write_video(tmp_path / "good.webm", num_frames=26)
     good = (tmp_path / "good.webm").read_bytes()
     bad = {
-        "empty": (b"", "empty"),
+        "empty": (b"", "unreadable"),
         "cut": (good[: len(good) // 2], "truncated"),
         "lastframes": (good[: int(len(good) * 0.9)], "truncated"),
         "zeros": (good[: len(good) // 2] + bytes(len(good) // 2), "truncated"),
-        "header": (good[:200], "not a video"),
-        "random": (random.Random(0).randbytes(20_000), "not a video"),
-        "text": (b"hello\n" * 1000, "not a video"),
-        "playlist": (b"ffconcat version 1.0\nfile '1.webm'\n", "not a video"),
-        "picture": (cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes(), "not a video"),
+        "header": (good[:200], "unreadable"),
+        "random": (random.Random(0).randbytes(20_000), "unreadable"),
+        "text": (b"hello\n" * 1000, "unreadable"),
+        "playlist": (b"ffconcat version 1.0\nfile '1.webm'\n", "unreadable"),
+        "picture": (cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes(), "unreadable"),
     }
-    others = {"folder": "not a file", "pipe": "not a file", "link": "missing", "absent": "missing", "mp4": "misnamed"}
-    others |= {"UPPER": "misnamed", "twice": "misnamed", "nostream": "not a video", "noframes": "not a video"}
+    others = dict.fromkeys(("folder", "pipe", "link", "absent"), "missing")
+    others |= dict.fromkeys(("nostream", "noframes"), "unreadable")
     data_dir = make_data_dir(tmp_path / "data", ["1", *bad, *others, "2"])
     videos = data_dir / "videos"
     write_video(videos / "1.webm", num_frames=11)
@@ -130,8 +130,6 @@ def test_bad_videos_are_named_and_stop_nobody(tmp_path):
     (videos / "folder.webm").mkdir()
     os.mkfifo(videos / "pipe.webm")
     (videos / "link.webm").symlink_to("nowhere.webm")
-    for name in ("mp4.mp4", "upper.WEBM", "twice.webm.webm"):
-        (videos / name).write_bytes(good)
     cv2.VideoWriter(str(videos / "nostream.webm"), cv2.VideoWriter_fourcc(*"VP90"), 12, (64, 48)).release()
     write_odd_video(videos / "noframes.webm", (64, 48), [])
 
@@ -141,19 +139,17 @@ def test_bad_videos_are_named_and_stop_nobody(tmp_path):
     expected = {video_id: kind for video_id, (_, kind) in bad.items()} | others
     reported = dict(re.findall(r"^(\w+): ([a-z ]+): .+$", log_of(data_dir), re.MULTILINE))
     assert reported == expected
-    assert "mv 'mp4.mp4' 'mp4.webm'" in log_of(data_dir)
     assert f"2 have all their frames, {len(expected)} failed" in result.stdout
     assert {video_id: count for video_id, count in num_frames_of(data_dir).items() if count} == {"1": 11, "2": 14}
     assert sorted(path.name for path in layout.frames_dir(data_dir, 16).iterdir()) == ["1", "2"]
 
     # Repaired files are picked up, and a failure's stale num_frames goes.
     (videos / "cut.webm").write_bytes(good)
-    (videos / "mp4.mp4").rename(videos / "mp4.webm")
     shutil.rmtree(layout.frames_dir(data_dir, 16) / "1")
     (videos / "1.webm").write_bytes(b"")
     extract(data_dir, "--resolutions", 16)
     counts = {video_id: count for video_id, count in num_frames_of(data_dir).items() if count}
-    assert counts == {"2": 14, "cut": 26, "mp4": 26}
+    assert counts == {"2": 14, "cut": 26}
 
 
 def test_unusual_videos_are_extracted_whole_in_little_memory(tmp_path):
@@ -195,5 +191,5 @@ def test_a_video_that_may_not_be_read_stops_nobody(tmp_path):
     if os.access(data_dir / "videos" / "1.webm", os.R_OK):
         pytest.skip("permissions do not bind this user, root perhaps")
     assert extract(data_dir, "--resolutions", 16).returncode == 0
-    assert "1: unreadable: the file cannot be read: Permission denied" in log_of(data_dir)
+    assert "1: unreadable: Permission denied" in log_of(data_dir)
     assert num_frames_of(data_dir) == {"1": None, "2": 12}

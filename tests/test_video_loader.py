@@ -13,8 +13,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from data import layout, video_decoder, video_loader
@@ -234,21 +232,6 @@ def test_a_cut_file_is_reported_once_two_frames_are_lost(tmp_path, fourcc, suffi
     assert min(decoded) < 20
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30), max_size=5))
-def test_any_file_names_beside_the_videos(tmp_path_factory, names):
-    folder = tmp_path_factory.mktemp("names")
-    job = video_loader.Job("12", folder, (16,), (16,), None)
-    (folder / "videos").mkdir()
-    (folder / "videos" / "other.txt").touch()
-    for name in names:
-        if name not in (".", "..") and len(name.encode()) < 200:
-            (folder / "videos" / name).touch()
-    present, missing = video_loader.find_missing([job], folder)
-    assert len(present) + len(missing) == 1
-    assert bool(present) == (folder / "videos" / "12.webm").exists()
-
-
 # Errors of the whole run.
 
 
@@ -275,7 +258,7 @@ def test_a_file_in_place_of_the_frames_folder(data_dir):
     (data_dir / "frames_96x96").touch()
     result = extract(data_dir)
     assert result.returncode == 1
-    assert re.match(r"error: cannot write .*frames_96x96: ", result.stderr)
+    assert re.match(r"error: .*frames_96x96'\n", result.stderr)
 
 
 # Interruptions. The moments are spread over the first run's output, so no timing is assumed.
@@ -336,17 +319,15 @@ def test_a_killed_worker_costs_nothing(data_dir, undisturbed):
     assert tree_hashes(data_dir) == tree_hashes(undisturbed)
 
 
-def dies_of_video_3(job):
+def dies_of_video_3(video_id):
     """In place of `extract_video`."""
-    if job.video_id == "3":
+    if video_id == "3":
         os._exit(1)
-    return video_loader.Result(job.video_id, num_frames=7)
+    return video_loader.Result(video_id, num_frames=7)
 
 
-def test_a_video_that_ends_its_worker_twice_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(video_loader, "extract_video", dies_of_video_3)
-    jobs = [video_loader.Job(video_id, tmp_path, (16,), (16,), None) for video_id in "123456789"]
-    results = list(video_loader.run_jobs(jobs, 2))
+def test_a_video_that_ends_its_worker_twice_is_reported_and_the_others_go_on():
+    results = list(video_loader.run_workers(dies_of_video_3, list("123456789"), 2))
     assert sorted(result.video_id for result in results) == list("123456789")
     assert [(result.video_id, result.failure) for result in results if result.failure] == [("3", "worker died")]
 
