@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -29,7 +30,7 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`: a UserError ends it with one line and status 1, Ctrl-C with status 130.
+    """Run a command's `main`: a UserError or the system's error ends it with one line and status 1, Ctrl-C with 130.
 
     An error of a process that is not a distributed run's first names the process.
     """
@@ -38,7 +39,7 @@ def run_command(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interruption:
@@ -176,45 +177,33 @@ def parts_replaced_together(folder: Path, last: str) -> Iterator[Path]:
     new, former = folder / f".new{PARTIAL_SUFFIX}", folder / f".former{PARTIAL_SUFFIX}"
     for path in (new, former):
         remove(path)
-    new.mkdir(parents=True)
+        path.mkdir(parents=True)
     try:
         yield new
-        former.mkdir()
         names = sorted(os.listdir(new), key=lambda name: name == last)
         moves = [(folder / name, former / name) for name in reversed(names) if (folder / name).exists()]
         moves += [(new / name, folder / name) for name in names]
-        try:
+        with contextlib.ExitStack() as moves_back:
             for source, target in moves:
                 os.rename(source, target)
-        except BaseException:
-            for source, target in reversed(moves):
-                if not source.exists():  # it was moved
-                    os.rename(target, source)
-            raise
+                moves_back.callback(os.rename, target, source)
+            moves_back.pop_all()  # all went well
     finally:
         for path in (new, former):
             remove(path)
 
 
 def write_file(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all. Raises UserError if the disk does not let us."""
-    try:
-        with whole_or_absent(Path(path)) as partial, open(partial, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())  # else a crash soon after the rename could leave an empty file
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    """Write `text` as UTF-8, whole or not at all."""
+    with whole_or_absent(Path(path)) as partial, open(partial, "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())  # else a crash soon after the rename could leave an empty file
 
 
 @contextlib.contextmanager
 def only_one(folder: Path, work: str) -> Iterator[None]:
     """Refuse to run beside another process that does `work` ("training") in `folder`. Any exit frees the lock."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -257,17 +246,6 @@ def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
     return Path(data_dir) / "annotations" / f"{split}_filtered.json"
 
 
-def list_videos(data_dir: Path | str) -> set[str] | None:
-    """The file names in `videos/`, or None if the folder is absent or empty."""
-    folder = Path(data_dir) / "videos"
-    try:
-        return set(os.listdir(folder)) or None
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
-
-
 # Annotations.
 
 # An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
@@ -275,20 +253,20 @@ _is_safe_id = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}").fullmatch
 
 
 def read_annotations(path: Path | str) -> list[dict]:
-    """Read and check an annotation file: a JSON list of entries with `id`, `label` and `template`.
+    """Read an annotation file: a JSON list of entries with `id`, `label` and `template`; other keys stay as they are.
 
-    `task` and `num_frames`, where present, are checked too; all other keys are kept as they are. Raises UserError,
-    naming the file and the entry, if the file cannot be read or an entry is not as described.
+    Raises UserError, naming the file and the entry, if the file is not JSON or an entry is not as described.
     """
-    entries = _load_json(Path(path))
+    try:
+        entries = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); make or copy it again") from None
     if not isinstance(entries, list):
         raise UserError(f"{path}: the file must be a list of entries")
     seen: set[str] = set()
     for position, entry in enumerate(entries, start=1):
         if problem := _find_problem(entry, seen):
-            video_id = entry.get("id") if isinstance(entry, dict) else None
-            named = f" (id {json.dumps(video_id[:60])})" if isinstance(video_id, str) else ""
-            raise UserError(f"{path}: entry {position}{named}: {problem}")
+            raise UserError(f"{path}: entry {position}, {repr(entry)[:100]}: {problem}")
         seen.add(entry["id"])
     return entries
 
@@ -301,34 +279,17 @@ def read_filtered_annotations(data_dir: Path, split: str) -> list[dict]:
     return read_annotations(path)
 
 
-def _load_json(path: Path) -> Any:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        content = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(content, ensure_ascii=False).encode()  # an escaped half of a character cannot be written again
-        return content
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); make or copy it again") from None
-
-
 def _find_problem(entry: Any, seen: set[str]) -> str | None:
     """What is wrong with an entry, or None; `seen` are the ids before it."""
     if not isinstance(entry, dict):
         return "must be an object with id, label and template"
-    for key in ("id", "label", "template", "task"):
-        text = entry.get(key, "unknown" if key == "task" else None)
-        if not isinstance(text, str) or not text.strip():
+    for key in ("id", "label", "template"):
+        if not isinstance(entry.get(key), str) or not entry[key].strip():
             return f"{key} is missing, blank or not a string"
     if not _is_safe_id(entry["id"]):
         return "the id cannot name a file; it may have 100 letters, digits, '-', '_' and '.', and not start with '.'"
     if entry["id"] in seen:
         return "the id occurs twice in this file"
-    num_frames = entry.get("num_frames", 1)
-    if type(num_frames) is not int or num_frames < 1:
-        return "num_frames must be a positive whole number; run python -m data.video_loader to set it"
     return None
 
 

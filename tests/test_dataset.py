@@ -6,7 +6,6 @@ The fuzz tests make 300 cases each; FUZZ_CASES sets another number:
 """
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -21,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import dataset, layout, video_loader
+from data import dataset, layout
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -145,9 +144,6 @@ def test_counts_and_tasks(data_dir):
         assert re.search(
             rf"^{task} +train +{3 * len(templates)} +{3 * len(templates)} +20$", result.stdout, re.MULTILINE
         )
-    log = (data_dir / "annotations" / "filter.log").read_text()
-    for template in ("Moving something up", "Covering something with something"):
-        assert re.search(rf" 3 +3 +\d  {template}$", log, re.MULTILINE)
 
 
 def test_a_task_is_sampled_the_same_alone_and_with_others(data_dir):
@@ -163,7 +159,8 @@ def test_a_task_is_sampled_the_same_alone_and_with_others(data_dir):
 def test_fewer_than_asked_takes_all_and_says_so(data_dir):
     result = run_filter(data_dir)
     assert len(read_outputs(data_dir)["train"]) == 3 * sum(map(len, dataset.TASK_TEMPLATES.values()))
-    assert "drop_object, train: asked for 1000, took all 39." in result.stdout
+    assert re.search(r"^drop_object +train +39 +39 +39$", result.stdout, re.MULTILINE)
+    assert "Asked for 1000 training" in result.stdout
 
 
 def test_samples_only_videos_that_exist(data_dir):
@@ -175,12 +172,11 @@ def test_samples_only_videos_that_exist(data_dir):
     found = read_outputs(data_dir)
     assert {entry["id"] for entry in found["train"]} == {"0", "1"}
     assert [entry["id"] for entry in found["val"]] == ["100000"]
-    total = 5 * sum(map(len, dataset.TASK_TEMPLATES.values()))
-    assert f"{total - 3} of {total} matching videos are missing" in result.stdout
+    assert re.search(r"^move_object +train +48 +2 +2$", result.stdout, re.MULTILINE)
     shutil.rmtree(data_dir / "videos")
     (data_dir / "videos").mkdir()
     (data_dir / "videos" / "other.webm").touch()
-    assert "none of the" in run_filter(data_dir).stderr
+    assert "no matching video is in" in run_filter(data_dir).stderr
 
 
 def test_published_file_names(data_dir):
@@ -207,27 +203,23 @@ def test_unusual_labels_survive(data_dir):
 
 GOOD = {"id": "1", "label": "moving a cup up", "template": "Moving [something] up"}
 BAD_ENTRIES = {
-    "not an object": (["x"], "entry 2: must be an object"),
-    "no id": ({"label": "a", "template": "b"}, "entry 2: id is missing, blank or not a string"),
-    "number": ({**GOOD, "id": 2}, "entry 2: id is missing, blank or not a string"),
-    "null": ({**GOOD, "id": None}, "entry 2: id is missing, blank or not a string"),
-    "duplicate": ({**GOOD, "id": "1"}, '(id "1"): the id occurs twice'),
-    "parent": ({**GOOD, "id": "../../x"}, '(id "../../x"): the id cannot name a file'),
-    "slash": ({**GOOD, "id": "a/b"}, '(id "a/b"): the id cannot name a file'),
-    "newline": ({**GOOD, "id": "2\n"}, '(id "2\\n"): the id cannot name a file'),
-    "hidden": ({**GOOD, "id": ".2"}, "cannot name a file"),
-    "parent itself": ({**GOOD, "id": ".."}, '(id ".."): the id cannot name a file'),
-    "NUL": ({**GOOD, "id": "2\0"}, '(id "2\\u0000"): the id cannot name a file'),
-    "long": ({**GOOD, "id": "2" * 300}, "cannot name a file"),
-    "empty id": ({**GOOD, "id": ""}, '(id ""): id is missing, blank or not a string'),
-    "no label": ({"id": "2", "template": "b"}, 'entry 2 (id "2"): label is missing, blank or not a string'),
-    "list label": ({**GOOD, "id": "2", "label": []}, 'entry 2 (id "2"): label is missing, blank or not a string'),
-    "blank label": ({**GOOD, "id": "2", "label": "  "}, 'entry 2 (id "2"): label is missing, blank or not a string'),
-    "no template": ({"id": "2", "label": "b"}, 'entry 2 (id "2"): template is missing, blank or not a string'),
-    "frames": (
-        {**GOOD, "id": "2", "placeholders": [], "num_frames": "9"},
-        "num_frames must be a positive whole number",
-    ),
+    "not an object": (["x"], "entry 2, ['x']: must be an object"),
+    "no id": ({"label": "a", "template": "b"}, "id is missing, blank or not a string"),
+    "number": ({**GOOD, "id": 2}, "id is missing, blank or not a string"),
+    "null": ({**GOOD, "id": None}, "id is missing, blank or not a string"),
+    "duplicate": ({**GOOD, "id": "1"}, "the id occurs twice"),
+    "parent": ({**GOOD, "id": "../../x"}, "entry 2, {'id': '../../x', 'label': 'moving a cup up'"),
+    "slash": ({**GOOD, "id": "a/b"}, "the id cannot name a file"),
+    "newline": ({**GOOD, "id": "2\n"}, "the id cannot name a file"),
+    "hidden": ({**GOOD, "id": ".2"}, "the id cannot name a file"),
+    "parent itself": ({**GOOD, "id": ".."}, "the id cannot name a file"),
+    "NUL": ({**GOOD, "id": "2\0"}, "the id cannot name a file"),
+    "long": ({**GOOD, "id": "2" * 300}, "the id cannot name a file"),
+    "empty id": ({**GOOD, "id": ""}, "id is missing, blank or not a string"),
+    "no label": ({"id": "2", "template": "b"}, "label is missing, blank or not a string"),
+    "list label": ({**GOOD, "id": "2", "label": []}, "label is missing, blank or not a string"),
+    "blank label": ({**GOOD, "id": "2", "label": "  "}, "label is missing, blank or not a string"),
+    "no template": ({"id": "2", "label": "b"}, "template is missing, blank or not a string"),
 }
 
 
@@ -236,8 +228,6 @@ BAD_FILES = {
     "truncated": (b'[{"id": "1", "lab', "is not valid JSON"),
     "object": (b'{"id": "1"}', "the file must be a list of entries"),
     "binary": (b"\xff\xfe\x00\x01", "is not valid JSON"),
-    "nested": (b"[" * 100_000, "is not valid JSON"),
-    "half a character": (b'[{"id": "1", "label": "\\ud83d", "template": "t"}]', "is not valid JSON"),
 }
 
 
@@ -300,7 +290,7 @@ def test_unwritable_folder_is_an_error(data_dir):
     (data_dir / "annotations").chmod(0o500)
     result = run_filter(data_dir)
     (data_dir / "annotations").chmod(0o700)
-    assert result.returncode == 1 and "cannot write" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 1 and re.fullmatch("error: .*Permission denied.*\n", result.stderr)
 
 
 json_values = st.recursive(
@@ -355,8 +345,8 @@ video_names = likely_ids.map("{}.webm".format) | likely_ids.map("{}.WEBM".format
 
 @settings(max_examples=FUZZ_CASES, deadline=None)
 @given(sources, sources, st.lists(video_names, max_size=15), st.integers(0, 3))
-def test_fuzz_filtering_and_planning_write_what_is_promised_or_nothing(train, val, names, seed):
-    """The filter's whole run and the extraction's planning, over any two source files and any names of videos."""
+def test_fuzz_filtering_writes_what_is_promised_or_nothing(train, val, names, seed):
+    """The filter's whole run, over any two source files and any names of videos."""
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder)
         write_sources(data_dir, train, val)
@@ -370,7 +360,6 @@ def test_fuzz_filtering_and_planning_write_what_is_promised_or_nothing(train, va
             with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
                 patch.setattr(sys, "argv", ["data.dataset", *arguments])
                 patch.setattr(os, "fsync", lambda file: None)  # costs most of the time, and no crash is tried here
-                patch.setattr(gc, "disable", lambda: None)  # is meant for a short-lived process
                 dataset.main()
         except layout.UserError as error:
             assert "\n" not in str(error) and folder in str(error)
@@ -378,7 +367,7 @@ def test_fuzz_filtering_and_planning_write_what_is_promised_or_nothing(train, va
             return
         after = contents(data_dir)
         assert {path: after.pop(path) for path in before} == before
-        assert {path.name for path in after} == {"train_filtered.json", "val_filtered.json", "filter.log"}
+        assert {path.name for path in after} == {"train_filtered.json", "val_filtered.json"}
         found = {split: layout.read_annotations(path) for split, path in outputs(data_dir).items()}
         ids = {split: {entry["id"] for entry in entries} for split, entries in found.items()}
         assert not ids["train"] & ids["val"]
@@ -386,15 +375,8 @@ def test_fuzz_filtering_and_planning_write_what_is_promised_or_nothing(train, va
             for entry in found[split]:
                 assert dataset.plain_template(entry["template"]) in dataset.TASK_TEMPLATES[entry["task"]]
                 assert {**entry, "task": 0} in [{**original, "task": 0} for original in source]
-        selected = found["train"] + found["val"]
-        layout.frames_dir(data_dir, 16).mkdir()
-        done, jobs = video_loader.plan(selected, data_dir, (16,))
-        assert not done and {job.video_id for job in jobs} == ids["train"] | ids["val"]
         present = {path.name for path in (data_dir / "videos").iterdir()}
-        if not present:
-            return
-        ready, missing = video_loader.find_missing(jobs, data_dir)
-        assert not missing and all(f"{job.video_id}.webm" in present for job in ready)
+        assert not present or {f"{video_id}.webm" for video_id in ids["train"] | ids["val"]} <= present
 
 
 @given(st.integers(0, 30), st.integers(), st.lists(st.integers(0, 1000), unique=True, max_size=30), st.randoms())

@@ -116,7 +116,6 @@ def test_a_failure_while_parts_are_written_touches_none(parts):
 
 
 def test_a_second_holder_is_refused_until_the_first_is_done(tmp_path):
-    pytest.importorskip("fcntl")
     with layout.only_one(tmp_path, "training"):
         with (
             pytest.raises(layout.UserError, match="another training is running in"),
