@@ -32,10 +32,6 @@ from pecn.sampling_options import add_sampling_options, parse_with_sampling_opti
 
 PROJECT_NAME = "instruct_pix2pix"
 NOT_UPLOADED = ("checkpoint-*/**", "encoded_cache/**", "train.log", ".*")
-OPTIONAL_PACKAGES = {
-    "use_8bit_adam": "bitsandbytes",
-    "enable_xformers_memory_efficient_attention": "xformers",
-}
 # A run resumes only with the same of these, which shape its result.
 FROZEN_FOR_RESUME = (
     "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
@@ -115,7 +111,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
     add("--compile", action="store_true", help="torch.compile the UNet: slow first step, faster ones after")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of PyTorch's attention")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("outputs/instruct_pix2pix_128"), help="(%(default)s)")
@@ -132,9 +127,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser)
 
     args = parse_with_sampling_options(parser, arguments)
-    packages = [package for option, package in OPTIONAL_PACKAGES.items() if getattr(args, option)]
-    for package in [*packages, *(["wandb"] if args.report_to == "wandb" else [])]:
-        if not find_spec(package):
+    for package, is_needed in (("bitsandbytes", args.use_8bit_adam), ("wandb", args.report_to == "wandb")):
+        if is_needed and not find_spec(package):
             parser.error(f"the package {package} is missing: pip install {package}, or leave its option out")
     return args
 
@@ -207,8 +201,6 @@ def train(
     unet = pipeline.unet
     if unet.config.in_channels == pipeline.vae.config.latent_channels:
         add_image_channels(unet)
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()

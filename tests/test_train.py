@@ -249,7 +249,6 @@ def test_a_fresh_run_never_mixes_with_old_checkpoints(data_dir, tiny_model, tmp_
         ("--adam_beta2 1", "must be below 1, not 1"),
         ("--max_grad_norm 0", "must be above 0, not 0"),
         ("--use_8bit_adam", "pip install bitsandbytes"),
-        ("--enable_xformers_memory_efficient_attention", "pip install xformers"),
     ],
 )
 def test_unusable_options_are_refused_at_once_in_one_line(options, message):
