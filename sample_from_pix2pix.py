@@ -52,7 +52,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="weights variant of the model files, such as fp16")
-    add("--cache_dir", help="where models from the hub are kept")
     return parse_with_sampling_options(parser, arguments)
 
 
@@ -75,7 +74,7 @@ def main() -> None:
     args = ARGS
     if not args.val_annotations.is_file():
         raise UserError(f"there is no file {args.val_annotations}; make it with: python -m data.dataset")
-    model = find_model(args.model_dir, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir)
+    model = find_model(args.model_dir, revision=args.revision, variant=args.variant)
     trained = read_training_config(model)
     input_frame_idx = as_trained(args, "input_frame_idx", trained, DEFAULT_INPUT_FRAME_IDX)
     target_frame_idx = as_trained(args, "target_frame_idx", trained, DEFAULT_TARGET_FRAME_IDX)

@@ -47,14 +47,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     count, index = number(at_least=1), number(at_least=0)
     not_negative, positive, below_one = number(float, at_least=0), number(float, above=0), {"at_least": 0, "below": 1}
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--pretrained_model_name_or_path",
-        default="timbrooks/instruct-pix2pix",
-        help="hub id or directory (%(default)s)",
-    )
+    base_model = "timbrooks/instruct-pix2pix"
+    add("--pretrained_model_name_or_path", default=base_model, help="hub id or directory (%(default)s)")
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="variant of the model's weight files, such as fp16")
-    add("--cache_dir", help="where models from the hub are kept")
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
@@ -74,19 +70,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_train_steps", type=count, help="optimizer steps, overrides --num_train_epochs")
     add("--seed", type=int, default=42, help="order, noise, timesteps and dropout follow from it (%(default)s)")
     third = number(float, at_least=0, at_most=1 / 3)
-    add(
-        "--conditioning_dropout_prob",
-        type=third,
-        default=0.05,
-        help="for text, image, and both; 0 is off (%(default)s)",
-    )
+    add("--conditioning_dropout_prob", type=third, default=0.05, help="for text, image, and both (%(default)s)")
     add("--snr_gamma", type=positive, help="min-SNR weighting of the loss (Hang et al., 2023), 5.0 is usual")
-    add(
-        "--timestep_bias_strategy",
-        choices=["none", "later"],
-        default="none",
-        help="'later' draws the last, noisiest timesteps more often: there the motion is decided (%(default)s)",
-    )
+    kinds = ["none", "later"]
+    add("--timestep_bias_strategy", choices=kinds, default="none", help="later favors noisy timesteps (%(default)s)")
     add("--timestep_bias_multiplier", type=positive, default=1.0, help="how much more often (%(default)s)")
     share = number(float, above=0, at_most=1)
     add("--timestep_bias_portion", type=share, default=0.25, help="the share of timesteps meant (%(default)s)")
@@ -193,9 +180,7 @@ def train(
     on_main_process(accelerator, verify_frames, validation_pairs, args.resolution)
 
     # The base model, all of it frozen but the UNet, and what the frozen parts make of the frames and prompts.
-    base_model = find_model(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
-    )
+    base_model = find_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     pipeline = load_pipeline(base_model, variant=args.variant)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     unet = pipeline.unet

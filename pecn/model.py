@@ -48,7 +48,7 @@ for _logging in (transformers_logging, diffusers_logging):
 def find_model(name: str, **hub_options: str | None) -> Path:
     """The directory of a model's files: `name` itself, or what the hub's cache holds of it; downloaded if it must be.
 
-    `hub_options` are `revision`, `variant` and `cache_dir`. The hub is asked only where the cache lacks something.
+    `hub_options` are `revision` and `variant`. The hub is asked only where the cache lacks something.
     Raises UserError where there is no such model or the hub gives no answer.
     """
     if os.path.isdir(name):
