@@ -138,26 +138,20 @@ from pecn.processes import create_accelerator, is_first_process, is_out_of_memor
 from pecn.validation import validate
 
 
-def find_training_pairs(args: argparse.Namespace) -> tuple[list[FramePair], list[FramePair]]:
-    """The frame pairs to train on and those to validate with."""
-    chosen = []
-    for split, most in (("train", args.max_train_samples), ("val", args.num_validation_images)):
-        pairs, left_out = load_frame_pairs(
-            args.train_data_dir, split, args.resolution, args.input_frame_idx, args.target_frame_idx, args.add_progress
-        )
-        if left_out and is_first_process():
-            print(f"{split}: {describe_left_out(left_out)}")
-        chosen.append(pairs if split == "train" and most is None else choose_pairs(pairs, most, args.seed))
-    if not chosen[0]:
+def find_pairs(args: argparse.Namespace, split: str, most: int | None) -> list[FramePair]:
+    """At most `most` frame pairs (None: all) of a split, "train" or "val"; names the videos that are left out."""
+    pairs, left_out = load_frame_pairs(
+        args.train_data_dir, split, args.resolution, args.input_frame_idx, args.target_frame_idx, args.add_progress
+    )
+    if left_out and is_first_process():
+        print(f"{split}: {describe_left_out(left_out)}")
+    if not pairs:
         raise UserError(
-            f"no training video of {args.train_data_dir} has both frames {args.input_frame_idx} and"
-            f" {args.target_frame_idx}; look at: python -m data.sthv2_dataset_hf --data_dir {args.train_data_dir}"
+            f"no video of {layout.filtered_annotations_path(args.train_data_dir, split)} has both frames"
+            f" {args.input_frame_idx} and {args.target_frame_idx}: choose others, or look at the list with: python -m"
+            f" data.sthv2_dataset_hf --data_dir {args.train_data_dir} --resolution {args.resolution}"
         )
-    if args.num_validation_images and not chosen[1] and is_first_process():
-        layout.warn(
-            f"no validation video of {args.train_data_dir} has both frames; training goes on without validation"
-        )
-    return chosen[0], chosen[1]
+    return pairs if most is None else choose_pairs(pairs, most, args.seed)
 
 
 def train(
@@ -322,7 +316,8 @@ def train(
 
 def main() -> None:
     args = ARGS
-    train_pairs, validation_pairs = find_training_pairs(args)
+    train_pairs = find_pairs(args, "train", args.max_train_samples)
+    validation_pairs = find_pairs(args, "val", args.num_validation_images) if args.num_validation_images else []
     accelerator = create_accelerator(args)
     stop = StopRequest()
     layout.make_folder(args.output_dir)

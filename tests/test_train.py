@@ -268,7 +268,7 @@ def test_mistakes_get_one_line(data_dir, tiny_model, tmp_path):
     assert "python -m data.dataset --data_dir" in message("--train_data_dir", tmp_path)
     here = ("--train_data_dir", data_dir, "--resolution")
     assert "python -m data.video_loader --data_dir" in message(*here, 64)
-    assert "no training video" in message(*here, SIDE, "--target_frame_idx", 90)
+    assert "train_filtered.json has both frames 20 and 90" in message(*here, SIDE, "--target_frame_idx", 90)
     assert not (tmp_path / "output").exists()
     nowhere = message(*here, SIDE, "--pretrained_model_name_or_path", "nobody/nothing")
     assert "HF_ENDPOINT" in nowhere and "nobody/nothing" in nowhere
