@@ -173,7 +173,7 @@ def train(
     frames_hash = on_main_process(accelerator, verify_frames, train_pairs, args.resolution)
     on_main_process(accelerator, verify_frames, validation_pairs, args.resolution)
 
-    # The base model, all of it frozen but the UNet, and what the frozen parts make of the frames and prompts.
+    # The base model, and what its frozen parts make of the frames and prompts; the optimizer sees the UNet alone.
     base_model = find_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     pipeline = load_pipeline(base_model, variant=args.variant)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -183,8 +183,6 @@ def train(
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    for frozen in (pipeline.vae, pipeline.text_encoder):
-        frozen.requires_grad_(False)
     cache_dir = args.train_data_dir / "encoded_cache"
     if not os.access(cache_dir if cache_dir.is_dir() else args.train_data_dir, os.W_OK):
         cache_dir = args.output_dir / "encoded_cache"
@@ -257,11 +255,7 @@ def train(
     loader = load_batches(batches, first_step, accelerator.device, args.dataloader_num_workers)
     step_log = optimization.StepLog(accelerator, batches.global_batch_size)
     progress_bar = tqdm(
-        total=max_train_steps,
-        initial=first_step,
-        desc="Training",
-        unit="step",
-        disable=not accelerator.is_local_main_process,
+        total=max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
     )
     with stop.deferred(), progress_bar:
         for step in range(first_step + 1, max_train_steps + 1):
@@ -290,7 +284,6 @@ def train(
                 )
             if stopped_by:
                 accelerator.end_training()
-                progress_bar.close()
                 raise Interrupted(stopped_by, f"after step {step}: go on from {saved} with {checkpoints.HOW_TO_RESUME}")
             if validate_now:
                 with optimization.averaged_weights(ema, unet):
@@ -326,21 +319,13 @@ def main() -> None:
             if accelerator.is_main_process:
                 layout.remove_leftovers(args.output_dir)
             train(args, train_pairs, validation_pairs, accelerator, stop)
-    except Interrupted as interruption:
-        started = "before the first step: nothing is lost, run the same command again"
-        is_done = (args.output_dir / checkpoints.PIPELINE_INDEX).is_file()
-        message = str(interruption) or (f"after training: the pipeline is in {args.output_dir}" if is_done else started)
-        raise Interrupted(interruption.signal_number, message) from None
-    except OSError as error:
-        raise UserError(
-            f"{layout.one_line(error)}; fix the cause, or make room, and run the same command again"
-        ) from error
+    except OSError as error:  # such as a full disk while the frames are encoded
+        raise UserError(f"{layout.one_line(error)}; mend that and run the same command again") from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory: lower BATCH_SIZE (now {args.train_batch_size}) and raise GRADIENT_ACCUM (now"
-            f" {args.gradient_accumulation_steps}) by as much, lower RESOLUTION (now {args.resolution}), or set"
+            "out of memory: lower BATCH_SIZE and raise GRADIENT_ACCUM by as much, lower RESOLUTION, or set"
             ' EXTRA_ARGS="--gradient_checkpointing --use_8bit_adam"'
         ) from error
 
