@@ -26,25 +26,20 @@ from data.sthv2_dataset_hf import (
 )
 from pecn.sampling_options import add_sampling_options, number_of_samples, parse_with_sampling_options, sampling_options
 
-DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
-
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = layout.CommandParser(
         usage="%(prog)s [options]", description="Predict frames of validation videos, save pictures and scores."
     )
     add, index = parser.add_argument, number(at_least=0)
+    frames_dir = layout.frames_dir(layout.DEFAULT_DATA_DIR, 128)
     annotations = layout.filtered_annotations_path(layout.DEFAULT_DATA_DIR, "val")
     add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
-    add(
-        "--frames_dir",
-        type=Path,
-        help=f"frames_<R>x<R> folder (of the model's resolution in {layout.DEFAULT_DATA_DIR})",
-    )
+    add("--frames_dir", type=Path, default=frames_dir, help="of the model's resolution (%(default)s)")
     add("--val_annotations", type=Path, default=annotations, help="(%(default)s)")
     add("--output_dir", type=Path, default=Path("test_result/baseline"), help="(%(default)s)")
-    add("--input_frame_idx", type=index, help="frame to start from (what the model was trained on, or 20)")
-    add("--target_frame_idx", type=index, help="frame to predict (what the model was trained on, or 21)")
+    add("--input_frame_idx", type=index, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
+    add("--target_frame_idx", type=index, default=DEFAULT_TARGET_FRAME_IDX, help="frame to predict (%(default)s)")
     add("--num_samples", type=number_of_samples, default=3, help="how many pairs to predict, or 'all' (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
     add_sampling_options(parser)
@@ -76,15 +71,11 @@ def main() -> None:
         raise UserError(f"there is no file {args.val_annotations}; make it with: python -m data.dataset")
     model = find_model(args.model_dir, revision=args.revision, variant=args.variant)
     trained = read_training_config(model)
-    input_frame_idx = as_trained(args, "input_frame_idx", trained, DEFAULT_INPUT_FRAME_IDX)
-    target_frame_idx = as_trained(args, "target_frame_idx", trained, DEFAULT_TARGET_FRAME_IDX)
-    resolution = trained.get("resolution", DEFAULT_RESOLUTION)
-    frames_folder = args.frames_dir or layout.frames_dir(layout.DEFAULT_DATA_DIR, resolution)
     pairs, left_out = find_frame_pairs(
         layout.read_annotations(args.val_annotations),
-        frames_folder,
-        input_frame_idx,
-        target_frame_idx,
+        args.frames_dir,
+        args.input_frame_idx,
+        args.target_frame_idx,
         add_progress=trained.get("add_progress", False),
         target_required=False,
     )
@@ -92,61 +83,37 @@ def main() -> None:
         print(describe_left_out(left_out))
     if not pairs:
         raise UserError(
-            f"no video of {args.val_annotations} has frame {input_frame_idx} in {frames_folder};"
-            f" {where_frames_may_be(frames_folder, input_frame_idx)}"
+            f"no video of {args.val_annotations} has frame {args.input_frame_idx} in {args.frames_dir}: name both from"
+            f" one data directory, and extract its frames with: {layout.extraction_command(args.frames_dir)}"
         )
     pairs = choose_pairs(pairs, args.num_samples, args.seed)
-    check_frames(pairs, trained, args.model_dir)
+    check_frames(pairs, args, trained)
     check_output_dir(args.output_dir)
     with layout.only_one(args.output_dir, "sampling"):
         pipeline = load_model(args, model)
         predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
-        note = f"{args.model_dir}, frame {input_frame_idx} to {target_frame_idx}"
+        note = f"{args.model_dir}, frame {args.input_frame_idx} to {args.target_frame_idx}"
         summary = save_results(predictions, args.output_dir, note)
     print(format_table(summary))
     if summary["num_without_target"]:
-        print(f"{summary['num_without_target']} samples have no frame {target_frame_idx}: predicted, not scored")
-    print(
-        f"pictures: {args.output_dir}/overview.png, {args.output_dir}/scores.png, {args.output_dir}/samples/;"
-        f" scores: {args.output_dir}/metrics.json"
-    )
+        print(f"{summary['num_without_target']} samples have no frame {args.target_frame_idx}: predicted, not scored")
+    print(f"{args.output_dir} holds the pictures (overview.png, scores.png, samples/) and the scores (metrics.json)")
 
 
-def as_trained(args: argparse.Namespace, name: str, trained: dict[str, Any], default: int) -> int:
-    """The frame index that the command line gives, or the one that the model was trained on."""
-    asked, learned = getattr(args, name), trained.get(name, default)
-    if asked is None:
-        return learned
-    if trained and asked != learned:
-        layout.warn(f"{name} is {asked}, but {args.model_dir} was trained with {learned}")
-    return asked
-
-
-def where_frames_may_be(folder: Path, frame_idx: int) -> str:
-    """Advice for a user whose frames folder holds no frame `frame_idx` of any annotated video."""
-    inside = sorted(path for path in folder.glob("frames_*x*") if path.is_dir())
-    if inside:
-        return f"name a folder of frames in it, such as {inside[0]} (FRAMES_DIR, --frames_dir)"
-    if any(folder.glob(str(layout.frame_path("", "*", frame_idx)))):
-        return "its videos are not those of these annotations: name both from the same data directory"
-    if any(folder.glob("*/*.png")):
-        return "choose an earlier frame (INPUT_FRAME_IDX, --input_frame_idx)"
-    return f"extract the frames with: {layout.extraction_command(folder)}"
-
-
-def check_frames(pairs: Sequence[FramePair], trained: dict[str, Any], model_dir: str) -> None:
-    """Raises UserError where frames are damaged, differ in size, or do not fit any model."""
-    resolution = trained.get("resolution", DEFAULT_RESOLUTION)
+def check_frames(pairs: Sequence[FramePair], args: argparse.Namespace, trained: dict[str, Any]) -> None:
+    """Warns where frames are not as the model was trained on them; raises UserError where they fit no model."""
     try:
         with Image.open(pairs[0].input_image) as image:
             side = image.width
-    except OSError:  # damaged, as verify_frames will say
-        side = resolution
+    except OSError:
+        side = 0  # damaged, as verify_frames says
     verify_frames(pairs, side)
     if side % 8:
         raise UserError(f"{pairs[0].input_image} is {side} pixels wide; the model needs a multiple of 8")
-    if trained and side != resolution:
-        layout.warn(f"the frames are {side} pixels wide, but {model_dir} was trained on {resolution}")
+    asked = {"input_frame_idx": args.input_frame_idx, "target_frame_idx": args.target_frame_idx, "resolution": side}
+    for name, value in asked.items():
+        if trained.get(name, value) != value:
+            layout.warn(f"{name} is {value}, but {args.model_dir} was trained with {trained[name]}")
 
 
 def load_model(args: argparse.Namespace, model: Path) -> StableDiffusionInstructPix2PixPipeline:

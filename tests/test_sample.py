@@ -109,14 +109,9 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
 
     assert "python -m data.dataset" in message("--val_annotations", data_dir / "nothing.json")
     assert "python -m data.video_loader" in message("--frames_dir", data_dir / "frames_64x64")
-    for flags, advice in (
-        (("--input_frame_idx", 70), "choose an earlier frame"),
-        (("--frames_dir", data_dir), f"such as {frames_dir(data_dir, SIDE)}"),
-        (("--frames_dir", tmp_path_factory.mktemp("bare")), "python -m data.video_loader"),
-        (("--val_annotations", strangers), "from the same data directory"),
-    ):
+    for flags in (("--input_frame_idx", 70), ("--frames_dir", data_dir), ("--val_annotations", strangers)):
         line = message(*flags)
-        assert "no video of" in line and advice in line
+        assert "no video of" in line and "from one data directory" in line and "python -m data.video_loader" in line
     assert "nothing to predict" in message("--input_frame_idx", 20, "--target_frame_idx", 20)
     assert "there is no file" in message("--val_annotations", data_dir)
     assert "metrics.json cannot be made (it is a file)" in message("--output_dir", tmp_path / "metrics.json")
