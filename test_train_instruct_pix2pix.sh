@@ -17,13 +17,7 @@ NUM_SAMPLES=${NUM_SAMPLES:-8}
 SEED=${SEED:-42}
 export INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20} TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21} RESOLUTION SEED
 
-sthv2_is_prepared() {
-  [[ -d data/sthv2/frames_${RESOLUTION}x${RESOLUTION} ]] &&
-    grep -qs '"num_frames"' data/sthv2/annotations/train_filtered.json &&
-    grep -qs '"num_frames"' data/sthv2/annotations/val_filtered.json
-}
-
-if [[ -z $DATA_DIR ]] && sthv2_is_prepared; then DATA_DIR=data/sthv2; fi
+if [[ -z $DATA_DIR && -d data/sthv2/frames_${RESOLUTION}x${RESOLUTION} ]]; then DATA_DIR=data/sthv2; fi
 if [[ -n $DATA_DIR && $DATA_DIR != "$DEMO_DIR" ]]; then
   echo "data: $DATA_DIR (DATA_DIR=$DEMO_DIR chooses the embedded default)"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}
@@ -57,9 +51,5 @@ env MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" NUM_SAMPLES
   FRAMES_DIR="$DATA_DIR/frames_${RESOLUTION}x${RESOLUTION}" \
   VAL_ANNOTATIONS="$DATA_DIR/annotations/val_filtered.json" bash sample_from_pix2pix.sh
 
-echo
-echo "the quick test is done; look at"
-echo "  $TEST_OUTPUT/samples/overview.png       predictions beside what really happened"
-echo "  $TEST_OUTPUT/samples/metrics.json       their scores"
-echo "  $TEST_OUTPUT/model/validation/          predictions during training"
+echo "the quick test is done; look at $TEST_OUTPUT/samples/overview.png and $TEST_OUTPUT/model/validation/, and run:"
 echo "  tensorboard --logdir=$TEST_OUTPUT/ --port 6007"

@@ -67,7 +67,6 @@ else
   arguments+=(--mixed_precision "$MIXED_PRECISION")
 fi
 
-if [[ -n ${HF_ENDPOINT:-} ]]; then echo "models come from $HF_ENDPOINT"; fi
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub} PYTHONUNBUFFERED=1
 # Seconds that torch's launcher leaves its processes after a signal, for saving a checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
