@@ -125,7 +125,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
 
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
@@ -154,6 +154,18 @@ def find_pairs(args: argparse.Namespace, split: str, most: int | None) -> list[F
     return pairs if most is None else choose_pairs(pairs, most, args.seed)
 
 
+def load_base_model(args: argparse.Namespace) -> StableDiffusionInstructPix2PixPipeline:
+    """The model to start from, its UNet ready for training, with the input frame's channels where it lacks them."""
+    folder = find_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    pipeline = load_pipeline(folder, variant=args.variant)
+    if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
+        add_image_channels(pipeline.unet)
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    pipeline.unet.train()
+    return pipeline
+
+
 def train(
     args: argparse.Namespace,
     train_pairs: list[FramePair],
@@ -173,16 +185,8 @@ def train(
     frames_hash = on_main_process(accelerator, verify_frames, train_pairs, args.resolution)
     on_main_process(accelerator, verify_frames, validation_pairs, args.resolution)
 
-    # The base model, and what its frozen parts make of the frames and prompts; the optimizer sees the UNet alone.
-    base_model = find_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
-    pipeline = load_pipeline(base_model, variant=args.variant)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    unet = pipeline.unet
-    if unet.config.in_channels == pipeline.vae.config.latent_channels:
-        add_image_channels(unet)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
+    pipeline = load_base_model(args)
+    unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     cache_dir = args.train_data_dir / "encoded_cache"
     if not os.access(cache_dir if cache_dir.is_dir() else args.train_data_dir, os.W_OK):
         cache_dir = args.output_dir / "encoded_cache"
