@@ -37,7 +37,8 @@ FROZEN_FOR_RESUME = (
     "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
     " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
-    " schedule_length encoded_data timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion"
+    " schedule_length timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion"
+    " hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -133,7 +134,7 @@ from pecn import checkpoints, optimization
 from pecn.diffusion import add_image_channels, timestep_weights
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
 from pecn.interruption import Interrupted, StopRequest
-from pecn.model import TRAINING_CONFIG, create_hub_repository, find_model, load_pipeline, upload
+from pecn.model import create_hub_repository, find_model, load_pipeline, upload
 from pecn.processes import create_accelerator, is_first_process, is_out_of_memory, on_main_process
 from pecn.validation import validate
 
@@ -174,11 +175,7 @@ def train(
     stop: StopRequest,
 ) -> None:
     """The whole run: from a checkpoint, or from the base model, to the trained pipeline."""
-    checkpoint, damaged = on_main_process(
-        accelerator, checkpoints.find_checkpoint, args.output_dir, args.resume_from_checkpoint
-    )
-    for line in damaged if accelerator.is_main_process else []:
-        layout.warn(f"{line}; {checkpoint} is used instead")
+    checkpoint = on_main_process(accelerator, checkpoints.find_checkpoint, args.output_dir, args.resume_from_checkpoint)
     if args.push_to_hub:  # before training, to fail early
         name = args.hub_model_id or args.output_dir.name
         repository = on_main_process(accelerator, create_hub_repository, name, args.hub_token)
@@ -229,14 +226,11 @@ def train(
         global_batch_size=batches.global_batch_size,
         # A constant schedule does not know where training ends, so that such a run can be prolonged.
         schedule_length=None if args.lr_scheduler.startswith("constant") else max_train_steps,
-        encoded_data=encoded.key,
+        hash_of_model_frames_and_prompts=encoded.key,
     )
     first_step = 0
     if checkpoint:
-        called = {name: name for name in FROZEN_FOR_RESUME} | {
-            "encoded_data": "the model, frames or prompts (as a hash)"
-        }
-        first_step = checkpoints.load_checkpoint(accelerator, checkpoint, config["arguments"], called)
+        first_step = checkpoints.load_checkpoint(accelerator, checkpoint, config["arguments"], FROZEN_FOR_RESUME)
         if first_step > max_train_steps:
             raise UserError(
                 f"{checkpoint} is beyond the {max_train_steps} steps asked for; raise EPOCHS or MAX_TRAIN_STEPS"
@@ -282,9 +276,8 @@ def train(
             if save_now or is_last:
                 optimization.check_weights(accelerator, unet, step)
             if save_now:
-                notes = {TRAINING_CONFIG: checkpoints.as_json(config)}
                 saved = checkpoints.save_checkpoint(
-                    accelerator, args.output_dir, step, notes, args.checkpoints_total_limit
+                    accelerator, args.output_dir, step, config, args.checkpoints_total_limit
                 )
             if stopped_by:
                 accelerator.end_training()

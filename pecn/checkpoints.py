@@ -1,8 +1,8 @@
 """Checkpoints and the trained pipeline: saved whole or not at all, verified before they are used.
 
-A checkpoint is the folder `<output_dir>/checkpoint-<step>`. Its manifest.json lists every other file with its size and
-checksum: what a crash, a full disk or a careless deletion has damaged is noticed before it is loaded, and the newest
-complete checkpoint is used instead.
+A checkpoint is the folder `<output_dir>/checkpoint-<step>`. Its manifest.json holds the checksum of every other file:
+what a crash, a full disk or a careless deletion has damaged is noticed before it is loaded, and the newest complete
+checkpoint is used instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import platform
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import transformers
 from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
-from data.layout import UserError, one_line, partial_path, parts_replaced_together, whole_or_absent, write_file
+from data.layout import UserError, one_line, partial_path, parts_replaced_together, warn, whole_or_absent, write_file
 from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG
 
 MANIFEST = "manifest.json"
@@ -36,26 +36,25 @@ HOW_TO_RESUME = "RESUME=latest (--resume_from_checkpoint latest)"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, notes: Mapping[str, str], total_limit: int | None = None
+    accelerator: Accelerator, output_dir: Path, step: int, config: dict[str, Any], total_limit: int | None = None
 ) -> Path:
     """Saves all that resuming needs as `checkpoint-<step>`, whole or not at all; call it on every process.
 
-    `notes` are texts to keep beside the state, by file name. Of the checkpoints up to this one the newest
-    `total_limit` are kept. Raises UserError where it cannot be saved.
+    Of the checkpoints up to this one the newest `total_limit` are kept. Raises UserError where it cannot be saved.
     """
     final = output_dir / f"checkpoint-{step}"
     is_main = accelerator.is_main_process
     with (
-        failed_save_in_one_line(str(final), output_dir),
+        failure_in_one_line(str(final)),
         whole_or_absent(final) if is_main else contextlib.nullcontext(partial_path(final)) as partial,
     ):
         accelerator.wait_for_everyone()  # the main process has removed what an earlier run left unfinished
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if is_main:
-            for name, text in notes.items():
-                write_file(partial / name, text)
-            write_file(partial / MANIFEST, json.dumps({"files": list_files(partial)}, indent=1) + "\n")
+            write_json(partial / TRAINING_CONFIG, config)
+            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            write_json(partial / MANIFEST, {path.relative_to(partial).as_posix(): checksum(path) for path in files})
     if is_main and total_limit:
         # Later ones are of a run that got further: damaged ones that were passed over, and must not count here.
         for surplus in [other for other in checkpoint_steps(output_dir) if other <= step][:-total_limit]:
@@ -67,44 +66,30 @@ def save_checkpoint(
 def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, config: dict[str, Any]) -> None:
     """Puts the whole pipeline and its training config into the output directory, beside the checkpoints."""
     with (
-        failed_save_in_one_line(f"the pipeline in {output_dir}", output_dir),
+        failure_in_one_line(f"the pipeline in {output_dir}"),
         parts_replaced_together(output_dir, last=PIPELINE_INDEX) as folder,
     ):
         pipeline.to("cpu").save_pretrained(folder, safe_serialization=True)
-        write_file(folder / TRAINING_CONFIG, as_json(config))
+        write_json(folder / TRAINING_CONFIG, config)
 
 
-def as_json(config: dict[str, Any]) -> str:
-    return json.dumps(config, indent=1) + "\n"
+def write_json(path: Path, content: Any) -> None:
+    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager
-def failed_save_in_one_line(what: str, output_dir: Path) -> Iterator[None]:
-    """Turns whatever saving raises into a UserError: the cause, the free space, and where to go on from."""
+def failure_in_one_line(what: str) -> Iterator[None]:
+    """Turns whatever saving raises, which differs from library to library, into a UserError."""
     try:
         yield
     except Exception as error:
-        try:
-            checkpoint, _ = newest_complete_checkpoint(output_dir)
-        except UserError:
-            checkpoint = None
-        go_on = f"go on from {checkpoint} with {HOW_TO_RESUME}" if checkpoint else "start again"
-        free = shutil.disk_usage(output_dir).free / 1e6
         raise UserError(
-            f"{what} cannot be saved: {one_line(error)} ({free:,.0f} MB are free there); fix the cause and {go_on}"
+            f"{what} cannot be saved: {one_line(error)}; fix the cause, or make room on the disk, and go on with"
+            f" {HOW_TO_RESUME}"
         ) from error
 
 
-# The manifest.
-
-
-def list_files(folder: Path) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of each file in a folder, by its name: `{name: {"bytes": size, "crc32": checksum}}`."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+# Finding.
 
 
 def checksum(path: Path) -> int:
@@ -119,27 +104,14 @@ def checksum(path: Path) -> int:
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, as the end of a sentence that begins with its name; None if it is complete."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
-        expected = {str(name): (int(file["bytes"]), int(file["crc32"])) for name, file in files.items()}
-    except FileNotFoundError:
-        return f"has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"has an unreadable {MANIFEST}"
-    try:
-        for name, (size, crc) in expected.items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"lacks {name}"
-            if path.stat().st_size != size:
-                return f"is damaged: {name} has {path.stat().st_size} bytes, not {size}"
-            if checksum(path) != crc:
+        for name, expected in json.loads((checkpoint / MANIFEST).read_bytes()).items():
+            if checksum(checkpoint / name) != expected:
                 return f"is damaged: the content of {name} has changed"
-    except OSError as error:
-        return f"cannot be read: {error}"
+    except FileNotFoundError as error:
+        return f"lacks {Path(error.filename).name}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"cannot be read: {one_line(error)}"
     return None
-
-
-# Finding.
 
 
 def checkpoint_steps(output_dir: Path) -> list[int]:
@@ -148,64 +120,63 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def newest_complete_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint without damage, and a line about each newer one that has some.
+def newest_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint without damage, with a warning about each newer one; None where there are none at all.
 
     Raises UserError where there are checkpoints, but none is complete.
     """
-    passed_over = []
-    for step in reversed(checkpoint_steps(output_dir)):
+    steps = checkpoint_steps(output_dir)
+    for step in reversed(steps):
         checkpoint = output_dir / f"checkpoint-{step}"
         damage = find_damage(checkpoint)
         if damage is None:
-            return checkpoint, passed_over
-        passed_over.append(f"{checkpoint} {damage}")
-    if passed_over:
+            return checkpoint
+        warn(f"{checkpoint} {damage}; it is passed over")
+    if steps:
         raise UserError(
-            f"no checkpoint is complete ({'; '.join(passed_over)}): delete them to start from the base model, or put"
-            " back what is missing"
+            f"no checkpoint in {output_dir} is complete: delete them to start from the base model, or put back what is"
+            " missing"
         )
-    return None, []
+    return None
 
 
-def find_checkpoint(output_dir: Path, asked: str | None) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `--resume_from_checkpoint` means, and a line about each damaged one that was passed over.
+def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means; a damaged one that 'latest' passes over gets a warning.
 
     None means to start afresh: nothing was asked for, or 'latest' where there is none yet. Raises UserError where
-    the one asked for is absent or damaged, or where a fresh run would mix with an earlier one or overwrite it.
+    the one asked for is absent or damaged, or where the run would mix with an earlier one or overwrite its model.
     """
-    found: tuple[Path | None, list[str]] = (None, [])
+    checkpoint = None
     if asked == "latest":
-        found = newest_complete_checkpoint(output_dir)
+        checkpoint = newest_complete_checkpoint(output_dir)
     elif asked:
         checkpoint = Path(asked)
         if not checkpoint.is_dir() or not checkpoint.name.removeprefix("checkpoint-").isdigit():
             raise UserError(f"there is no checkpoint {checkpoint}; name a checkpoint-<step> directory, or 'latest'")
         if damage := find_damage(checkpoint):
             raise UserError(f"{checkpoint} {damage}; {HOW_TO_RESUME} goes on from the newest complete checkpoint")
-        found = (checkpoint, [])
-    elif steps := checkpoint_steps(output_dir):
+    if checkpoint and checkpoint.parent.resolve() == output_dir.resolve():
+        return checkpoint
+    if steps := checkpoint_steps(output_dir):
         raise UserError(
             f"{output_dir} holds checkpoints of an earlier run (checkpoint-{steps[-1]}): go on with it"
             " (RESUME=latest), delete them, or choose another OUTPUT_DIR"
         )
-    if found[0] is None and (output_dir / PIPELINE_INDEX).is_file():
+    if (output_dir / PIPELINE_INDEX).is_file():
         raise UserError(f"{output_dir} holds a model, which training would overwrite: choose another OUTPUT_DIR")
-    return found
+    return checkpoint
 
 
 def load_checkpoint(
-    accelerator: Accelerator, checkpoint: Path, arguments: Mapping[str, Any], frozen: Mapping[str, str]
+    accelerator: Accelerator, checkpoint: Path, arguments: Mapping[str, Any], frozen: Sequence[str]
 ) -> int:
     """Loads a checkpoint; returns the number of steps done. Call it on every process.
 
-    Raises UserError where one of the `frozen` arguments (name: how to call it) was another when it was saved.
+    Raises UserError where one of the `frozen` arguments was another when it was saved.
     """
     saved = json.loads((checkpoint / TRAINING_CONFIG).read_text(encoding="utf-8"))["arguments"]
     changed = [
-        f"{called} was {saved.get(name)}, is {arguments[name]}"
-        for name, called in frozen.items()
-        if saved.get(name) != arguments[name]
+        f"{name} was {saved.get(name)}, is {arguments[name]}" for name in frozen if saved.get(name) != arguments[name]
     ]
     if changed:
         raise UserError(

@@ -2,17 +2,30 @@
 
 from pathlib import Path
 
+import pytest
+
+from data.layout import UserError
 from pecn.checkpoints import checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
 
 
 def test_interrupted_checkpoint_outlives_a_damaged_newer_one(tmp_path):
     (tmp_path / "checkpoint-20").mkdir()
     for step in (10, 11):
-        save_checkpoint(FilesOnly(), tmp_path, step, {"notes": "x"}, total_limit=1)
+        save_checkpoint(FilesOnly(), tmp_path, step, {}, total_limit=1)
     assert checkpoint_steps(tmp_path) == [11, 20]
-    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-11"
-    save_checkpoint(FilesOnly(), tmp_path, 20, {"notes": "x"}, total_limit=1)
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-11"
+    save_checkpoint(FilesOnly(), tmp_path, 20, {}, total_limit=1)
     assert checkpoint_steps(tmp_path) == [20] and find_damage(tmp_path / "checkpoint-20") is None
+
+
+def test_a_run_that_goes_on_elsewhere_is_checked_like_a_fresh_one(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    checkpoint = save_checkpoint(FilesOnly(), tmp_path / "one", 10, {})
+    assert find_checkpoint(tmp_path / "other", str(checkpoint)) == checkpoint
+    (tmp_path / "other" / "checkpoint-5").mkdir()
+    with pytest.raises(UserError, match="other holds checkpoints of an earlier run"):
+        find_checkpoint(tmp_path / "other", str(checkpoint))
 
 
 class FilesOnly:

@@ -290,8 +290,9 @@ def test_full_disk_while_saving_a_checkpoint(start, undisturbed, small_disk):
     status, printed = start(disk / "run", "--checkpointing_steps", 1).end()
     assert status == 1
     line = last_line(printed)
-    assert re.search(r"error: \S+/checkpoint-3 cannot be saved: .* MB are free there", line)
-    assert f"go on from {disk}/run/checkpoint-2 with RESUME=latest" in line
+    assert re.search(
+        r"error: \S+/checkpoint-3 cannot be saved: .*make room on the disk, and go on with RESUME=latest", line
+    )
     assert checkpoint_steps(disk / "run") == [1, 2] and not unfinished(disk / "run")
     small_disk("30m", "remount")
     status, printed = start(disk / "run", "--checkpointing_steps", 100, *RESUME).end()
@@ -320,13 +321,12 @@ def test_full_disk_while_saving_the_pipeline_or_the_encoded_data(start, small_di
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "lacks model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
-    "optimizer.bin has": lambda folder: os.truncate(folder / "optimizer.bin", 100_000),
-    "random_states_0.pkl has 0 bytes": lambda folder: os.truncate(folder / "random_states_0.pkl", 0),
+    "the content of optimizer.bin has changed": lambda folder: os.truncate(folder / "optimizer.bin", 100_000),
+    "the content of random_states_0.pkl has changed": lambda folder: os.truncate(folder / "random_states_0.pkl", 0),
     "the content of model.safetensors has changed": lambda folder: flip_bit(folder / "model.safetensors"),
     "the content of training_config.json has changed": lambda folder: flip_bit(folder / "training_config.json"),
-    "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
-    "has an unreadable manifest.json": lambda folder: os.truncate(folder / "manifest.json", 40),
-    "has an unreadable": lambda folder: (folder / "manifest.json").write_text('{"files": ["model.safetensors"]}'),
+    "lacks manifest.json": lambda folder: (folder / "manifest.json").unlink(),
+    "cannot be read: ": lambda folder: os.truncate(folder / "manifest.json", 40),
 }
 
 
@@ -337,18 +337,18 @@ def flip_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("described", DAMAGE)
-def test_damaged_checkpoint_is_named_and_passed_over(described, undisturbed, tmp_path):
+def test_damaged_checkpoint_is_named_and_passed_over(described, undisturbed, tmp_path, capsys):
     for step in (10, 20):
         shutil.copytree(undisturbed / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    assert find_checkpoint(tmp_path, "latest") == (tmp_path / "checkpoint-20", [])
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-20"
     DAMAGE[described](tmp_path / "checkpoint-20")
-    checkpoint, [line] = find_checkpoint(tmp_path, "latest")
-    assert checkpoint == tmp_path / "checkpoint-10"
-    assert line.startswith(f"{tmp_path}/checkpoint-20 ") and described in line
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path}/checkpoint-20 ") and described in line
     with pytest.raises(UserError, match="checkpoint-20 .*; RESUME=latest"):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20"))
     DAMAGE[described](tmp_path / "checkpoint-10")
-    with pytest.raises(UserError, match="no checkpoint is complete"):
+    with pytest.raises(UserError, match="no checkpoint in .* is complete"):
         find_checkpoint(tmp_path, "latest")
 
 
@@ -362,9 +362,9 @@ def test_run_goes_on_from_the_newest_whole_checkpoint_and_keeps_what_it_saves(st
     training.when(lambda: step_of(training) > 10, signal.SIGINT)
     status, printed = training.end()
     assert status == 128 + signal.SIGINT
-    warning = "checkpoint-20 is damaged: the content of optimizer.bin has changed; "
-    assert warning + f"{tmp_path}/checkpoint-10 is used instead" in printed
-    assert f"go on from {find_checkpoint(tmp_path, 'latest')[0]} with RESUME=latest" in printed
+    assert "checkpoint-20 is damaged: the content of optimizer.bin has changed; it is passed over" in printed
+    assert f"resuming from {tmp_path}/checkpoint-10" in printed
+    assert f"go on from {find_checkpoint(tmp_path, 'latest')} with RESUME=latest" in printed
 
 
 def step_of(training: Training) -> int:
@@ -403,8 +403,12 @@ def test_resuming_with_other_settings_lists_the_differences(start, undisturbed, 
     cv2.imwrite(str(path), np.zeros((SIDE, SIDE, 3), np.uint8))
     for options, where, expected in (
         (("--train_batch_size", 2, "--seed", 7), data_dir, ["seed was 42, is 7", "global_batch_size was 4, is 2"]),
-        (("--resolution", 2 * SIDE), others, [f"resolution was {SIDE}, is {2 * SIDE}", "the model, frames or prompts"]),
-        ((), others, ["the model, frames or prompts (as a hash) was "]),
+        (
+            ("--resolution", 2 * SIDE),
+            others,
+            [f"resolution was {SIDE}, is {2 * SIDE}", "hash_of_model_frames_and_prompts"],
+        ),
+        ((), others, ["hash_of_model_frames_and_prompts was "]),
     ):
         status, printed = start(tmp_path, *options, *RESUME, data_dir=where).end()
         assert status == 1
