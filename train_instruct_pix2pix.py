@@ -193,7 +193,7 @@ def train(
     num_timesteps = noise_scheduler.config.num_train_timesteps
     bias = (args.timestep_bias_strategy, args.timestep_bias_portion, args.timestep_bias_multiplier)
     batches = TrainingBatches(
-        encoded,
+        encoded=encoded,
         seed=args.seed,
         train_batch_size=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -228,10 +228,10 @@ def train(
         schedule_length=None if args.lr_scheduler.startswith("constant") else max_train_steps,
         hash_of_model_frames_and_prompts=encoded.key,
     )
-    first_step = 0
+    steps_done = 0
     if checkpoint:
-        first_step = checkpoints.load_checkpoint(accelerator, checkpoint, config["arguments"], FROZEN_FOR_RESUME)
-        if first_step > max_train_steps:
+        steps_done = checkpoints.load_checkpoint(accelerator, checkpoint, config["arguments"], FROZEN_FOR_RESUME)
+        if steps_done > max_train_steps:
             raise UserError(
                 f"{checkpoint} is beyond the {max_train_steps} steps asked for; raise EPOCHS or MAX_TRAIN_STEPS"
             )
@@ -250,13 +250,13 @@ def train(
     )
 
     model = optimization.compile_unet(unet) if args.compile else unet
-    loader = load_batches(batches, first_step, accelerator.device, args.dataloader_num_workers)
+    loader = load_batches(batches, steps_done, accelerator.device, args.dataloader_num_workers)
     step_log = optimization.StepLog(accelerator, batches.global_batch_size)
     progress_bar = tqdm(
-        total=max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
+        total=max_train_steps, initial=steps_done, desc="Training", disable=not accelerator.is_main_process
     )
     with stop.deferred(), progress_bar:
-        for step in range(first_step + 1, max_train_steps + 1):
+        for step in range(steps_done + 1, max_train_steps + 1):
             loss, grad_norm, updated = optimization.optimizer_step(
                 accelerator, model, optimizer, noise_scheduler, loader, args.max_grad_norm, args.snr_gamma
             )

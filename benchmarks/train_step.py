@@ -315,7 +315,7 @@ def prepare(
     both = []
     for passes in (args.gradient_accumulation_steps, 1):
         batches = TrainingBatches(
-            encoded,
+            encoded=encoded,
             seed=SEED,
             train_batch_size=batch_size,
             gradient_accumulation_steps=passes,

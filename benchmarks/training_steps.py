@@ -53,7 +53,7 @@ class PlainStep:
     def start(self, model: torch.nn.Module) -> list[Timed]:
         for frozen in (self.pipeline.vae, self.pipeline.text_encoder):
             frozen.to(self.accelerator.device, self.weight_dtype)
-        self.model, self.first_rows = model, itertools.count(0, self.batches.size)
+        self.model, self.first_rows = model, itertools.count(0, self.batches.train_batch_size)
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
         timed = [(self, "encode", "encoding"), (self, "forward", "forward"), (self, "clip", "clip")]
         return [*timed, (self.accelerator, "backward", "backward"), (self.optimizer, "step", "optimizer")]
@@ -61,13 +61,13 @@ class PlainStep:
     def take(self) -> None:
         """One update of the weights, with the losses read where the example reads them to log them."""
         train_loss = 0.0
-        for _ in range(self.batches.passes):
+        for _ in range(self.batches.gradient_accumulation_steps):
             first_row = next(self.first_rows)
-            rows = [row % len(self.token_ids) for row in range(first_row, first_row + self.batches.size)]
+            rows = [row % len(self.token_ids) for row in range(first_row, first_row + self.batches.train_batch_size)]
             with self.accelerator.accumulate(self.model):
                 loss = self.forward(self.model, self.encode(rows))
                 mean_loss = self.accelerator.gather(loss.repeat(len(rows))).mean()
-                train_loss += mean_loss.item() / self.batches.passes
+                train_loss += mean_loss.item() / self.batches.gradient_accumulation_steps
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self.clip()

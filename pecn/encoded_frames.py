@@ -5,40 +5,42 @@ Training reads nothing else: `encode_once` fills (or finds) the cache, `Training
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Array2D, Array3D, Dataset, Features
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import ImageOps
 
+from data.layout import UserError
 from data.sthv2_dataset_hf import FramePair, derive_seed, frame_pairs_dataset, swap_left_and_right
 from pecn.diffusion import conditioning_dropout, draw_timesteps
 from pecn.model import encode_pictures, encode_prompts, tokenize
 
-CACHE_FORMAT = 2  # raise it when what the cache stores changes
-ENCODING_BATCH = 16  # frame pairs of 128 pixels, or prompts; fewer pairs of larger frames
+CACHE_FORMAT = b"3"  # raise it when what the cache stores changes
+ENCODING_BATCH = 8  # frame pairs, or prompts
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """What the frozen models make of the frame pairs; no latents are scaled.
+    """What the frozen models make of the frame pairs, in memory, float32; no latents are scaled.
 
-    `latents`: a row for each pair, and with mirroring one for each mirrored pair after them, with `input_latents`
-    (C, h, w), the posterior's mode, `target_moments` (2 C, h, w), its mean and log variance, and `edit_prompt`.
-    `embeddings`: a row for each distinct prompt, with `edit_prompt` and its `embedding` (77, d).
-    `key` names all that determined the content.
+    A row for each pair, and with mirroring one for each mirrored pair after them. `key` names all that determined
+    the content.
     """
 
-    latents: Dataset
-    embeddings: Dataset
+    input_latents: torch.Tensor  # (N, C, h, w), the posterior's mode
+    target_moments: torch.Tensor  # (N, 2 C, h, w), its mean and log variance
+    embeddings: torch.Tensor  # (P, 77, d), a row for each distinct prompt, the empty one first
+    prompt_rows: list[int]  # for each of the N rows the row of its prompt
     num_pairs: int  # without the mirrored ones
     key: str
 
@@ -54,30 +56,78 @@ def encode_once(
     """Passes all frames and prompts through the VAE and the text encoder, or finds that done in the cache.
 
     With `random_flip` mirrored pairs are added. The cache is keyed by all that determines its content: weights,
-    precision, prompts and the bytes of the frames (`frames_hash`, as `verify_frames` gives it).
+    prompts and the bytes of the frames (`frames_hash`, as `verify_frames` gives it).
     """
     mirrored_pairs = [replace(pair, edit_prompt=swap_left_and_right(pair.edit_prompt)) for pair in pairs]
     rows = [*pairs, *(mirrored_pairs if random_flip else [])]
-    frames = frame_pairs_dataset(rows).select_columns(["input_image", "edited_image", "edit_prompt"])
-    frames = frames.add_column("mirrored", [row >= len(pairs) for row in range(len(rows))])
-    prompts = sorted({"", *frames["edit_prompt"]})
+    frames = frame_pairs_dataset(rows).add_column("mirrored", [row >= len(pairs) for row in range(len(rows))])
+    prompts = sorted({"", *(pair.edit_prompt for pair in rows)})
+    row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
+    prompt_rows = [row_of_prompt[pair.edit_prompt] for pair in rows]
+    texts, tokens = Dataset.from_dict({"edit_prompt": prompts}), tokenize(pipeline, prompts)
 
-    precision = f"format {CACHE_FORMAT}, {accelerator.mixed_precision} on {accelerator.device.type}".encode()
-    frames_key = digest([precision, *module_bytes(pipeline.vae), bytes(frames["mirrored"]), frames_hash.encode()])
-    prompts_key = digest(
-        [precision, *module_bytes(pipeline.text_encoder), tokenize(pipeline, prompts).numpy().tobytes()]
+    vae, text_encoder = pipeline.vae, pipeline.text_encoder
+    frames_key = digest([CACHE_FORMAT, *module_bytes(vae), frames_hash.encode(), bytes(frames["mirrored"])])
+    prompts_key = digest([CACHE_FORMAT, *module_bytes(text_encoder), tokens.numpy().tobytes()])
+    channels, side = vae.config.latent_channels, frames[0]["input_image"].height // pipeline.vae_scale_factor
+    latents_features = Features(
+        input_latents=Array3D((channels, side, side), "float32"),
+        target_moments=Array3D((2 * channels, side, side), "float32"),
     )
+    embeddings_features = Features(embeddings=Array2D((tokens.shape[1], text_encoder.config.hidden_size), "float32"))
     with accelerator.main_process_first():
         cache_dir.mkdir(exist_ok=True)
-        latents = encode_frames(pipeline, frames, cache_dir / f"frames-{frames_key}.arrow", frames_key, accelerator)
-        embeddings = encode_texts(
-            pipeline, prompts, cache_dir / f"prompts-{prompts_key}.arrow", prompts_key, accelerator
+        frames_file, prompts_file = cache_dir / f"frames-{frames_key}.arrow", cache_dir / f"prompts-{prompts_key}.arrow"
+        latents = encode_all(pipeline, vae, encode_frames, frames, latents_features, frames_file, accelerator.device)
+        embeddings = encode_all(
+            pipeline, text_encoder, encode_texts, texts, embeddings_features, prompts_file, accelerator.device
         )
-    order = json.dumps(list(frames["edit_prompt"])).encode()  # which prompt belongs to which pair
-    # The prompts are no part of what is kept: texts that give the same tokens share an embedding.
-    latents = latents.add_column("edit_prompt", list(frames["edit_prompt"]))
-    embeddings = embeddings.add_column("edit_prompt", prompts)
-    return EncodedPairs(latents, embeddings, len(pairs), digest([frames_key.encode(), prompts_key.encode(), order]))
+    key = digest([frames_key.encode(), prompts_key.encode(), json.dumps(prompt_rows).encode()])
+    return EncodedPairs(**latents, **embeddings, prompt_rows=prompt_rows, num_pairs=len(pairs), key=key)
+
+
+def encode_frames(pipeline: StableDiffusionInstructPix2PixPipeline, pairs: dict[str, list]) -> dict[str, torch.Tensor]:
+    pictures = pairs["input_image"] + pairs["edited_image"]
+    pictures = [ImageOps.mirror(p) if mirrored else p for p, mirrored in zip(pictures, pairs["mirrored"] * 2)]
+    posterior, half = encode_pictures(pipeline, pictures), len(pictures) // 2
+    return {"input_latents": posterior.mode()[:half], "target_moments": posterior.parameters[half:]}
+
+
+def encode_texts(pipeline: StableDiffusionInstructPix2PixPipeline, texts: dict[str, list]) -> dict[str, torch.Tensor]:
+    return {"embeddings": encode_prompts(pipeline, texts["edit_prompt"])}
+
+
+def encode_all(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    model: torch.nn.Module,
+    encode: Callable[[StableDiffusionInstructPix2PixPipeline, dict[str, list]], dict[str, torch.Tensor]],
+    inputs: Dataset,
+    features: Features,
+    cache_file: Path,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """What `encode` makes of the inputs with one of the pipeline's models on `device`, or what the cache file holds."""
+
+    def encode_batch(batch: dict[str, list]) -> dict[str, np.ndarray]:
+        encoded = encode(pipeline, batch)
+        if not all(tensor.isfinite().all() for tensor in encoded.values()):
+            raise UserError(f"the model's {type(model).__name__} gives numbers that are not finite; name another model")
+        return {name: tensor.cpu().numpy() for name, tensor in encoded.items()}
+
+    model.to(device)
+    with torch.no_grad():  # and no mixed precision: what is kept depends on neither the device nor the options
+        encoded = inputs.map(
+            encode_batch,
+            batched=True,
+            batch_size=ENCODING_BATCH,
+            remove_columns=inputs.column_names,
+            features=features,
+            cache_file_name=str(cache_file),
+            new_fingerprint=cache_file.stem,
+            desc=f"Encoding with {type(model).__name__}",
+        )
+    model.to("cpu")
+    return encoded.with_format("torch")[:]
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -97,78 +147,7 @@ def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
         yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def encode_frames(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    frames: Dataset,
-    cache_file: Path,
-    key: str,
-    accelerator: Accelerator,
-) -> Dataset:
-    vae, height = pipeline.vae, frames[0]["input_image"].height
-    side, channels = height // pipeline.vae_scale_factor, vae.config.latent_channels
-
-    @torch.no_grad()
-    def encode(batch: dict[str, list]) -> dict[str, Any]:
-        pictures = batch["input_image"] + batch["edited_image"]
-        pictures = [ImageOps.mirror(p) if mirrored else p for p, mirrored in zip(pictures, batch["mirrored"] * 2)]
-        with accelerator.autocast():
-            posterior = encode_pictures(pipeline, pictures)
-        half = len(pictures) // 2
-        return {
-            "input_latents": posterior.mode()[:half].float().cpu().numpy(),
-            "target_moments": posterior.parameters[half:].float().cpu().numpy(),
-        }
-
-    if not cache_file.is_file():
-        vae.to(accelerator.device)
-    encoded = frames.map(
-        encode,
-        batched=True,
-        batch_size=max(1, ENCODING_BATCH * 128**2 // height**2),
-        remove_columns=frames.column_names,
-        features=Features(
-            input_latents=Array3D((channels, side, side), "float32"),
-            target_moments=Array3D((2 * channels, side, side), "float32"),
-        ),
-        cache_file_name=str(cache_file),
-        new_fingerprint=key,
-        desc="Encoding frames",
-    )
-    vae.to("cpu")
-    return encoded
-
-
-def encode_texts(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    prompts: Sequence[str],
-    cache_file: Path,
-    key: str,
-    accelerator: Accelerator,
-) -> Dataset:
-    text_encoder = pipeline.text_encoder
-
-    @torch.no_grad()
-    def encode(batch: dict[str, list]) -> dict[str, Any]:
-        with accelerator.autocast():
-            return {"embedding": encode_prompts(pipeline, batch["edit_prompt"]).float().cpu().numpy()}
-
-    if not cache_file.is_file():
-        text_encoder.to(accelerator.device)
-    shape = (pipeline.tokenizer.model_max_length, text_encoder.config.hidden_size)
-    encoded = Dataset.from_dict({"edit_prompt": list(prompts)}).map(
-        encode,
-        batched=True,
-        batch_size=ENCODING_BATCH,
-        remove_columns=["edit_prompt"],
-        features=Features(embedding=Array2D(shape, "float32")),
-        cache_file_name=str(cache_file),
-        new_fingerprint=key,
-        desc="Encoding prompts",
-    )
-    text_encoder.to("cpu")
-    return encoded
-
-
+@dataclass(eq=False, kw_only=True)
 class TrainingBatches(torch.utils.data.Dataset):
     """The micro-batches of a whole run, for a DataLoader: item k is the k-th pass of this process.
 
@@ -177,41 +156,27 @@ class TrainingBatches(torch.utils.data.Dataset):
     its share: nothing depends on how often a generator was called before, or on how the batch is divided.
     """
 
-    def __init__(
-        self,
-        encoded: EncodedPairs,
-        *,
-        seed: int,
-        train_batch_size: int,  # samples of one process in one pass
-        gradient_accumulation_steps: int,  # passes in a step
-        num_train_epochs: int,
-        max_train_steps: int | None,  # overrides num_train_epochs
-        scaling_factor: float,  # the VAE's, for target latents
-        num_train_timesteps: int,
-        weights_of_timesteps: torch.Tensor | None = None,
-        conditioning_dropout_prob: float = 0.0,
-        num_processes: int = 1,
-        process_index: int = 0,
-    ) -> None:
-        row_of_prompt = {prompt: row for row, prompt in enumerate(encoded.embeddings["edit_prompt"])}
-        self.prompt_rows = [row_of_prompt[prompt] for prompt in encoded.latents["edit_prompt"]]
-        self.empty_prompt_row = row_of_prompt[""]
-        self.latents = encoded.latents.select_columns(["input_latents", "target_moments"]).with_format("numpy")
-        self.embeddings = encoded.embeddings.select_columns(["embedding"]).with_format("numpy")
-        self.num_samples = encoded.num_pairs
-        self.random_flip = len(encoded.latents) > encoded.num_pairs
-        self.seed, self.size, self.passes = seed, train_batch_size, gradient_accumulation_steps
-        self.scaling_factor, self.conditioning_dropout_prob = scaling_factor, conditioning_dropout_prob
-        self.num_train_timesteps, self.weights_of_timesteps = num_train_timesteps, weights_of_timesteps
-        self.num_processes, self.process_index = num_processes, process_index
-        self.global_batch_size = train_batch_size * num_processes * gradient_accumulation_steps
-        self.max_train_steps = max_train_steps or math.ceil(
-            num_train_epochs * self.num_samples / self.global_batch_size
-        )
-        self.permutations: dict[int, torch.Tensor] = {}
+    encoded: EncodedPairs
+    seed: int
+    train_batch_size: int  # samples of one process in one pass
+    gradient_accumulation_steps: int  # passes in a step
+    num_train_epochs: int
+    max_train_steps: int | None  # overrides num_train_epochs
+    scaling_factor: float  # the VAE's, for target latents
+    num_train_timesteps: int
+    weights_of_timesteps: torch.Tensor | None = None
+    conditioning_dropout_prob: float = 0.0
+    num_processes: int = 1
+    process_index: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_samples = self.encoded.num_pairs
+        self.global_batch_size = self.train_batch_size * self.num_processes * self.gradient_accumulation_steps
+        if self.max_train_steps is None:
+            self.max_train_steps = math.ceil(self.num_train_epochs * self.num_samples / self.global_batch_size)
 
     def __len__(self) -> int:
-        return self.max_train_steps * self.passes
+        return self.max_train_steps * self.gradient_accumulation_steps
 
     def ends_epochs(self, step: int, num_epochs: int) -> bool:
         """Whether a multiple of `num_epochs` epochs is complete with the optimizer step (counted from 1)."""
@@ -221,57 +186,57 @@ class TrainingBatches(torch.utils.data.Dataset):
     def samples_of_step(self, step: int) -> list[int]:
         """Which frame pairs the optimizer step (counted from 0) sees, over all processes."""
         positions = range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        return [int(self.permutation(p // self.num_samples)[p % self.num_samples]) for p in positions]
-
-    def permutation(self, epoch: int) -> torch.Tensor:
-        if epoch not in self.permutations:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            self.permutations = {epoch: torch.randperm(self.num_samples, generator=generator)}
-        return self.permutations[epoch]
+        epochs_and_places = [divmod(position, self.num_samples) for position in positions]
+        return [order_of_epoch(self.num_samples, self.seed, epoch)[place] for epoch, place in epochs_and_places]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`target_latents` (B, C, h, w), scaled; `image_latents` (B, C, h, w), not scaled, 0 where dropped;
         `prompt_embeds` (B, 77, d); `noise` (B, C, h, w); `timesteps` (B,)."""
-        step, part = divmod(index, self.passes)
-        start = (part * self.num_processes + self.process_index) * self.size
-        mine = slice(start, start + self.size)
+        step, pass_index = divmod(index, self.gradient_accumulation_steps)
+        start = (pass_index * self.num_processes + self.process_index) * self.train_batch_size
+        share = slice(start, start + self.train_batch_size)  # of the global batch
 
-        shape = (self.global_batch_size, *self.latents.features["input_latents"].shape)
+        shape = (self.global_batch_size, *self.encoded.input_latents.shape[1:])
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", step))
-        noise = torch.randn(shape, generator=generator)[mine]
-        posterior_noise = torch.randn(shape, generator=generator)[mine]
-        timesteps = draw_timesteps(shape[0], self.num_train_timesteps, self.weights_of_timesteps, generator)[mine]
-        dropout = torch.rand(shape[:1], generator=generator)[mine]
-        flip = torch.rand(shape[:1], generator=generator)[mine] < 0.5
+        noise = torch.randn(shape, generator=generator)[share]
+        posterior_noise = torch.randn(shape, generator=generator)[share]
+        timesteps = draw_timesteps(shape[0], self.num_train_timesteps, self.weights_of_timesteps, generator)[share]
+        dropout = torch.rand(shape[:1], generator=generator)[share]
+        flip = torch.rand(shape[:1], generator=generator)[share] < 0.5
 
-        rows = self.samples_of_step(step)[mine]
-        if self.random_flip:
+        rows = self.samples_of_step(step)[share]
+        if len(self.encoded.prompt_rows) > self.num_samples:  # there are mirrored pairs
             rows = [row + self.num_samples * int(flipped) for row, flipped in zip(rows, flip)]
-        frames = self.latents[rows]
-        mean, logvar = torch.from_numpy(frames["target_moments"]).chunk(2, dim=1)
+        mean, logvar = self.encoded.target_moments[rows].chunk(2, dim=1)
         # The bounds are those of diffusers' DiagonalGaussianDistribution.
         target_latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise
 
         drop_text, drop_image = conditioning_dropout(dropout, self.conditioning_dropout_prob)
-        prompt_rows = [self.empty_prompt_row if drop else self.prompt_rows[row] for row, drop in zip(rows, drop_text)]
-        image_latents = torch.from_numpy(frames["input_latents"]) * ~drop_image[:, None, None, None]
+        prompt_rows = [0 if drop else self.encoded.prompt_rows[row] for row, drop in zip(rows, drop_text)]
         return {
             "target_latents": target_latents * self.scaling_factor,
-            "image_latents": image_latents,
-            "prompt_embeds": torch.from_numpy(self.embeddings[prompt_rows]["embedding"]),
+            "image_latents": self.encoded.input_latents[rows] * ~drop_image[:, None, None, None],
+            "prompt_embeds": self.encoded.embeddings[prompt_rows],
             "noise": noise,
             "timesteps": timesteps,
         }
 
 
+@functools.lru_cache(maxsize=1)
+def order_of_epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch (counted from 0) sees the frame pairs."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return torch.randperm(num_samples, generator=generator).tolist()
+
+
 def load_batches(
-    batches: TrainingBatches, first_step: int, device: torch.device, num_workers: int = 0
+    batches: TrainingBatches, steps_done: int, device: torch.device, num_workers: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's micro-batches from optimizer step `first_step` (counted from 0) to the end, on `device`."""
+    """This process's micro-batches after the first `steps_done` optimizer steps, to the end, on `device`."""
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
-        sampler=range(first_step * batches.passes, len(batches)),
+        sampler=range(steps_done * batches.gradient_accumulation_steps, len(batches)),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
