@@ -274,7 +274,7 @@ def train(
             if step % optimization.LOG_EVERY == 0 or save_now or validate_now or is_last:
                 progress_bar.set_postfix(loss=f"{step_log.flush():.4f}")
             if save_now or is_last:
-                optimization.check_weights(accelerator, unet, step)
+                optimization.check_weights(unet, step)
             if save_now:
                 saved = checkpoints.save_checkpoint(
                     accelerator, args.output_dir, step, config, args.checkpoints_total_limit

@@ -33,16 +33,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number = 0
-        self.num_interrupts = 0
         self.is_deferred = False
         self.process = os.getpid()
         # `accelerate launch` of a single process passes no signal on: that it has ended is treated as SIGTERM.
         launched_alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
         self.launcher = os.getppid() if launched_alone else None
-        self.group = None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Of its own, on the CPU: asking at every step must not wait for the GPU.
-            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+        # A group of its own, on the CPU: asking at every step must not wait for the GPU.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if distributed else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
@@ -51,15 +49,12 @@ class StopRequest:
             return  # a data loading process, which ends with the one that it serves
         if not self.is_deferred:
             raise Interrupted(number)
-        self.num_interrupts += number == signal.SIGINT
-        if not self.signal_number:
-            self.signal_number = number
-            write_error_line(
-                "stopping: the current step is finished and saved first; Ctrl-C again stops without saving"
-            )
-        elif number == signal.SIGINT and self.num_interrupts > 1:
+        if number == self.signal_number == signal.SIGINT:
             write_error_line("stopped without saving; the last complete checkpoint remains")
             os._exit(128 + number)
+        if self.signal_number != signal.SIGINT:
+            self.signal_number = number
+            write_error_line("stopping: this step is finished and saved first; Ctrl-C again stops without saving")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -74,7 +69,7 @@ class StopRequest:
         if self.launcher is not None and os.getppid() != self.launcher:
             self.signal_number = self.signal_number or signal.SIGTERM
         if self.group is None:
-            return int(self.signal_number)
+            return self.signal_number
         number = torch.tensor([self.signal_number])
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(number)

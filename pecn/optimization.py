@@ -98,14 +98,11 @@ def clip_gradients(
 @contextlib.contextmanager
 def averaged_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
     """Puts the moving average in the UNet's place for a while, where there is one."""
-    if ema is None:
-        yield
-        return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
-    try:
-        yield
-    finally:
+    if ema:
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+    yield
+    if ema:
         ema.restore(unet.parameters())
 
 
@@ -162,8 +159,7 @@ class StepLog:
         return losses[-1]
 
 
-def check_weights(accelerator: Accelerator, unet: torch.nn.Module, step: int) -> None:
+def check_weights(unet: torch.nn.Module, step: int) -> None:
     """Raises UserError where a weight is not finite, so that only good weights are ever saved."""
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in unet.parameters()]).all()
-    if accelerator.reduce(finite.float(), "sum").item() < accelerator.num_processes:
+    if not torch.stack([parameter.detach().isfinite().all() for parameter in unet.parameters()]).all():
         raise UserError(f"after step {step} the weights are not finite; {HOW_TO_KEEP_FINITE}")

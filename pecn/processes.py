@@ -9,19 +9,19 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 
 from data.layout import UserError
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
-
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for.
-
-    Raises UserError where the two contradict each other.
-    """
+    """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -30,23 +30,17 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         state.print("no GPU found: training on the CPU without mixed precision")
     accelerator = Accelerator(
         cpu=on_cpu,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # Given like this, it is not overridden by what accelerate is configured for.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
     )
-    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
-        raise UserError(
-            f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient accumulation steps, the"
-            f" command line says {args.gradient_accumulation_steps}: set GRADIENT_ACCUM to the former"
-        )
-    if args.use_ema and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(
-            "--use_ema needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
-        )
     if accelerator.state.deepspeed_plugin is not None:
-        # DeepSpeed takes it from the DataLoader that is prepared; ours divides its batches itself.
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        # DeepSpeed takes these from the DataLoader that is prepared; ours divides its batches itself.
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -56,19 +50,19 @@ def is_first_process() -> bool:
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns on the main process, handed to all; its UserError ends them all."""
-    outcome, error = [False, None], None
+    """What `function` returns on the main process, handed to all; its UserError is raised on all."""
+    result_and_error = [None, None]
     if accelerator.is_main_process:
         try:
-            outcome = [True, function(*arguments)]
-        except UserError as raised:
-            error = raised
-    broadcast_object_list(outcome)
-    if not outcome[0]:
-        raise error or SystemExit(1)
-    return outcome[1]
+            result_and_error[0] = function(*arguments)
+        except UserError as error:
+            result_and_error[1] = error
+    result, error = broadcast_object_list(result_and_error)
+    if error:
+        raise error
+    return result
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Only a GPU's allocator has an exception of its own; those of the CPU and of C++ differ in their words alone."""
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+    """Python has an exception of its own; what CUDA, PyTorch's allocators and the system raise has these words."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
