@@ -290,9 +290,7 @@ def test_full_disk_while_saving_a_checkpoint(start, undisturbed, small_disk):
     status, printed = start(disk / "run", "--checkpointing_steps", 1).end()
     assert status == 1
     line = last_line(printed)
-    assert re.search(
-        r"error: \S+/checkpoint-3 cannot be saved: .*make room on the disk, and go on with RESUME=latest", line
-    )
+    assert re.search(r"error: \S+/checkpoint-3 cannot be saved: .*make room .* and go on with RESUME=latest", line)
     assert checkpoint_steps(disk / "run") == [1, 2] and not unfinished(disk / "run")
     small_disk("30m", "remount")
     status, printed = start(disk / "run", "--checkpointing_steps", 100, *RESUME).end()
@@ -403,11 +401,7 @@ def test_resuming_with_other_settings_lists_the_differences(start, undisturbed, 
     cv2.imwrite(str(path), np.zeros((SIDE, SIDE, 3), np.uint8))
     for options, where, expected in (
         (("--train_batch_size", 2, "--seed", 7), data_dir, ["seed was 42, is 7", "global_batch_size was 4, is 2"]),
-        (
-            ("--resolution", 2 * SIDE),
-            others,
-            [f"resolution was {SIDE}, is {2 * SIDE}", "hash_of_model_frames_and_prompts"],
-        ),
+        (("--resolution", 2 * SIDE), others, [f"resolution was {SIDE}, is {2 * SIDE}", "frames_and_prompts was "]),
         ((), others, ["hash_of_model_frames_and_prompts was "]),
     ):
         status, printed = start(tmp_path, *options, *RESUME, data_dir=where).end()
