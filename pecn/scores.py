@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from skimage.morphology import isotropic_dilation
+from skimage.morphology import dilation, disk
 
 from pecn.sampling import Prediction
 
@@ -21,7 +21,7 @@ HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so t
 SCORED = ("prediction", "copy", "vae_ceiling")
 METRICS = ("psnr", "ssim")
 
-# A pixel moves where any color channel of input and target differs by more than this many of 256 gray levels.
+# A pixel moves where any color channel of input and target differs by more than this many levels of 0..255.
 # Where nothing moves, sensor noise and VP9 at 96 and 128 pixels made 99.99% of pixels differ by at most 10 levels
 # and none by more than 14 (30 rendered clips, frame 20 to 25).
 MOVING_THRESHOLD = 20
@@ -37,13 +37,15 @@ NUMBERS_AT_ONCE = 2_000_000  # resampled in one go: few enough for any memory
 # One pair.
 
 
-def score_frame(frame: np.ndarray, target: np.ndarray) -> tuple[float, float]:
-    """PSNR in dB (at most HIGHEST_PSNR) and SSIM of a uint8 RGB picture (H, W, 3) against its target."""
-    if np.array_equal(frame, target):
-        return HIGHEST_PSNR, 1.0
-    psnr = peak_signal_noise_ratio(target, frame, data_range=255)
-    ssim = structural_similarity(target, frame, channel_axis=2, data_range=255)
-    return min(float(psnr), HIGHEST_PSNR), float(ssim)
+def psnr(values: np.ndarray, target: np.ndarray) -> float:
+    """PSNR in dB, at most HIGHEST_PSNR, of uint8 values of any shape against those they should be."""
+    with np.errstate(divide="ignore"):  # infinite for identical ones
+        return min(float(peak_signal_noise_ratio(target, values, data_range=255)), HIGHEST_PSNR)
+
+
+def ssim(frame: np.ndarray, target: np.ndarray) -> float:
+    """SSIM of a uint8 RGB picture (H, W, 3) against its target."""
+    return float(structural_similarity(target, frame, channel_axis=2, data_range=255))
 
 
 def moving_region(input_frame: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -52,19 +54,7 @@ def moving_region(input_frame: np.ndarray, target: np.ndarray) -> np.ndarray:
     Pixels that differ by more than MOVING_THRESHOLD in any channel, dilated by a disk.
     """
     difference = np.abs(input_frame.astype(np.int16) - target.astype(np.int16)).max(axis=2)
-    moved = difference > MOVING_THRESHOLD
-    if not moved.any():  # scikit-image's distances to nothing are arbitrary
-        return moved
-    return isotropic_dilation(moved, round(DILATION_RADIUS * max(target.shape[:2])))
-
-
-def region_psnr(frame: np.ndarray, target: np.ndarray, region: np.ndarray) -> float:
-    """PSNR in dB over a region's pixels: 10 log10(255^2 / mean squared error), at most HIGHEST_PSNR.
-
-    `frame` and `target` are uint8 RGB (H, W, 3), `region` a boolean mask (H, W) with at least one pixel.
-    """
-    error = np.mean((frame[region].astype(np.float64) - target[region]) ** 2)
-    return HIGHEST_PSNR if error == 0 else min(float(10 * np.log10(255**2 / error)), HIGHEST_PSNR)
+    return dilation(difference > MOVING_THRESHOLD, disk(round(DILATION_RADIUS * max(target.shape[:2]))))
 
 
 def score_prediction(prediction: Prediction) -> dict[str, Any]:
@@ -78,16 +68,16 @@ def score_prediction(prediction: Prediction) -> dict[str, Any]:
     if target is None:
         return {"psnr": None, "ssim": None, "moving": None}
     frames = dict(zip(SCORED, (prediction.prediction, prediction.input, prediction.vae_ceiling)))
-    both = {name: score_frame(frame, target) for name, frame in frames.items()}
-    scores: dict[str, Any] = {
-        metric: {name: pair[column] for name, pair in both.items()} for column, metric in enumerate(METRICS)
-    }
     region = moving_region(prediction.input, target)
-    scores["moving"] = None
+    moving = None
     if region.any():
-        psnr = {name: region_psnr(frame, target, region) for name, frame in frames.items()}
-        scores["moving"] = {"psnr": psnr, "share": float(region.mean())}
-    return scores
+        in_region = {name: psnr(frame[region], target[region]) for name, frame in frames.items()}
+        moving = {"psnr": in_region, "share": float(region.mean())}
+    return {
+        "psnr": {name: psnr(frame, target) for name, frame in frames.items()},
+        "ssim": {name: ssim(frame, target) for name, frame in frames.items()},
+        "moving": moving,
+    }
 
 
 def psnr_gain(scores: dict[str, Any]) -> float | None:
