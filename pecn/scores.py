@@ -30,8 +30,6 @@ DILATION_RADIUS = 1 / 48  # of the picture's longer side
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
-FEW_SAMPLES = 20  # bootstrap intervals of fewer are known to be too narrow
-NUMBERS_AT_ONCE = 2_000_000  # resampled in one go: few enough for any memory
 
 
 # One pair.
@@ -101,7 +99,7 @@ def bootstrap_intervals(table: np.ndarray) -> list[tuple[float, float] | None]:
         (table,),
         np.mean,
         n_resamples=NUM_RESAMPLES,
-        batch=max(1, NUMBERS_AT_ONCE // table.size),
+        batch=100,  # resampled at once: few enough for any memory
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=0,
@@ -120,23 +118,6 @@ def share_interval(num_successes: int, num_trials: int) -> tuple[float, float] |
     return interval.low, interval.high
 
 
-def paired_permutation_test(differences: Sequence[float] | np.ndarray, seed: int = 0) -> float:
-    """Two-sided p-value that paired differences are symmetric about zero, by random changes of their signs.
-
-    All changes are tried where these are fewer than NUM_RESAMPLES (Phipson and Smyth, 2010).
-    """
-    table = np.asarray(differences, np.float64)
-    result = stats.permutation_test(
-        (table,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=NUM_RESAMPLES,
-        batch=max(1, NUMBERS_AT_ONCE // table.size),
-        rng=seed,
-    )
-    return float(result.pvalue)
-
-
 # All pairs.
 
 
@@ -145,20 +126,12 @@ def summarize(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     `scores` holds one dictionary a pair: what `score_prediction` returned, and `task`. The summary, its `moving` (PSNR
     alone, and the mean `share` of the picture) and each task's entry in `per_task` are what `compare` returns. The
-    whole summary also has `num_without_target`, `num_identical` (pairs whose input is the target) and `method`.
+    whole summary also has `num_without_target`.
     """
     summary = summarize_group(scores)
     summary["num_without_target"] = len(scores) - summary["num_samples"]
-    summary["num_identical"] = sum(row["psnr"] is not None and row["psnr"]["copy"] == HIGHEST_PSNR for row in scores)
     tasks = sorted({row["task"] for row in scores})
     summary["per_task"] = {task: summarize_group([row for row in scores if row["task"] == task]) for task in tasks}
-    summary["method"] = {
-        "confidence": CONFIDENCE,
-        "num_resamples": NUM_RESAMPLES,
-        "moving_threshold": MOVING_THRESHOLD,
-        "dilation_radius": DILATION_RADIUS,
-        "highest_psnr": HIGHEST_PSNR,
-    }
     return summary
 
 
@@ -201,44 +174,38 @@ def format_table(summary: dict[str, Any]) -> str:
     """`summarize`'s summary as text of at most 110 columns: for each score a row per task and one for all."""
     rows = {**summary["per_task"], "all": summary}
     moving = {task: row["moving"] for task, row in rows.items()}
-    width = max(16, *(len(task) + 2 for task in rows))
     share = summary["moving"]["share"]
     where = "nothing moves" if share is None else f"on average {share:.0%} of the picture"
-    lines = [
-        f"{'':{width}}{'pairs':>7}{'prediction':>16}{'copying':>16}{'VAE ceiling':>16}"
-        f"{'difference':>17}{'better on':>20}"
-    ]
-    lines += ["PSNR, dB", *(_table_row(task, row, "psnr", 2, width) for task, row in rows.items())]
-    lines += [f"PSNR where something moves, dB ({where})"]
-    lines += [_table_row(task, row, "psnr", 2, width) for task, row in moving.items()]
-    lines += ["SSIM", *(_table_row(task, row, "ssim", 3, width) for task, row in rows.items())]
+    width = max(16, *(len(task) + 2 for task in rows))
+    ways = f"{'prediction':>16}{'copying':>16}{'VAE ceiling':>16}"
+    lines = [f"{'':{width}}{'pairs':>7}{ways}{'difference':>17}{'better on':>20}"]
+    for title, metric, digits, part in (
+        ("PSNR, dB", "psnr", 2, rows),
+        (f"PSNR where something moves, dB ({where})", "psnr", 2, moving),
+        ("SSIM", "ssim", 3, rows),
+    ):
+        lines += [title, *(f"{'  ' + task:{width}}{_cells(row, metric, digits)}" for task, row in part.items())]
     lines += [
         "difference: prediction - copying, pair by pair; ± the 95% interval's wider half; better on: pairs where",
-        "the prediction scores higher than copying, and its 95% interval.",
+        "the prediction scores higher than copying, and its 95% interval. "
+        f"Identical pictures count as {HIGHEST_PSNR:.0f} dB.",
     ]
-    if identical := summary["num_identical"]:
-        pairs = "1 pair has" if identical == 1 else f"{identical} pairs have"
-        lines.append(f"{pairs} identical frames: copying counts as {HIGHEST_PSNR:.0f} dB there.")
-    if 0 < summary["num_samples"] < FEW_SAMPLES:
-        lines.append(f"With fewer than {FEW_SAMPLES} pairs the real intervals are wider than these.")
     return "\n".join(lines)
 
 
-def _table_row(task: str, row: dict[str, Any], metric: str, digits: int, width: int) -> str:
-    cells = [f"  {task}".ljust(width), f"{row['num_samples']:>7}"]
-    for name in SCORED:
-        cells.append(f"{_with_spread(row[metric][name], row[f'{metric}_interval'][name], f'.{digits}f'):>16}")
+def _cells(row: dict[str, Any], metric: str, digits: int) -> str:
+    number = f"{row['num_samples']:>7}"
+    if not row["num_samples"]:
+        return f"{number}{'-':>16}"
+    means = [_with_spread(row[metric][name], row[f"{metric}_interval"][name], f".{digits}f") for name in SCORED]
     difference, better = row["difference"], row["share_better"]
-    cells.append(f"{_with_spread(difference[metric], difference[f'{metric}_interval'], f'+.{digits}f'):>17}")
-    if better[metric] is None:
-        return "".join([*cells, f"{'-':>20}"])
+    gain = _with_spread(difference[metric], difference[f"{metric}_interval"], f"+.{digits}f")
     low, high = better[f"{metric}_interval"]
-    return "".join([*cells, f"{f'{better[metric]:.0%} ({low:.0%} to {high:.0%})':>20}"])
+    share = f"{better[metric]:.0%} ({low:.0%} to {high:.0%})"
+    return "".join([number, *(f"{text:>16}" for text in means), f"{gain:>17}{share:>20}"])
 
 
-def _with_spread(mean: float | None, interval: tuple[float, float] | None, form: str) -> str:
-    if mean is None:
-        return "-"
+def _with_spread(mean: float, interval: tuple[float, float] | None, form: str) -> str:
     if interval is None:
         return f"{mean:{form}}"
-    return f"{mean:{form}} ± {max(mean - interval[0], interval[1] - mean, 0.0):{form.lstrip('+')}}"
+    return f"{mean:{form}} ± {max(mean - interval[0], interval[1] - mean):{form.lstrip('+')}}"

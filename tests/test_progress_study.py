@@ -1,5 +1,6 @@
 """benchmarks/progress_study.py: the study as one command, and its comparison by hand-made scores."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -205,3 +206,19 @@ def test_answer_needs_interval_and_seeds_to_agree() -> None:
     single = row | {"difference_per_seed": [0.3]}
     assert "help by 0.30 dB, but only one seed was tried" in progress_comparison.answer("20 -> 25", single)
     assert "6 pairs are too few" in progress_comparison.answer("20 -> 25", single | {"num_pairs": 6})
+
+
+def test_permutation_test_agrees_with_all_sign_changes():
+    differences = np.array([1.3, 0.2, -0.4, 2.0, 0.9, 0.7, -0.1, 1.1])
+    sums = [np.dot(signs, differences) for signs in itertools.product((-1, 1), repeat=len(differences))]
+    exact = np.mean(np.abs(sums) >= abs(differences.sum()) - 1e-9)
+    assert progress_comparison.paired_permutation_test(differences) == pytest.approx(exact)
+
+
+def test_permutation_test_finds_a_difference_and_no_other():
+    rng = np.random.default_rng(3)
+    differences = rng.normal(0, 1, 200)
+    p_value = progress_comparison.paired_permutation_test(differences + 1)
+    assert p_value == pytest.approx(2 / 10_001)  # one of 10,001 on either side
+    assert progress_comparison.paired_permutation_test(differences - differences.mean()) > 0.9
+    assert progress_comparison.paired_permutation_test([0.0] * 5) == 1
