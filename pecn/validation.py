@@ -39,7 +39,7 @@ def validate(
     folder.mkdir(exist_ok=True)
     pictures, scores = {}, [score_prediction(prediction) | {"task": prediction.task} for prediction in predictions]
     for prediction, its_scores in zip(predictions, scores):
-        picture = comparison_picture(prediction, f"step {step}", its_scores)
+        picture = comparison_picture(prediction, its_scores, f"step {step}")
         save_picture(folder / f"step-{step:06}_{prediction.video_id}.png", picture)
         pictures[f"validation/{prediction.video_id}"] = picture[None]
     means = summarize(scores)
