@@ -45,28 +45,25 @@ for _logging in (transformers_logging, diffusers_logging):
 # Finding and loading.
 
 
-def find_model(name: str, **hub_options: str | None) -> Path:
+def find_model(name: str, revision: str | None = None, variant: str | None = None) -> Path:
     """The directory of a model's files: `name` itself, or what the hub's cache holds of it; downloaded if it must be.
 
-    `hub_options` are `revision` and `variant`. The hub is asked only where the cache lacks something.
-    Raises UserError where there is no such model or the hub gives no answer.
+    The hub is asked only where the cache lacks something. Raises UserError where there is no such model or the hub
+    gives no answer.
     """
     if os.path.isdir(name):
         return Path(name)
-    options = {option: value for option, value in hub_options.items() if value}
-    download = functools.partial(
-        StableDiffusionInstructPix2PixPipeline.download, name, use_safetensors=True, safety_checker=None, **options
-    )
+    options = {"revision": revision, "variant": variant, "use_safetensors": True, "safety_checker": None}
+    download = functools.partial(StableDiffusionInstructPix2PixPipeline.download, name, **options)
     with contextlib.suppress(Exception):  # not in the cache, or not all of it
         folder = Path(download(local_files_only=True))
-        if find_missing_part(folder) is None:
-            return folder
-    options.pop("variant", None)
+        check_all_parts_are_there(folder)
+        return folder
     try:
-        HfApi().model_info(name, revision=options.get("revision"), timeout=HUB_TIMEOUT)  # `download` may wait forever
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)  # `download` may wait forever
         folder = Path(download())
         with contextlib.suppress(Exception):  # only models trained here have one
-            hf_hub_download(name, TRAINING_CONFIG, **options)
+            hf_hub_download(name, TRAINING_CONFIG, revision=revision)
         return folder
     except Exception as error:  # the network, the hub, its libraries: the list of what they raise is long
         raise UserError(
@@ -84,10 +81,10 @@ def read_training_config(folder: Path) -> dict[str, Any]:
     types = {"resolution": int, "input_frame_idx": int, "target_frame_idx": int, "add_progress": bool}
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-        wrong = [name for name, kind in types.items() if type(arguments.get(name, kind())) is not kind]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is {arguments[wrong[0]]!r}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        for name, kind in types.items():
+            if type(arguments.get(name, kind())) is not kind:
+                raise ValueError(f"{name} is {arguments[name]!r}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a training config written by train_instruct_pix2pix.py ({one_line(error)}); copy the model"
             " again, or delete the file to sample without it"
@@ -104,8 +101,7 @@ def load_pipeline(
     a part or a weight is missing or cannot be read, and where the parts do not fit together.
     """
     try:
-        if missing := find_missing_part(folder):
-            raise UserError(missing)
+        check_all_parts_are_there(folder)
         pipeline = load_parts(folder, dtype, variant)
         check_parts_fit(pipeline)
     except Exception as error:  # whatever a broken model makes the libraries raise, only the model can be mended
@@ -115,20 +111,19 @@ def load_pipeline(
     return pipeline
 
 
-def find_missing_part(folder: Path) -> str | None:
-    """Which part a pipeline's directory lacks, or has as a pickle, as a sentence; None where all are there."""
+def check_all_parts_are_there(folder: Path) -> None:
+    """Raises UserError where a pipeline's directory lacks a part, or has it only as a pickle."""
     if not (folder / PIPELINE_INDEX).is_file():
-        return "it holds no diffusers pipeline (no model_index.json)"
+        raise UserError(f"it holds no diffusers pipeline (no {PIPELINE_INDEX})")
     for part, pattern in PARTS.items():
         if not any((folder / part).glob(pattern)):
-            pickles = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.ckpt")]
+            pickles = any((folder / part).glob("*.bin"))
             unsafe = ", only pickles, which can run any code when they are loaded" if pickles else ""
-            return f"{part}/ holds no {pattern}{unsafe}"
-        for index in (folder / part).glob("*.safetensors.index*.json"):
-            for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
-                if not name.endswith(".safetensors"):
-                    return f"{part}/{index.name} names {name}, which is no safetensors file"
-    return None
+            raise UserError(f"{part}/ holds no {pattern}{unsafe}")
+    for index in folder.glob("*/*.safetensors.index*.json"):  # of weights in several files
+        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+            if not name.endswith(".safetensors"):
+                raise UserError(f"{index} names {name}, which is no safetensors file")
 
 
 def load_parts(folder: Path, dtype: torch.dtype, variant: str | None) -> StableDiffusionInstructPix2PixPipeline:
@@ -157,16 +152,13 @@ def load_parts(folder: Path, dtype: torch.dtype, variant: str | None) -> StableD
 
 def check_parts_fit(pipeline: StableDiffusionInstructPix2PixPipeline) -> None:
     """Raises UserError where UNet, VAE, text encoder and tokenizer do not belong together."""
-    unet, vae, text = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
-    channels, vocabulary = vae.latent_channels, len(pipeline.tokenizer)
-    if unet.in_channels not in (channels, 2 * channels) or unet.out_channels != channels:
+    unet, text = pipeline.unet.config, pipeline.text_encoder.config
+    channels, vocabulary = pipeline.vae.config.latent_channels, len(pipeline.tokenizer)
+    has = (unet.in_channels, unet.out_channels, unet.cross_attention_dim)
+    if has not in [(inputs, channels, text.hidden_size) for inputs in (channels, 2 * channels)]:
         raise UserError(
-            f"its UNet has {unet.in_channels} input and {unet.out_channels} output channels, where {2 * channels} (or"
-            f" {channels}, for training) and {channels} are needed"
-        )
-    if unet.cross_attention_dim != text.hidden_size:
-        raise UserError(
-            f"its UNet reads prompts {unet.cross_attention_dim} wide, but its text encoder writes {text.hidden_size}"
+            f"its UNet has {has[0]} input channels, {has[1]} output channels and reads prompts {has[2]} wide, where"
+            f" {2 * channels} (or {channels}, for training), {channels} and {text.hidden_size} are needed"
         )
     if not len(pipeline.tokenizer.all_special_ids) < vocabulary <= text.vocab_size:
         raise UserError(f"its tokenizer/ has {vocabulary} words, but its text encoder knows {text.vocab_size}")
@@ -203,15 +195,15 @@ def encode_pictures(
 
 
 def decode_latents(pipeline: StableDiffusionInstructPix2PixPipeline, latents: torch.Tensor) -> np.ndarray:
-    """Pictures of unscaled latents: float32 RGB (N, H, W, 3) in gray levels, not clipped to 0..255."""
+    """Pictures of unscaled latents: float32 RGB (N, H, W, 3) in levels of 0..255, not clipped."""
     decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample
     if not decoded.isfinite().all():
         raise UserError("the model's output is not finite: predict with --mixed_precision no, or bf16")
     return ((decoded.float() + 1) * 127.5).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def to_picture(gray_levels: np.ndarray) -> np.ndarray:
-    return gray_levels.clip(0, 255).round().astype(np.uint8)
+def to_picture(levels: np.ndarray) -> np.ndarray:
+    return levels.clip(0, 255).round().astype(np.uint8)
 
 
 # Uploading.

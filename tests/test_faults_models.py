@@ -122,15 +122,9 @@ def test_a_pickle_is_never_loaded(model, tmp_path, part):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"in_channels": 5},
-            "its UNet has 5 input and 4 output channels, where 8 (or 4, for training) and 4 are needed",
-        ),
-        (
-            {"out_channels": 8},
-            "its UNet has 8 input and 8 output channels, where 8 (or 4, for training) and 4 are needed",
-        ),
-        ({"cross_attention_dim": 24}, "its UNet reads prompts 24 wide, but its text encoder writes 16"),
+        ({"in_channels": 5}, "its UNet has 5 input channels, "),
+        ({"out_channels": 8}, " 8 output channels "),
+        ({"cross_attention_dim": 24}, " 24 wide, where 8 (or 4, for training), 4 and 16 are needed"),
     ],
 )
 def test_a_unet_that_does_not_fit_is_named(model, changes, message):
@@ -143,19 +137,7 @@ def test_a_unet_that_does_not_fit_is_named(model, changes, message):
     assert "unet/: " in refusal(model)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{}",
-        b"[]",
-        b'{"arguments": 5}',
-        b'{"arguments": {"resolution": "96"}}',
-        b'{"arguments": {"add_progress": 1}}',
-        b"\xff\xfe",
-        b"[" * 100_000,
-    ],
-)
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"arguments": 5}', b"\xff\xfe"])
 def test_a_broken_training_config_is_named(model, content):
     path = model / "training_config.json"
     path.write_bytes(content)
