@@ -19,13 +19,15 @@ from data.sthv2_dataset_hf import FramePair, derive_seed, frame_pairs_dataset
 from pecn.model import decode_latents, encode_pictures, encode_prompts, to_picture
 from pecn.sampling_options import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions
 
-SMALLEST_CHANGE = 6.5  # gray levels, root mean square: predicted changes below it are mostly errors
+# Root mean square, in levels of 0..255: predicted changes below it are mostly errors. Chosen with
+# benchmarks.sampling_options on rendered clips of seed 5150.
+SMALLEST_CHANGE = 6.5
 
 
 @dataclass(frozen=True)
 class PredictedFrame:
     """`frame`: uint8 RGB (H, W, 3). `uncertainty`: float32 (H, W), the predictions' standard deviation at each pixel
-    in gray levels of 0..255, averaged over the colors; None where only one was made."""
+    in levels of 0..255, averaged over the colors; None where only one was made."""
 
     frame: np.ndarray
     uncertainty: np.ndarray | None
@@ -115,7 +117,7 @@ def denoise(
 
 
 def wiener_gain_map(changes: np.ndarray) -> np.ndarray:
-    """Wiener's gain for the mean of K changes in gray levels: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
+    """Wiener's gain for the mean of K changes in levels of 0..255: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
 
     Signal / (signal + noise), where the mean change squared stands for signal + noise, and for the noise the variance
     of a mean of K, but never less than SMALLEST_CHANGE squared. Both are summed over the colors and averaged over a
@@ -150,7 +152,8 @@ def predict_frames(
         decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options))
         decoded = decoded.reshape(len(images), count, *decoded.shape[1:])
         if not options.residual:
-            return [combine_plain(pictures.clip(0, 255)) for pictures in decoded]
+            decoded = decoded.clip(0, 255)
+            return [PredictedFrame(to_picture(pictures.mean(axis=0)), spread(pictures)) for pictures in decoded]
         reconstructed = decode_latents(pipeline, image_latents)
     return [
         combine_residual(pictures, same, image.astype(np.float32), options.wiener_gain)
@@ -158,18 +161,14 @@ def predict_frames(
     ]
 
 
-def combine_plain(pictures: np.ndarray) -> PredictedFrame:
-    """The mean of K decoded pictures (K, H, W, 3), in gray levels."""
-    return PredictedFrame(to_picture(pictures.mean(axis=0)), spread(pictures))
-
-
 def combine_residual(
     pictures: np.ndarray, reconstruction: np.ndarray, image: np.ndarray, wiener_gain: bool
 ) -> PredictedFrame:
-    """`image` (H, W, 3) plus the mean change of K decoded pictures (K, H, W, 3) from its `reconstruction`.
+    """The input frame plus the mean change that K predictions make to it; all arguments are in levels of 0..255.
 
-    With `wiener_gain` a mix of `image` and the mean of `pictures`: what the VAE loses of the input frame belongs where
-    nothing moves (gain 0), and is wrong where something else has come (gain 1). All in gray levels.
+    `pictures` (K, H, W, 3) are the decoded predictions, `image` (H, W, 3) is the input frame and `reconstruction` the
+    same after one trip through the VAE. With `wiener_gain` each pixel lies between `image` (gain 0, where nothing
+    moves: it keeps the detail that the VAE loses) and the mean of `pictures` (gain 1, where something else has come).
     """
     mean = pictures.mean(axis=0)
     if wiener_gain:
@@ -184,12 +183,10 @@ def spread(pictures: np.ndarray) -> np.ndarray | None:
     return None if len(pictures) == 1 else pictures.std(axis=0, ddof=1).mean(axis=-1)
 
 
-def reconstruct_frames(
-    pipeline: StableDiffusionInstructPix2PixPipeline, images: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """The pictures after one trip through the VAE (posterior mode), uint8 RGB: as good as decoding alone can be."""
+def reconstruct_frame(pipeline: StableDiffusionInstructPix2PixPipeline, image: np.ndarray) -> np.ndarray:
+    """A picture after one trip through the VAE (posterior mode), uint8 RGB: as good as decoding alone can be."""
     with torch.no_grad():
-        return [to_picture(decoded) for decoded in decode_latents(pipeline, encode_pictures(pipeline, images).mode())]
+        return to_picture(decode_latents(pipeline, encode_pictures(pipeline, [image]).mode())[0])
 
 
 def predict_pairs(
@@ -205,12 +202,10 @@ def predict_pairs(
     with tqdm(total=len(dataset), desc="Predicting", unit="frame", disable=not show_progress) as progress_bar:
         for batch in dataset.iter(max(1, batch_size // options.num_predictions)):
             inputs = [np.asarray(image) for image in batch["input_image"]]
-            targets = [None if image is None else np.asarray(image) for image in batch["edited_image"]]
             seeds = [derive_seed(seed, video_id) for video_id in batch["video_id"]]
             predicted = predict_frames(pipeline, inputs, batch["edit_prompt"], seeds, options)
-            known = [target for target in targets if target is not None]
-            ceilings = iter(reconstruct_frames(pipeline, known) if known else [])
-            for index, target in enumerate(targets):
+            for index, image in enumerate(batch["edited_image"]):
+                target = None if image is None else np.asarray(image)
                 yield Prediction(
                     video_id=batch["video_id"][index],
                     task=batch["task"][index],
@@ -219,6 +214,6 @@ def predict_pairs(
                     prediction=predicted[index].frame,
                     uncertainty=predicted[index].uncertainty,
                     target=target,
-                    vae_ceiling=None if target is None else next(ceilings),
+                    vae_ceiling=None if target is None else reconstruct_frame(pipeline, target),
                 )
-            progress_bar.update(len(targets))
+            progress_bar.update(len(inputs))

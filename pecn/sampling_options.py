@@ -22,8 +22,11 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """`residual=False, num_predictions=1` draws the picture of diffusers' own pipeline, which drops the image
-    guidance as well where the text's is 1."""
+    """What a prediction depends on beside the model, the frame, the prompt and the seed.
+
+    `residual=False, num_predictions=1` draws the picture of diffusers' own pipeline, except that the latter drops the
+    image guidance too where `guidance_scale` is 1.
+    """
 
     num_inference_steps: int = 20  # denoising steps
     guidance_scale: float = 1.0  # of the text; 1 is none
@@ -47,35 +50,24 @@ DEFAULT_OPTIONS = SamplingOptions()
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The flags that `sampling_options` reads."""
-    add, default = parser.add_argument_group("how frames are predicted").add_argument, DEFAULT_OPTIONS
-    count, scale = number(at_least=1), number(float, at_least=1)
-    add("--num_inference_steps", type=count, default=default.num_inference_steps, help="denoising steps (%(default)s)")
-    add("--guidance_scale", type=scale, default=default.guidance_scale, help="of the text; 1 is none (%(default)s)")
-    add(
-        "--image_guidance_scale",
-        type=scale,
-        default=default.image_guidance_scale,
-        help="of the input frame; 1 is none (%(default)s)",
-    )
-    add("--scheduler", choices=list(SCHEDULERS), default=default.scheduler, help="(%(default)s)")
-    add(
-        "--strength",
-        type=number(float, above=0, at_most=1),
-        default=default.strength,
-        help="share of the steps to make, from the noised input frame; 1 starts from noise alone (%(default)s)",
-    )
-    add("--num_predictions", type=count, default=default.num_predictions, help="the result is their mean (%(default)s)")
-    add(
-        "--residual",
-        **SWITCH | {"default": default.residual},
-        help="add the predicted change to the input frame, instead of decoding the whole picture anew (%(default)s)",
-    )
+    add = parser.add_argument_group("how frames are predicted").add_argument
+    count, scale, share = number(at_least=1), number(float, at_least=1), number(float, above=0, at_most=1)
+    add("--num_inference_steps", type=count, help="denoising steps (%(default)s)")
+    add("--guidance_scale", type=scale, help="of the text; 1 is none (%(default)s)")
+    add("--image_guidance_scale", type=scale, help="of the input frame; 1 is none (%(default)s)")
+    add("--scheduler", choices=list(SCHEDULERS), help="(%(default)s)")
+    strength_help = "share of the steps to make, from the noised input frame; 1 starts from noise alone (%(default)s)"
+    add("--strength", type=share, help=strength_help)
+    add("--num_predictions", type=count, help="the result is their mean (%(default)s)")
+    residual_help = "add the predicted change to the input frame, instead of decoding the whole picture (%(default)s)"
+    add("--residual", **SWITCH, help=residual_help)
     add(
         "--wiener_gain",
-        **SWITCH | {"type": boolean_or_auto, "default": None, "metavar": "True|False|auto"},
+        **SWITCH | {"type": boolean_or_auto, "metavar": "True|False|auto"},
         help="change less where several predictions disagree or hardly change anything; auto: with --residual and"
         " --num_predictions of 2 or more (auto)",
     )
+    parser.set_defaults(**{field.name: field.default for field in fields(SamplingOptions)})
 
 
 def boolean_or_auto(text: str) -> bool | None:
@@ -111,10 +103,8 @@ def sampling_command(args: argparse.Namespace) -> str:
         "INPUT_FRAME_IDX": args.input_frame_idx,
         "TARGET_FRAME_IDX": args.target_frame_idx,
     }
-    for name in (field.name for field in fields(DEFAULT_OPTIONS) if field.name != "wiener_gain"):
-        if (value := getattr(args, name)) != getattr(DEFAULT_OPTIONS, name):
-            variables[name.upper()] = value
-    if args.wiener_gain is not None:
-        variables["WIENER_GAIN"] = args.wiener_gain
+    for option in fields(SamplingOptions):
+        if (value := getattr(args, option.name)) != option.default:
+            variables[option.name.upper()] = value
     words = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
     return " ".join([*words, "bash sample_from_pix2pix.sh"])
