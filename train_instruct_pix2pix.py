@@ -38,7 +38,7 @@ FROZEN_FOR_RESUME = (
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
     " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
     " schedule_length timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion"
-    " hash_of_model_frames_and_prompts"
+    " prediction_type hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -226,6 +226,7 @@ def train(
         global_batch_size=batches.global_batch_size,
         # A constant schedule does not know where training ends, so that such a run can be prolonged.
         schedule_length=None if args.lr_scheduler.startswith("constant") else max_train_steps,
+        prediction_type=noise_scheduler.config.prediction_type,
         hash_of_model_frames_and_prompts=encoded.key,
     )
     steps_done = 0
@@ -274,7 +275,7 @@ def train(
             if step % optimization.LOG_EVERY == 0 or save_now or validate_now or is_last:
                 progress_bar.set_postfix(loss=f"{step_log.flush():.4f}")
             if save_now or is_last:
-                optimization.check_weights(unet, step)
+                optimization.check_weights(accelerator, unet, step)
             if save_now:
                 saved = checkpoints.save_checkpoint(
                     accelerator, args.output_dir, step, config, args.checkpoints_total_limit

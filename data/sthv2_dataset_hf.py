@@ -84,7 +84,7 @@ def find_frame_pairs(
     """
     frames_folder = Path(frames_folder)
     if input_frame_idx == target_frame_idx:
-        raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: there is nothing to predict")
+        raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: choose a later target")
     if not frames_folder.is_dir():
         command = layout.extraction_command(frames_folder)
         raise UserError(f"there is no folder {frames_folder}; extract the frames with: {command}")

@@ -45,7 +45,7 @@ def save_checkpoint(
     final = output_dir / f"checkpoint-{step}"
     is_main = accelerator.is_main_process
     with (
-        failure_in_one_line(str(final)),
+        failure_in_one_line(str(final), output_dir),
         whole_or_absent(final) if is_main else contextlib.nullcontext(partial_path(final)) as partial,
     ):
         accelerator.wait_for_everyone()  # the main process has removed what an earlier run left unfinished
@@ -66,7 +66,7 @@ def save_checkpoint(
 def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, config: dict[str, Any]) -> None:
     """Puts the whole pipeline and its training config into the output directory, beside the checkpoints."""
     with (
-        failure_in_one_line(f"the pipeline in {output_dir}"),
+        failure_in_one_line(f"the pipeline in {output_dir}", output_dir),
         parts_replaced_together(output_dir, last=PIPELINE_INDEX) as folder,
     ):
         pipeline.to("cpu").save_pretrained(folder, safe_serialization=True)
@@ -78,14 +78,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def failure_in_one_line(what: str) -> Iterator[None]:
+def failure_in_one_line(what: str, output_dir: Path) -> Iterator[None]:
     """Turns whatever saving raises, which differs from library to library, into a UserError."""
     try:
         yield
     except Exception as error:
+        free = shutil.disk_usage(output_dir).free / 1e6
+        complete = [step for step in checkpoint_steps(output_dir) if not find_damage(output_dir / f"checkpoint-{step}")]
+        go_on = f"go on from checkpoint-{complete[-1]} with {HOW_TO_RESUME}" if complete else "start again"
         raise UserError(
-            f"{what} cannot be saved: {one_line(error)}; fix the cause, or make room on the disk, and go on with"
-            f" {HOW_TO_RESUME}"
+            f"{what} cannot be saved: {one_line(error)} ({free:,.0f} MB are free there); fix the cause and {go_on}"
         ) from error
 
 

@@ -98,11 +98,14 @@ def clip_gradients(
 @contextlib.contextmanager
 def averaged_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
     """Puts the moving average in the UNet's place for a while, where there is one."""
-    if ema:
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
-    yield
-    if ema:
+    if ema is None:
+        yield
+        return
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    try:
+        yield
+    finally:
         ema.restore(unet.parameters())
 
 
@@ -159,7 +162,8 @@ class StepLog:
         return losses[-1]
 
 
-def check_weights(unet: torch.nn.Module, step: int) -> None:
-    """Raises UserError where a weight is not finite, so that only good weights are ever saved."""
-    if not torch.stack([parameter.detach().isfinite().all() for parameter in unet.parameters()]).all():
+def check_weights(accelerator: Accelerator, unet: torch.nn.Module, step: int) -> None:
+    """Raises UserError, on all processes, where a weight is not finite, so that only good weights are ever saved."""
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in unet.parameters()]).all()
+    if accelerator.reduce(finite.float(), "sum").item() < accelerator.num_processes:  # each may hold a part of them
         raise UserError(f"after step {step} the weights are not finite; {HOW_TO_KEEP_FINITE}")

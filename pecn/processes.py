@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -21,7 +21,10 @@ from data.layout import UserError
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for."""
+    """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for.
+
+    Raises UserError where they do not go together.
+    """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -36,6 +39,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
     )
+    if args.use_ema and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            "--use_ema needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
+        )
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed takes these from the DataLoader that is prepared; ours divides its batches itself.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -50,7 +57,7 @@ def is_first_process() -> bool:
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns on the main process, handed to all; its UserError is raised on all."""
+    """What `function` returns on the main process, handed to all; its UserError, which ends all, is printed once."""
     result_and_error = [None, None]
     if accelerator.is_main_process:
         try:
@@ -59,7 +66,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
             result_and_error[1] = error
     result, error = broadcast_object_list(result_and_error)
     if error:
-        raise error
+        raise error if accelerator.is_main_process else SystemExit(1)
     return result
 
 

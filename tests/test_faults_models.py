@@ -137,7 +137,9 @@ def test_a_unet_that_does_not_fit_is_named(model, changes, message):
     assert "unet/: " in refusal(model)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"arguments": 5}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b'{"arguments": 5}', b'{"arguments": {"resolution": "96"}}', b"\xff\xfe"]
+)
 def test_a_broken_training_config_is_named(model, content):
     path = model / "training_config.json"
     path.write_bytes(content)

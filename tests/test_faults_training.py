@@ -290,7 +290,8 @@ def test_full_disk_while_saving_a_checkpoint(start, undisturbed, small_disk):
     status, printed = start(disk / "run", "--checkpointing_steps", 1).end()
     assert status == 1
     line = last_line(printed)
-    assert re.search(r"error: \S+/checkpoint-3 cannot be saved: .*make room .* and go on with RESUME=latest", line)
+    assert re.search(r"error: \S+/checkpoint-3 cannot be saved: .* MB are free there", line)
+    assert "go on from checkpoint-2 with RESUME=latest" in line
     assert checkpoint_steps(disk / "run") == [1, 2] and not unfinished(disk / "run")
     small_disk("30m", "remount")
     status, printed = start(disk / "run", "--checkpointing_steps", 100, *RESUME).end()

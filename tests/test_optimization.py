@@ -20,13 +20,14 @@ def test_every_schedule_honours_its_warm_up(name):
     assert all(rate > 0.85 for rate in rates[11:])
 
 
-def test_average_takes_the_place_of_the_weights_for_a_while():
+def test_average_leaves_the_weights_as_they_were_even_after_an_error():
     model = torch.nn.Linear(2, 2)
     ema = EMAModel(model.parameters())
     before = [parameter.clone() for parameter in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
-    with averaged_weights(ema, model):
+    with pytest.raises(RuntimeError), averaged_weights(ema, model):
         assert all(torch.equal(now, old) for now, old in zip(model.parameters(), before))
+        raise RuntimeError
     assert all(torch.equal(now, old + 1) for now, old in zip(model.parameters(), before))
