@@ -112,7 +112,7 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
     for flags in (("--input_frame_idx", 70), ("--frames_dir", data_dir), ("--val_annotations", strangers)):
         line = message(*flags)
         assert "no video of" in line and "from one data directory" in line and "python -m data.video_loader" in line
-    assert "nothing to predict" in message("--input_frame_idx", 20, "--target_frame_idx", 20)
+    assert "choose a later target" in message("--input_frame_idx", 20, "--target_frame_idx", 20)
     assert "there is no file" in message("--val_annotations", data_dir)
     assert "metrics.json cannot be made (it is a file)" in message("--output_dir", tmp_path / "metrics.json")
     assert "at least 1" in message("--image_guidance_scale", 0.5, status=2)
