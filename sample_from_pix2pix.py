@@ -24,7 +24,7 @@ from data.sthv2_dataset_hf import (
     find_frame_pairs,
     verify_frames,
 )
-from pecn.sampling_options import add_sampling_options, number_of_samples, parse_with_sampling_options, sampling_options
+from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="weights variant of the model files, such as fp16")
-    return parse_with_sampling_options(parser, arguments)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

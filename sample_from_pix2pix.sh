@@ -18,9 +18,8 @@ IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1.5}
 GUIDANCE_SCALE=${GUIDANCE_SCALE:-1}                   # of the text; 1 is none
 SCHEDULER=${SCHEDULER:-euler_ancestral}               # or euler, ddim, dpmsolver++
 STRENGTH=${STRENGTH:-1}                               # below 1: start from the noised input frame
-NUM_PREDICTIONS=${NUM_PREDICTIONS:-4}                 # the result is their mean
-RESIDUAL=${RESIDUAL:-True}                            # False: decode the whole picture instead of the change alone
-WIENER_GAIN=${WIENER_GAIN:-auto}                      # change less where predictions disagree; auto: if it can be
+NUM_PREDICTIONS=${NUM_PREDICTIONS:-1}                 # above 1 their mean, the expected frame, is shown too
+RESIDUAL=${RESIDUAL:-True}                            # keep the input frame where the model changes nothing
 BATCH_SIZE=${BATCH_SIZE:-8}
 
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
@@ -41,5 +40,4 @@ exec python sample_from_pix2pix.py \
   --strength "$STRENGTH" \
   --num_predictions "$NUM_PREDICTIONS" \
   --residual "$RESIDUAL" \
-  --wiener_gain "$WIENER_GAIN" \
   --batch_size "$BATCH_SIZE"

@@ -28,7 +28,7 @@ from data.sthv2_dataset_hf import (
     load_frame_pairs,
     verify_frames,
 )
-from pecn.sampling_options import add_sampling_options, parse_with_sampling_options, sampling_command
+from pecn.sampling_options import add_sampling_options, sampling_command
 
 PROJECT_NAME = "instruct_pix2pix"
 NOT_UPLOADED = ("checkpoint-*/**", "encoded_cache/**", "train.log", ".*")
@@ -114,7 +114,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--hub_token", help="token for the upload (what `hf auth login` stored); never logged")
     add_sampling_options(parser)
 
-    args = parse_with_sampling_options(parser, arguments)
+    args = parser.parse_args(arguments)
     for package, is_needed in (("bitsandbytes", args.use_8bit_adam), ("wandb", args.report_to == "wandb")):
         if is_needed and not find_spec(package):
             parser.error(f"the package {package} is missing: pip install {package}, or leave its option out")

@@ -52,8 +52,7 @@ arguments=(
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
 # How validation predicts: the variables of sample_from_pix2pix.sh, where they are set.
-for name in NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH NUM_PREDICTIONS RESIDUAL \
-  WIENER_GAIN; do
+for name in NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH NUM_PREDICTIONS RESIDUAL; do
   if [[ -n ${!name:-} ]]; then arguments+=("--${name,,}" "${!name}"); fi
 done
 

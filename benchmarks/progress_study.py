@@ -42,7 +42,7 @@ from data.layout import (
     write_file,
 )
 from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, choose_pairs, describe_left_out, load_frame_pairs
-from pecn.sampling_options import add_sampling_options, number_of_samples, parse_with_sampling_options, sampling_options
+from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
 
 PROJECT = Path(__file__).parents[1]
 TRAIN, SAMPLE = PROJECT / "train_instruct_pix2pix.py", PROJECT / "sample_from_pix2pix.py"
@@ -56,7 +56,6 @@ DEMO_OPTIONS = {
     " --timestep_bias_multiplier 40",
     "num_inference_steps": 1,
     "image_guidance_scale": 1.0,
-    "wiener_gain": False,
 }
 QUICK = {
     "work_dir": Path("outputs/progress_study_quick"),
@@ -106,7 +105,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**QUICK)
     if Path(given.pretrained_model_name_or_path) == DEMO_MODEL:
         parser.set_defaults(**DEMO_OPTIONS)
-    args = parse_with_sampling_options(parser, arguments)
+    args = parser.parse_args(arguments)
     args.seeds = list(dict.fromkeys(args.seeds))
     args.target_frame_idx = list(dict.fromkeys(args.target_frame_idx))
     return args

@@ -115,7 +115,6 @@ def predict_in_batches(
         scheduler="euler_ancestral",
         num_predictions=1,
         residual=False,
-        wiener_gain=False,
     )
     pictures = []
     for start in range(0, len(frames), batch_size):

@@ -24,7 +24,6 @@ from pecn.sampling_options import (
     SCHEDULERS,
     SamplingOptions,
     add_sampling_options,
-    parse_with_sampling_options,
     sampling_options,
 )
 
@@ -36,7 +35,6 @@ PAPER = SamplingOptions(
     strength=1.0,
     num_predictions=1,
     residual=False,
-    wiener_gain=False,
 )
 BASE_ROW = "as the flags say, or the defaults"  # the sixth; the rows below it start from it
 DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
@@ -54,7 +52,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, help="JSON file for all scores of all pairs")
     add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 6 of the rows")
     add_sampling_options(parser)
-    args = parse_with_sampling_options(parser, arguments)
+    args = parser.parse_args(arguments)
     if args.quick:
         args.num_samples = QUICK_SAMPLES
     if args.output and not args.output.parent.is_dir():

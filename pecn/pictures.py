@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.layout import UserError, make_folder, parts_replaced_together
 from pecn.sampling import Prediction
-from pecn.scores import psnr_gain, score_prediction, summarize
+from pecn.scores import SHARP_ENOUGH, TOO_SHARP, psnr_gain, score_prediction, summarize
 
 PANEL_SIDE = 256  # pixels; smaller frames are enlarged by a whole factor until they reach it
 GAP = 8
@@ -37,10 +37,11 @@ HIGHEST_SHOWN = 60.0  # dB in the plot; the 100 of identical pictures would sque
 
 
 def comparison_picture(prediction: Prediction, scores: dict[str, Any], note: str) -> np.ndarray:
-    """input | prediction | target | difference to the target | uncertainty, uint8 RGB, with the words below.
+    """input | sample | expected | target | difference to the target | uncertainty, uint8 RGB, with the words below.
 
-    `scores` is what `score_prediction` returns for it. Panels are left out where there is no target or no uncertainty;
-    they are enlarged by a whole factor to at least PANEL_SIDE pixels.
+    `scores` is what `score_prediction` returns for it. Panels are left out where there is no target, and expected
+    frame and uncertainty where only one prediction was made; they are enlarged by a whole factor to at least PANEL_SIDE
+    pixels.
     """
     panels = _panels(prediction)
     height, width = prediction.input.shape[:2]
@@ -65,11 +66,13 @@ def comparison_picture(prediction: Prediction, scores: dict[str, Any], note: str
 def _panels(prediction: Prediction) -> list[tuple[str, np.ndarray, Image.Resampling]]:
     """(title, uint8 RGB picture, how it is enlarged) of each panel; a map's title says what its colors stand for."""
     smooth, exact = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
-    panels = [("input", prediction.input, smooth), ("prediction", prediction.prediction, smooth)]
+    panels = [("input", prediction.input, smooth), ("sample", prediction.sample, smooth)]
+    if prediction.expected is not None:
+        panels.append(("expected", prediction.expected, smooth))
     if prediction.target is not None:
-        error = np.abs(prediction.prediction.astype(np.float32) - prediction.target).mean(axis=2)
+        error = np.abs(prediction.sample.astype(np.float32) - prediction.target).mean(axis=2)
         panels.append(("target", prediction.target, smooth))
-        title = f"|prediction - target|, 0 to {DIFFERENCE_SCALE}+"
+        title = f"|sample - target|, 0 to {DIFFERENCE_SCALE}+"
         panels.append((title, color_map(error, "inferno", DIFFERENCE_SCALE), exact))
     if prediction.uncertainty is not None:
         title = f"standard deviation, 0 to {UNCERTAINTY_SCALE}+"
@@ -83,23 +86,23 @@ def color_map(values: np.ndarray, colors: str, highest: float) -> np.ndarray:
 
 
 def describe_scores(scores: dict[str, Any]) -> list[str]:
-    """One pair's scores, as `score_prediction` returns them, in a line for the picture and one for what moves."""
+    """One pair's scores, as `score_prediction` returns them: a line for each prediction, and one for the others."""
     if scores["psnr"] is None:
         return ["no target frame, not scored"]
-    ssim = scores["ssim"]
-    lines = [
-        f"Whole picture: {_describe_psnr(scores['psnr'])}.   SSIM {ssim['prediction']:.3f}"
-        f" (copying {ssim['copy']:.3f}, VAE ceiling {ssim['vae_ceiling']:.3f})."
-    ]
-    moving = scores["moving"]
+    whole, moving = scores["psnr"], scores["moving"]
     if moving is None:
-        return [*lines, "Nothing moves."]
-    return [*lines, f"Where something moves ({moving['share']:.0%} of the picture): {_describe_psnr(moving['psnr'])}."]
+        return [f"Nothing moves. PSNR of the whole picture {whole['sample']:.1f} dB (copy {whole['copy']:.1f})."]
+    lines = [f"Where something moves ({moving['share']:.0%} of the picture):"]
+    for way in (way for way in ("sample", "expected") if way in whole):
+        name = "a frame" if moving["is_frame"][way] else "no frame"
+        gain = describe_gain(moving["psnr"][way] - moving["psnr"]["copy"])
+        lines.append(f"{way}: {name}, sharpness {moving['sharpness'][way]:.2f}, {_describe(way, moving)}, {gain}.")
+    lines.append(f"copy: {_describe('copy', moving)}; VAE ceiling: {_describe('vae_ceiling', moving)}.")
+    return lines
 
 
-def _describe_psnr(psnr: dict[str, float]) -> str:
-    gain = describe_gain(psnr["prediction"] - psnr["copy"])
-    return f"PSNR {psnr['prediction']:.1f} dB, {gain} ({psnr['copy']:.1f}); VAE ceiling {psnr['vae_ceiling']:.1f}"
+def _describe(way: str, moving: dict[str, Any]) -> str:
+    return f"SSIM {moving['ssim'][way]:.3f}, PSNR {moving['psnr'][way]:.1f} dB"
 
 
 def describe_gain(gain: float) -> str:
@@ -139,32 +142,51 @@ def titled(picture: np.ndarray, title: str) -> np.ndarray:
 
 
 def save_scores_plot(path: Path, scores: Sequence[dict[str, Any]], note: str) -> None:
-    """Plots each pair's prediction against copying, in PSNR, over the whole picture and where something moves.
+    """Plots each pair: PSNR gained over copying against sharpness, and the sample's PSNR against copying's.
 
-    `scores` holds what `score_prediction` returned for each pair, and its `task`. Dots above the diagonal are
-    predictions better than copying.
+    `scores` holds what `score_prediction` returned for each pair, and its `task`.
     """
-    tasks = sorted({row["task"] for row in scores})
-    moving = [row["moving"] | {"task": row["task"]} for row in scores if row["moving"] is not None]
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for axes, title, rows in zip(figure.subplots(1, 2), ("Whole picture", "Where something moves"), (scores, moving)):
-        _plot_against_copy(axes, title, [row for row in rows if row["psnr"] is not None], tasks)
+    scored = [row for row in scores if row["psnr"] is not None]
+    moving = [row["moving"] | {"task": row["task"]} for row in scored if row["moving"] is not None]
+    figure = Figure(figsize=(18, 6), layout="constrained")
+    plane, in_region, whole = figure.subplots(1, 3)
+    _plot_gain_against_sharpness(plane, moving)
+    _plot_against_copy(in_region, "Where something moves", moving)
+    _plot_against_copy(whole, "Whole picture", scored)
     figure.suptitle(note, parse_math=False)
     figure.savefig(path)
 
 
-def _plot_against_copy(axes: Axes, title: str, rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> None:
-    num_better = sum(row["psnr"]["prediction"] > row["psnr"]["copy"] for row in rows)
-    axes.set_title(f"{title}: better than copying\non {num_better} of {len(rows)} pairs")
+def _plot_gain_against_sharpness(axes: Axes, moving: Sequence[dict[str, Any]]) -> None:
+    """One dot a pair for the sample and one for the expected frame; the best place is to the right, at 1."""
+    for way in ("expected", "sample"):
+        points = [
+            (row["psnr"][way] - row["psnr"]["copy"], row["sharpness"][way]) for row in moving if way in row["psnr"]
+        ]
+        if points:
+            axes.scatter(*np.transpose(points), alpha=0.7, label=way)
+    axes.plot(0, 1, "k*", markersize=14, label="copy")
+    axes.axhspan(SHARP_ENOUGH, TOO_SHARP, color="0.92", zorder=0, label="as sharp as a frame")
+    share = np.mean([row["is_frame"]["sample"] for row in moving]) if moving else 0
+    axes.set_title(f"Where something moves: {share:.0%} of the samples\ndeserve the name of a frame")
+    axes.set_xlabel("PSNR gained over copying (dB)")
+    axes.set_ylabel("sharpness (gradients over the target's)")
+    axes.legend()
+
+
+def _plot_against_copy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The sample's PSNR against copying's; dots above the diagonal are better than copying."""
+    num_better = sum(row["psnr"]["sample"] > row["psnr"]["copy"] for row in rows)
+    axes.set_title(f"{title}: the sample is better than copying\non {num_better} of {len(rows)} pairs")
     axes.set_xlabel(f"PSNR of copying the input (dB, at most {HIGHEST_SHOWN:.0f})")
-    axes.set_ylabel(f"PSNR of the prediction (dB, at most {HIGHEST_SHOWN:.0f})")
+    axes.set_ylabel(f"PSNR of the sample (dB, at most {HIGHEST_SHOWN:.0f})")
     axes.set_aspect("equal", adjustable="datalim")
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     if not rows:
         return
-    points = np.minimum([(row["psnr"]["copy"], row["psnr"]["prediction"]) for row in rows], HIGHEST_SHOWN)
-    for task in tasks:
+    points = np.minimum([(row["psnr"]["copy"], row["psnr"]["sample"]) for row in rows], HIGHEST_SHOWN)
+    for task in sorted({row["task"] for row in rows}):
         of_task = points[[row["task"] == task for row in rows]]
         axes.scatter(*of_task.T, alpha=0.8, label=task)
     ends = (points.min(), points.max())
@@ -178,9 +200,10 @@ def _plot_against_copy(axes: Axes, title: str, rows: Sequence[dict[str, Any]], t
 def save_results(predictions: Iterable[Prediction], output_dir: Path, note: str) -> dict[str, Any]:
     """Writes samples/<video id>/*.png, overview.png, scores.png and metrics.json; returns metrics.json's summary.
 
-    The predictions may be a generator: only their scores are kept. A sample's folder holds comparison.png and the
-    frames input.png, prediction.png, target.png as they are, and uncertainty.png with 16 bits: 256 times the standard
-    deviation. A run that is interrupted, or that the disk stops (UserError), leaves former results whole.
+    The predictions may be a generator: only their scores are kept. A sample's folder holds comparison.png, the frames
+    input.png, prediction.png (the sample), expected.png and target.png as they are, and uncertainty.png with 16 bits:
+    256 times the standard deviation. A run that is interrupted, or that the disk stops (UserError), leaves former
+    results whole.
     """
     records = []
     try:
@@ -218,8 +241,9 @@ def check_output_dir(output_dir: Path) -> None:
 def _save_sample(folder: Path, prediction: Prediction, comparison: np.ndarray) -> None:
     folder.mkdir(parents=True)
     save_picture(folder / "comparison.png", comparison)
-    for name in ("input", "prediction", "target"):
-        if (picture := getattr(prediction, name)) is not None:
+    names = {"input": "input", "sample": "prediction", "expected": "expected", "target": "target"}
+    for field, name in names.items():
+        if (picture := getattr(prediction, field)) is not None:
             save_picture(folder / f"{name}.png", picture)
     if prediction.uncertainty is not None:
         levels = np.clip(prediction.uncertainty * 256.0, 0, 65535)

@@ -26,11 +26,11 @@ SMALLEST_CHANGE = 6.5
 
 @dataclass(frozen=True)
 class PredictedFrame:
-    """`frame`: uint8 RGB (H, W, 3). `uncertainty`: float32 (H, W), the predictions' standard deviation at each pixel
-    in levels of 0..255, averaged over the colors; None where only one was made."""
+    """What is predicted from one input frame. `sample`, `expected`: uint8 RGB (H, W, 3)."""
 
-    frame: np.ndarray
-    uncertainty: np.ndarray | None
+    sample: np.ndarray  # one prediction: a frame. Of several the most central one, nearest to their mean
+    expected: np.ndarray | None  # the mean of several; None where only one was made
+    uncertainty: np.ndarray | None  # float32 (H, W): their standard deviation at each pixel, averaged over the colors
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Prediction:
     task: str
     edit_prompt: str
     input: np.ndarray
-    prediction: np.ndarray
-    uncertainty: np.ndarray | None  # as PredictedFrame has it
+    sample: np.ndarray  # these three as PredictedFrame has them
+    expected: np.ndarray | None
+    uncertainty: np.ndarray | None
     target: np.ndarray | None  # None where the video lacks the frame
     vae_ceiling: np.ndarray | None  # the target after one trip through the VAE: as good as decoding alone can be
 
@@ -116,20 +117,6 @@ def denoise(
     return latents / factor
 
 
-def wiener_gain_map(changes: np.ndarray) -> np.ndarray:
-    """Wiener's gain for the mean of K changes in levels of 0..255: float32 (K, H, W, 3) in, (H, W, 1) in [0, 1] out.
-
-    Signal / (signal + noise), where the mean change squared stands for signal + noise, and for the noise the variance
-    of a mean of K, but never less than SMALLEST_CHANGE squared. Both are summed over the colors and averaged over a
-    neighborhood of a 16th of the side.
-    """
-    power = np.square(changes.mean(axis=0)).sum(axis=-1)
-    noise = changes.var(axis=0, ddof=1).sum(axis=-1) / len(changes)
-    power, noise = (cv2.GaussianBlur(image, (0, 0), changes.shape[2] / 16) for image in (power, noise))
-    noise = np.maximum(noise, 3 * SMALLEST_CHANGE**2)
-    return (np.maximum(power - noise, 0) / (power + 1e-6))[..., None]
-
-
 def predict_frames(
     pipeline: StableDiffusionInstructPix2PixPipeline,
     images: Sequence[np.ndarray],
@@ -139,8 +126,7 @@ def predict_frames(
 ) -> list[PredictedFrame]:
     """Predicts one batch from uint8 RGB frames (H, W, 3).
 
-    Each sample has its own noise seed, so its picture does not depend on its neighbors in the batch. Of several
-    predictions the first is the one that would be made alone.
+    Each prediction has its own noise seed, so its picture does not depend on its neighbors in the batch.
     """
     count = options.num_predictions
     with torch.no_grad():
@@ -151,36 +137,42 @@ def predict_frames(
         repeated = (image_latents.repeat_interleave(count, dim=0), prompt_embeds.repeat_interleave(count, dim=0))
         decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options))
         decoded = decoded.reshape(len(images), count, *decoded.shape[1:])
-        if not options.residual:
-            decoded = decoded.clip(0, 255)
-            return [PredictedFrame(to_picture(pictures.mean(axis=0)), spread(pictures)) for pictures in decoded]
         reconstructed = decode_latents(pipeline, image_latents)
     return [
-        combine_residual(pictures, same, image.astype(np.float32), options.wiener_gain)
-        for pictures, same, image in zip(decoded, reconstructed, images)
+        combine(pictures, same, image.astype(np.float32), options.residual)
+        for pictures, same, image in zip(decoded.clip(0, 255), reconstructed, images)
     ]
 
 
-def combine_residual(
-    pictures: np.ndarray, reconstruction: np.ndarray, image: np.ndarray, wiener_gain: bool
-) -> PredictedFrame:
-    """The input frame plus the mean change that K predictions make to it; all arguments are in levels of 0..255.
+def combine(pictures: np.ndarray, reconstruction: np.ndarray, image: np.ndarray, residual: bool) -> PredictedFrame:
+    """What K decoded predictions `pictures` (K, H, W, 3) of one frame make; all arguments are in levels of 0..255.
 
-    `pictures` (K, H, W, 3) are the decoded predictions, `image` (H, W, 3) is the input frame and `reconstruction` the
-    same after one trip through the VAE. With `wiener_gain` each pixel lies between `image` (gain 0, where nothing
-    moves: it keeps the detail that the VAE loses) and the mean of `pictures` (gain 1, where something else has come).
+    With `residual` the input frame `image` (H, W, 3) stays where they do not change it: they are compared with
+    `reconstruction`, the same after one trip through the VAE.
     """
-    mean = pictures.mean(axis=0)
-    if wiener_gain:
-        result = image + wiener_gain_map(pictures - reconstruction) * (mean - image)
-    else:
-        result = image + mean - reconstruction
-    return PredictedFrame(to_picture(result), spread(pictures))
+    mean, count = pictures.mean(axis=0), len(pictures)
+    sample = pictures[np.square(pictures - mean).sum(axis=(1, 2, 3)).argmin()]
+    variance = pictures.var(axis=0, ddof=1) if count > 1 else np.zeros_like(mean)
+    if residual:
+        sample = image + wiener_gain(sample - reconstruction, 0 * variance) * (sample - image)
+        mean = image + wiener_gain(mean - reconstruction, variance / count) * (mean - image)
+    if count == 1:
+        return PredictedFrame(to_picture(sample), expected=None, uncertainty=None)
+    return PredictedFrame(to_picture(sample), to_picture(mean), np.sqrt(variance).mean(axis=-1))
 
 
-def spread(pictures: np.ndarray) -> np.ndarray | None:
-    """The standard deviation of K pictures (K, H, W, 3), averaged over the colors: (H, W); None for K = 1."""
-    return None if len(pictures) == 1 else pictures.std(axis=0, ddof=1).mean(axis=-1)
+def wiener_gain(change: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Wiener's gain for a predicted change with a known variance, both (H, W, 3): (H, W, 1) in 0..1.
+
+    Signal / (signal + noise): the change squared stands for signal + noise, and for the noise its variance, but never
+    less than SMALLEST_CHANGE squared. Both are summed over the colors and averaged over a neighborhood of a 16th of
+    the side. The gain is 0 where nothing moves, which keeps the detail that the VAE loses, and 1 where something else
+    has come.
+    """
+    power, noise = np.square(change).sum(axis=-1), variance.sum(axis=-1)
+    power, noise = (cv2.GaussianBlur(image, (0, 0), change.shape[1] / 16) for image in (power, noise))
+    noise = np.maximum(noise, 3 * SMALLEST_CHANGE**2)
+    return (np.maximum(power - noise, 0) / (power + 1e-6))[..., None]
 
 
 def reconstruct_frame(pipeline: StableDiffusionInstructPix2PixPipeline, image: np.ndarray) -> np.ndarray:
@@ -211,7 +203,8 @@ def predict_pairs(
                     task=batch["task"][index],
                     edit_prompt=batch["edit_prompt"][index],
                     input=inputs[index],
-                    prediction=predicted[index].frame,
+                    sample=predicted[index].sample,
+                    expected=predicted[index].expected,
                     uncertainty=predicted[index].uncertainty,
                     target=target,
                     vae_ceiling=None if target is None else reconstruct_frame(pipeline, target),

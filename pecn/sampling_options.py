@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from data.layout import SWITCH, CommandParser, UserError, boolean, filtered_annotations_path, frames_dir, number
+from data.layout import SWITCH, filtered_annotations_path, frames_dir, number
 
 SCHEDULERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
@@ -33,16 +32,8 @@ class SamplingOptions:
     image_guidance_scale: float = 1.5  # of the input frame; 1 is none
     scheduler: str = "euler_ancestral"  # one of SCHEDULERS
     strength: float = 1.0  # share of the steps that are made; anything below 1 starts from the noised input frame
-    num_predictions: int = 4  # pictures whose mean is the prediction
-    residual: bool = True  # change the input frame by what the model changes, instead of decoding it anew
-    wiener_gain: bool | None = None  # make small or uncertain changes smaller; None: wherever that is possible
-
-    def __post_init__(self) -> None:
-        possible = self.residual and self.num_predictions > 1
-        if self.wiener_gain and not possible:
-            raise UserError("--wiener_gain needs --residual and --num_predictions of 2 or more")
-        if self.wiener_gain is None:
-            object.__setattr__(self, "wiener_gain", possible)
+    num_predictions: int = 1  # of each frame; of several one is shown, and their mean and spread beside it
+    residual: bool = True  # keep the input frame where the model changes nothing, instead of decoding it anew
 
 
 DEFAULT_OPTIONS = SamplingOptions()
@@ -58,35 +49,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", choices=list(SCHEDULERS), help="(%(default)s)")
     strength_help = "share of the steps to make, from the noised input frame; 1 starts from noise alone (%(default)s)"
     add("--strength", type=share, help=strength_help)
-    add("--num_predictions", type=count, help="the result is their mean (%(default)s)")
-    residual_help = "add the predicted change to the input frame, instead of decoding the whole picture (%(default)s)"
-    add("--residual", **SWITCH, help=residual_help)
-    add(
-        "--wiener_gain",
-        **SWITCH | {"type": boolean_or_auto, "metavar": "True|False|auto"},
-        help="change less where several predictions disagree or hardly change anything; auto: with --residual and"
-        " --num_predictions of 2 or more (auto)",
-    )
+    add("--num_predictions", type=count, help="of each frame; their mean and spread are shown too (%(default)s)")
+    add("--residual", **SWITCH, help="keep the input frame where the model changes nothing (%(default)s)")
     parser.set_defaults(**{field.name: field.default for field in fields(SamplingOptions)})
 
 
-def boolean_or_auto(text: str) -> bool | None:
-    return None if text == "auto" else boolean(text)
-
-
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
-    """How the command line wants frames to be predicted. Raises UserError where options do not go together."""
+    """How the command line wants frames to be predicted."""
     return SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
-
-
-def parse_with_sampling_options(parser: CommandParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """`parser.parse_args`, which also refuses sampling options that do not go together."""
-    args = parser.parse_args(arguments)
-    try:
-        sampling_options(args)
-    except UserError as error:
-        parser.error(str(error))
-    return args
 
 
 def number_of_samples(text: str) -> int | None:

@@ -1,8 +1,10 @@
 """Scores of predicted frames, and how far they can be trusted.
 
-A prediction is judged beside two others: `copy` hands back the input frame, the simplest prediction there is,
-and `vae_ceiling` is the target after one trip through the VAE, which a plainly decoded prediction hardly beats.
-Because most of a picture does not move, and copying is right there, the same is scored inside the moving region.
+Two predictions are judged, a single `sample` and the `expected` frame (the mean of several), beside two others:
+`copy` hands back the input frame, the simplest prediction there is, and `vae_ceiling` is the target after one trip
+through the VAE. Because most of a picture does not move, and copying is right there, what counts is the moving region.
+In it three figures are read together: a copy is a real frame in the wrong place, a blur is near the truth but no
+frame, colored noise is neither.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from skimage.color import rgb2gray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.morphology import dilation, disk
 
 from pecn.sampling import Prediction
 
 HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
-SCORED = ("prediction", "copy", "vae_ceiling")
-METRICS = ("psnr", "ssim")
+WAYS = ("sample", "expected", "copy", "vae_ceiling")  # `expected` only where several predictions were made
+METRICS, MOVING_METRICS = ("psnr", "ssim"), ("psnr", "ssim", "sharpness")
 
 # A pixel moves where any color channel of input and target differs by more than this many levels of 0..255.
 # Where nothing moves, sensor noise and VP9 at 96 and 128 pixels made 99.99% of pixels differ by at most 10 levels
@@ -27,6 +30,7 @@ METRICS = ("psnr", "ssim")
 MOVING_THRESHOLD = 20
 # Dilation takes in the soft rim of what moves: 2 pixels at a side of 96, 3 at 128.
 DILATION_RADIUS = 1 / 48  # of the picture's longer side
+SHARP_ENOUGH, TOO_SHARP = 0.8, 1.25  # a frame's sharpness lies between; a blur has 0.4, the copy about 1
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
@@ -41,9 +45,9 @@ def psnr(values: np.ndarray, target: np.ndarray) -> float:
         return min(float(peak_signal_noise_ratio(target, values, data_range=255)), HIGHEST_PSNR)
 
 
-def ssim(frame: np.ndarray, target: np.ndarray) -> float:
-    """SSIM of a uint8 RGB picture (H, W, 3) against its target."""
-    return float(structural_similarity(target, frame, channel_axis=2, data_range=255))
+def ssim_map(frame: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
+    """SSIM of a uint8 RGB picture (H, W, 3) against its target, and the map (H, W, 3) that it is the mean of."""
+    return structural_similarity(target, frame, channel_axis=2, data_range=255, full=True)
 
 
 def moving_region(input_frame: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -55,32 +59,57 @@ def moving_region(input_frame: np.ndarray, target: np.ndarray) -> np.ndarray:
     return dilation(difference > MOVING_THRESHOLD, disk(round(DILATION_RADIUS * max(target.shape[:2]))))
 
 
-def score_prediction(prediction: Prediction) -> dict[str, Any]:
-    """Scores one pair against its target.
+def gradient_energy(frame: np.ndarray, region: np.ndarray) -> float:
+    """Mean length of the gradient of the gray picture over the region: of uint8 RGB (H, W, 3), levels in 0..1."""
+    return float(np.hypot(*np.gradient(rgb2gray(frame)))[region].mean())
 
-    Returns {"psnr": {"prediction": dB, "copy": dB, "vae_ceiling": dB}, "ssim": {the same keys},
-    "moving": {"psnr": {the same keys}, "share": the region's part of the picture, 0..1}}. `moving` is None where
-    nothing moves, all three are None without a target.
+
+def score_prediction(prediction: Prediction) -> dict[str, Any]:
+    """Scores one pair against its target, for each of WAYS that there is.
+
+    Returns {"psnr": {way: dB}, "ssim": {way: -1..1}, "moving": {"psnr": {way: dB}, "ssim": {way: -1..1}, "sharpness":
+    {way: gradient energy over the target's}, "is_frame": {way: bool}, "share": the region's part of the picture,
+    0..1}}. A way deserves the name of a frame where it is as sharp as one and has a higher SSIM than the copy.
+    `moving` is None where nothing moves, all three are None without a target.
     """
     target = prediction.target
     if target is None:
         return {"psnr": None, "ssim": None, "moving": None}
-    frames = dict(zip(SCORED, (prediction.prediction, prediction.input, prediction.vae_ceiling)))
-    region = moving_region(prediction.input, target)
-    moving = None
-    if region.any():
-        in_region = {name: psnr(frame[region], target[region]) for name, frame in frames.items()}
-        moving = {"psnr": in_region, "share": float(region.mean())}
+    frames = dict(zip(WAYS, (prediction.sample, prediction.expected, prediction.input, prediction.vae_ceiling)))
+    frames = {way: frame for way, frame in frames.items() if frame is not None}
+    ssims = {way: ssim_map(frame, target) for way, frame in frames.items()}
     return {
-        "psnr": {name: psnr(frame, target) for name, frame in frames.items()},
-        "ssim": {name: ssim(frame, target) for name, frame in frames.items()},
-        "moving": moving,
+        "psnr": {way: psnr(frame, target) for way, frame in frames.items()},
+        "ssim": {way: float(mean) for way, (mean, _) in ssims.items()},
+        "moving": _score_region(frames, target, {way: full for way, (_, full) in ssims.items()}),
+    }
+
+
+def _score_region(
+    frames: dict[str, np.ndarray], target: np.ndarray, ssim_maps: dict[str, np.ndarray]
+) -> dict[str, Any] | None:
+    region = moving_region(frames["copy"], target)
+    if not region.any():
+        return None
+    of_target = gradient_energy(target, region)
+    ssim = {way: float(full[region].mean()) for way, full in ssim_maps.items()}
+    # A target without any gradient (a plain surface) has no sharpness to compare with.
+    sharpness = {way: gradient_energy(frame, region) / max(of_target, 1e-6) for way, frame in frames.items()}
+    return {
+        "psnr": {way: psnr(frame[region], target[region]) for way, frame in frames.items()},
+        "ssim": ssim,
+        "sharpness": sharpness,
+        "is_frame": {way: SHARP_ENOUGH <= sharpness[way] <= TOO_SHARP and ssim[way] > ssim["copy"] for way in frames},
+        "share": float(region.mean()),
     }
 
 
 def psnr_gain(scores: dict[str, Any]) -> float | None:
-    """How many dB the prediction is above copying over the whole picture; None without a target."""
-    return None if scores["psnr"] is None else scores["psnr"]["prediction"] - scores["psnr"]["copy"]
+    """How many dB the sample is above copying, where something moves if anything does; None without a target."""
+    if scores["psnr"] is None:
+        return None
+    of_pair = (scores["moving"] or scores)["psnr"]
+    return of_pair["sample"] - of_pair["copy"]
 
 
 # Statistics.
@@ -122,11 +151,10 @@ def share_interval(num_successes: int, num_trials: int) -> tuple[float, float] |
 
 
 def summarize(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of metrics.json: means with intervals, the comparison with copying, all that for each task too.
+    """The summary of metrics.json: every way compared with copying, for all pairs and for each task.
 
-    `scores` holds one dictionary a pair: what `score_prediction` returned, and `task`. The summary, its `moving` (PSNR
-    alone, and the mean `share` of the picture) and each task's entry in `per_task` are what `compare` returns. The
-    whole summary also has `num_without_target`.
+    `scores` holds one dictionary a pair: what `score_prediction` returned, and `task`. The summary and each task's
+    entry in `per_task` are what `summarize_group` returns; the whole summary also has `num_without_target`.
     """
     summary = summarize_group(scores)
     summary["num_without_target"] = len(scores) - summary["num_samples"]
@@ -136,31 +164,53 @@ def summarize(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarize_group(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`compare` of the pairs that have a target, with that of their moving regions as `moving`."""
-    moving = [row["moving"] for row in scores if row["moving"] is not None]
-    summary = compare([row for row in scores if row["psnr"] is not None], METRICS)
-    summary["moving"] = compare(moving, ("psnr",)) | {"share": mean([row["share"] for row in moving])}
-    return summary
+    """`num_samples` and each metric's `compare` of the pairs that have a target, and the same where something moves.
 
-
-def compare(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
-    """Means of the pairs' scores, and how the prediction compares with copying. What cannot be computed is None.
-
-    Returns `num_samples`; for each metric its means by SCORED and, as `<metric>_interval`, their 95% bootstrap
-    intervals [low, high]; `difference` (mean of prediction - copy over pairs) and `share_better` (part of the pairs,
-    0..1, where the prediction scores higher than copying), each by metric and with its interval.
+    `moving` also has the mean `share` of the picture, and `frames`: for each way the part of the pairs (0..1) that
+    deserve the name of a frame, with its interval.
     """
-    summary: dict[str, Any] = {"num_samples": len(rows), "difference": {}, "share_better": {}}
-    for metric in metrics:
-        table = np.array([[row[metric][name] for name in SCORED] for row in rows]).reshape(len(rows), len(SCORED))
-        gain = table[:, 0] - table[:, 1]
-        *of_means, of_gain = bootstrap_intervals(np.column_stack([table, gain]))
-        of_share = share_interval(int(np.count_nonzero(gain > 0)), len(rows))
-        summary[metric] = dict(zip(SCORED, map(mean, table.T)))
-        summary[f"{metric}_interval"] = dict(zip(SCORED, of_means))
-        summary["difference"] |= {metric: mean(gain), f"{metric}_interval": of_gain}
-        summary["share_better"] |= {metric: mean(gain > 0), f"{metric}_interval": of_share}
-    return summary
+    scored = [row for row in scores if row["psnr"] is not None]
+    moving = [row["moving"] for row in scored if row["moving"] is not None]
+    of_region = {metric: compare([row[metric] for row in moving]) for metric in MOVING_METRICS}
+    frames = {way: share([row["is_frame"][way] for row in moving]) for way in ways_of([r["psnr"] for r in moving])}
+    where = {"num_samples": len(moving), "share": mean([row["share"] for row in moving]), "frames": frames}
+    whole = {metric: compare([row[metric] for row in scored]) for metric in METRICS}
+    return {"num_samples": len(scored), **whole, "moving": where | of_region}
+
+
+def ways_of(rows: Sequence[dict[str, float]]) -> list[str]:
+    return [way for way in WAYS if rows and way in rows[0]]
+
+
+def compare(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """One metric's values {way: value} for each pair, summed up for each way.
+
+    Each has its `mean`, `median` and `interval` (95% bootstrap, [low, high]), its `gain` (mean difference to the copy,
+    pair by pair) with its `gain_interval`, and its `better` (part of the pairs, 0..1, that score higher than the copy)
+    with its `better_interval`. An interval is None for one pair.
+    """
+    ways = ways_of(rows)
+    if not ways:
+        return {}
+    table = np.array([[row[way] for way in ways] for row in rows])
+    gains = table - table[:, [ways.index("copy")]]
+    intervals = bootstrap_intervals(np.column_stack([table, gains]))
+    return {
+        way: {
+            "mean": mean(table[:, column]),
+            "median": float(np.median(table[:, column])),
+            "interval": intervals[column],
+            "gain": mean(gains[:, column]),
+            "gain_interval": intervals[len(ways) + column],
+            **{name.replace("share", "better"): value for name, value in share(gains[:, column] > 0).items()},
+        }
+        for column, way in enumerate(ways)
+    }
+
+
+def share(flags: Sequence[bool] | np.ndarray) -> dict[str, Any]:
+    """The part of the flags that are set, 0..1, and its interval."""
+    return {"share": mean(flags), "share_interval": share_interval(int(np.sum(flags)), len(flags))}
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float | None:
@@ -169,43 +219,65 @@ def mean(values: Sequence[float] | np.ndarray) -> float | None:
 
 # The table.
 
+WIDTHS = (18, 6, 10, 15, 14, 26, 14, 7)  # of the table's columns, in characters
+
 
 def format_table(summary: dict[str, Any]) -> str:
-    """`summarize`'s summary as text of at most 110 columns: for each score a row per task and one for all."""
-    rows = {**summary["per_task"], "all": summary}
-    moving = {task: row["moving"] for task, row in rows.items()}
-    share = summary["moving"]["share"]
-    where = "nothing moves" if share is None else f"on average {share:.0%} of the picture"
-    width = max(16, *(len(task) + 2 for task in rows))
-    ways = f"{'prediction':>16}{'copying':>16}{'VAE ceiling':>16}"
-    lines = [f"{'':{width}}{'pairs':>7}{ways}{'difference':>17}{'better on':>20}"]
-    for title, metric, digits, part in (
-        ("PSNR, dB", "psnr", 2, rows),
-        (f"PSNR where something moves, dB ({where})", "psnr", 2, moving),
-        ("SSIM", "ssim", 3, rows),
-    ):
-        lines += [title, *(f"{'  ' + task:{width}}{_cells(row, metric, digits)}" for task, row in part.items())]
+    """`summarize`'s summary as text of at most 110 columns: a block for each task and one for all."""
+    region = summary["moving"]["share"]
+    where = "nothing moves" if region is None else f"where something moves ({region:.0%} of the picture)"
+    titles = ("", "pairs", "sharpness", "SSIM", "PSNR, dB", "frames", "PSNR, dB", "SSIM")
+    lines = [f"{'':34}{where:<55}whole picture", _line(titles)]
+    for task, group in {**summary["per_task"], "all": summary}.items():
+        lines.append(_line((task, f"{group['num_samples']}")))
+        for way in group["psnr"]:
+            lines.append(_line((f"  {way.replace('_', ' ')}", "", *_means(way, group))))
+        for way in group["psnr"]:
+            if way in ("sample", "expected"):
+                lines.append(_line((f"  {way} - copy", "", "", *_gains(way, group))))
     lines += [
-        "difference: prediction - copying, pair by pair; ± the 95% interval's wider half; better on: pairs where",
-        "the prediction scores higher than copying, and its 95% interval. "
-        f"Identical pictures count as {HIGHEST_PSNR:.0f} dB.",
+        "sharpness: the gradients' over the target's, median; frames: pairs that deserve the name of a frame",
+        f"(sharpness {SHARP_ENOUGH} to {TOO_SHARP}, SSIM above the copy's); ±: the 95% interval's wider half;"
+        " better: pairs with a higher PSNR.",
     ]
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any], metric: str, digits: int) -> str:
-    number = f"{row['num_samples']:>7}"
-    if not row["num_samples"]:
-        return f"{number}{'-':>16}"
-    means = [_with_spread(row[metric][name], row[f"{metric}_interval"][name], f".{digits}f") for name in SCORED]
-    difference, better = row["difference"], row["share_better"]
-    gain = _with_spread(difference[metric], difference[f"{metric}_interval"], f"+.{digits}f")
-    low, high = better[f"{metric}_interval"]
-    share = f"{better[metric]:.0%} ({low:.0%} to {high:.0%})"
-    return "".join([number, *(f"{text:>16}" for text in means), f"{gain:>17}{share:>20}"])
+def _means(way: str, group: dict[str, Any]) -> list[str]:
+    moving, cells = group["moving"], ["-", "-", "-", "-"]
+    if moving["num_samples"]:
+        cells = [
+            f"{moving['sharpness'][way]['median']:.2f}",
+            _with_spread(moving["ssim"][way], "mean", "interval", ".3f"),
+            _with_spread(moving["psnr"][way], "mean", "interval", ".2f"),
+            _with_limits(moving["frames"][way], "share"),
+        ]
+    return [*cells, _with_spread(group["psnr"][way], "mean", "interval", ".2f"), f"{group['ssim'][way]['mean']:.3f}"]
 
 
-def _with_spread(mean: float, interval: tuple[float, float] | None, form: str) -> str:
+def _gains(way: str, group: dict[str, Any]) -> list[str]:
+    moving, cells = group["moving"], ["-", "-", "-"]
+    if moving["num_samples"]:
+        cells = [
+            _with_spread(moving["ssim"][way], "gain", "gain_interval", "+.3f"),
+            _with_spread(moving["psnr"][way], "gain", "gain_interval", "+.2f"),
+            "better " + _with_limits(moving["psnr"][way], "better"),
+        ]
+    whole = _with_spread(group["psnr"][way], "gain", "gain_interval", "+.2f")
+    return [*cells, whole, f"{group['ssim'][way]['gain']:+.3f}"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return cells[0].ljust(WIDTHS[0]) + "".join(cell.rjust(width) for cell, width in zip(cells[1:], WIDTHS[1:]))
+
+
+def _with_spread(figures: dict[str, Any], name: str, interval_name: str, form: str) -> str:
+    value, interval = figures[name], figures[interval_name]
     if interval is None:
-        return f"{mean:{form}}"
-    return f"{mean:{form}} ± {max(mean - interval[0], interval[1] - mean):{form.lstrip('+')}}"
+        return f"{value:{form}}"
+    return f"{value:{form}} ± {max(value - interval[0], interval[1] - value):{form.lstrip('+')}}"
+
+
+def _with_limits(figures: dict[str, Any], name: str) -> str:
+    low, high = figures[f"{name}_interval"]
+    return f"{figures[name]:.0%} ({low:.0%} to {high:.0%})"

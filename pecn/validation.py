@@ -12,7 +12,7 @@ from data.sthv2_dataset_hf import FramePair
 from pecn.pictures import comparison_picture, save_picture
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import sampling_options
-from pecn.scores import score_prediction, summarize
+from pecn.scores import MOVING_METRICS, score_prediction, summarize
 
 
 def validate(
@@ -42,15 +42,19 @@ def validate(
         picture = comparison_picture(prediction, its_scores, f"step {step}")
         save_picture(folder / f"step-{step:06}_{prediction.video_id}.png", picture)
         pictures[f"validation/{prediction.video_id}"] = picture[None]
-    means = summarize(scores)
-    # A dictionary becomes several lines in one chart, so that the prediction is seen to pass the copy.
-    charts = {"psnr": means["psnr"], "ssim": means["ssim"], "psnr_where_something_moves": means["moving"]["psnr"]}
-    accelerator.log({f"validation/{name}": lines for name, lines in charts.items() if None not in lines.values()}, step)
+    summary = summarize(scores)
+    moving = summary["moving"]
+    # A dictionary becomes several lines in one chart, so that the sample is seen to pass the copy.
+    charts = {"psnr": summary["psnr"], "ssim": summary["ssim"]}
+    charts |= {f"{metric}_where_something_moves": moving[metric] for metric in MOVING_METRICS}
+    for name, figures in charts.items():
+        accelerator.log({f"validation/{name}": {way: figures[way]["mean"] for way in figures}}, step)
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images(pictures, step=step, **layout)
-    psnr = means["psnr"]
-    accelerator.print(
-        f"step {step}: validation PSNR {psnr['prediction']:.2f} dB, copying the input {psnr['copy']:.2f} dB,"
-        f" pictures in {folder}"
-    )
+    if moving["num_samples"]:
+        gain, sharpness = moving["psnr"]["sample"]["gain"], moving["sharpness"]["sample"]["median"]
+        accelerator.print(
+            f"step {step}: where something moves the sample's PSNR is {gain:+.2f} dB above copying's, its sharpness"
+            f" {sharpness:.2f}; pictures in {folder}"
+        )
