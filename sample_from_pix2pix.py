@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data import layout
-from data.layout import UserError, number
+from data.layout import SWITCH, UserError, number
 from data.sthv2_dataset_hf import (
     DEFAULT_INPUT_FRAME_IDX,
     DEFAULT_TARGET_FRAME_IDX,
@@ -44,6 +44,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
     add_sampling_options(parser)
     add("--batch_size", type=number(at_least=1), default=8, help="pictures predicted at once (%(default)s)")
+    add("--lpips", **SWITCH, help="score LPIPS too; needs the package lpips (%(default)s)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="weights variant of the model files, such as fp16")
@@ -62,7 +63,7 @@ from PIL import Image
 from pecn.model import find_model, load_pipeline, read_training_config
 from pecn.pictures import check_output_dir, save_results
 from pecn.sampling import predict_pairs
-from pecn.scores import format_table
+from pecn.scores import format_table, load_lpips
 
 
 def main() -> None:
@@ -88,12 +89,13 @@ def main() -> None:
         )
     pairs = choose_pairs(pairs, args.num_samples, args.seed)
     check_frames(pairs, args, trained)
+    lpips_map = load_lpips() if args.lpips else None
     check_output_dir(args.output_dir)
     with layout.only_one(args.output_dir, "sampling"):
         pipeline = load_model(args, model)
         predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
         note = f"{args.model_dir}, frame {args.input_frame_idx} to {args.target_frame_idx}"
-        summary = save_results(predictions, args.output_dir, note)
+        summary = save_results(predictions, args.output_dir, note, lpips_map)
     print(format_table(summary))
     if summary["num_without_target"]:
         print(f"{summary['num_without_target']} samples have no frame {args.target_frame_idx}: predicted, not scored")

@@ -20,6 +20,7 @@ SCHEDULER=${SCHEDULER:-euler_ancestral}               # or euler, ddim, dpmsolve
 STRENGTH=${STRENGTH:-1}                               # below 1: start from the noised input frame
 NUM_PREDICTIONS=${NUM_PREDICTIONS:-1}                 # above 1 their mean, the expected frame, is shown too
 RESIDUAL=${RESIDUAL:-True}                            # keep the input frame where the model changes nothing
+LPIPS=${LPIPS:-False}                                 # score it too; needs the package lpips
 BATCH_SIZE=${BATCH_SIZE:-8}
 
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
@@ -40,4 +41,5 @@ exec python sample_from_pix2pix.py \
   --strength "$STRENGTH" \
   --num_predictions "$NUM_PREDICTIONS" \
   --residual "$RESIDUAL" \
+  --lpips "$LPIPS" \
   --batch_size "$BATCH_SIZE"

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.layout import UserError, make_folder, parts_replaced_together
 from pecn.sampling import Prediction
-from pecn.scores import SHARP_ENOUGH, TOO_SHARP, psnr_gain, score_prediction, summarize
+from pecn.scores import PREDICTED, SHARP_ENOUGH, TOO_SHARP, LpipsMap, psnr_gain, score_prediction, summarize
 
 PANEL_SIDE = 256  # pixels; smaller frames are enlarged by a whole factor until they reach it
 GAP = 8
@@ -91,10 +91,10 @@ def describe_scores(scores: dict[str, Any]) -> list[str]:
         return ["no target frame, not scored"]
     whole, moving = scores["psnr"], scores["moving"]
     if moving is None:
-        return [f"Nothing moves. PSNR of the whole picture {whole['sample']:.1f} dB (copy {whole['copy']:.1f})."]
+        return [f"Nothing moves. PSNR of the whole picture: sample {whole['sample']:.1f}, copy {whole['copy']:.1f} dB."]
     lines = [f"Where something moves ({moving['share']:.0%} of the picture):"]
-    for way in (way for way in ("sample", "expected") if way in whole):
-        name = "a frame" if moving["is_frame"][way] else "no frame"
+    for way in (way for way in PREDICTED if way in whole):
+        name = "a frame" if moving["is_frame"][way] else "not a frame"
         gain = describe_gain(moving["psnr"][way] - moving["psnr"]["copy"])
         lines.append(f"{way}: {name}, sharpness {moving['sharpness'][way]:.2f}, {_describe(way, moving)}, {gain}.")
     lines.append(f"copy: {_describe('copy', moving)}; VAE ceiling: {_describe('vae_ceiling', moving)}.")
@@ -159,16 +159,15 @@ def save_scores_plot(path: Path, scores: Sequence[dict[str, Any]], note: str) ->
 
 def _plot_gain_against_sharpness(axes: Axes, moving: Sequence[dict[str, Any]]) -> None:
     """One dot a pair for the sample and one for the expected frame; the best place is to the right, at 1."""
-    for way in ("expected", "sample"):
-        points = [
-            (row["psnr"][way] - row["psnr"]["copy"], row["sharpness"][way]) for row in moving if way in row["psnr"]
-        ]
-        if points:
-            axes.scatter(*np.transpose(points), alpha=0.7, label=way)
+    for way, color in (("expected", "tab:purple"), ("sample", "tab:red")):  # not the colors of tasks beside it
+        rows = [row for row in moving if way in row["psnr"]]
+        if rows:
+            gains = [row["psnr"][way] - row["psnr"]["copy"] for row in rows]
+            axes.scatter(gains, [row["sharpness"][way] for row in rows], alpha=0.7, color=color, label=way)
     axes.plot(0, 1, "k*", markersize=14, label="copy")
     axes.axhspan(SHARP_ENOUGH, TOO_SHARP, color="0.92", zorder=0, label="as sharp as a frame")
-    share = np.mean([row["is_frame"]["sample"] for row in moving]) if moving else 0
-    axes.set_title(f"Where something moves: {share:.0%} of the samples\ndeserve the name of a frame")
+    count = sum(row["is_frame"]["sample"] for row in moving)
+    axes.set_title(f"Where something moves: the sample deserves\nthe name of a frame on {count} of {len(moving)} pairs")
     axes.set_xlabel("PSNR gained over copying (dB)")
     axes.set_ylabel("sharpness (gradients over the target's)")
     axes.legend()
@@ -197,7 +196,9 @@ def _plot_against_copy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -
 # The folder of results.
 
 
-def save_results(predictions: Iterable[Prediction], output_dir: Path, note: str) -> dict[str, Any]:
+def save_results(
+    predictions: Iterable[Prediction], output_dir: Path, note: str, lpips_map: LpipsMap | None = None
+) -> dict[str, Any]:
     """Writes samples/<video id>/*.png, overview.png, scores.png and metrics.json; returns metrics.json's summary.
 
     The predictions may be a generator: only their scores are kept. A sample's folder holds comparison.png, the frames
@@ -209,7 +210,7 @@ def save_results(predictions: Iterable[Prediction], output_dir: Path, note: str)
     try:
         with parts_replaced_together(output_dir, last=METRICS_FILE) as new:
             for prediction in predictions:
-                scores = score_prediction(prediction)
+                scores = score_prediction(prediction, lpips_map)
                 record = {name: getattr(prediction, name) for name in ("video_id", "task", "edit_prompt")}
                 records.append(record | scores)
                 comparison = comparison_picture(prediction, scores, note)

@@ -34,16 +34,13 @@ class PredictedFrame:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(PredictedFrame):
     """A pair's prediction beside its input and its target; pictures are uint8 RGB (H, W, 3)."""
 
     video_id: str
     task: str
     edit_prompt: str
     input: np.ndarray
-    sample: np.ndarray  # these three as PredictedFrame has them
-    expected: np.ndarray | None
-    uncertainty: np.ndarray | None
     target: np.ndarray | None  # None where the video lacks the frame
     vae_ceiling: np.ndarray | None  # the target after one trip through the VAE: as good as decoding alone can be
 
@@ -203,9 +200,7 @@ def predict_pairs(
                     task=batch["task"][index],
                     edit_prompt=batch["edit_prompt"][index],
                     input=inputs[index],
-                    sample=predicted[index].sample,
-                    expected=predicted[index].expected,
-                    uncertainty=predicted[index].uncertainty,
+                    **vars(predicted[index]),
                     target=target,
                     vae_ceiling=None if target is None else reconstruct_frame(pipeline, target),
                 )

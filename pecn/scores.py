@@ -9,19 +9,24 @@ frame, colored noise is neither.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 from skimage.color import rgb2gray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.morphology import dilation, disk
 
+from data.layout import UserError
 from pecn.sampling import Prediction
+
+LpipsMap = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
 WAYS = ("sample", "expected", "copy", "vae_ceiling")  # `expected` only where several predictions were made
+PREDICTED = WAYS[:2]
 METRICS, MOVING_METRICS = ("psnr", "ssim"), ("psnr", "ssim", "sharpness")
 
 # A pixel moves where any color channel of input and target differs by more than this many levels of 0..255.
@@ -64,13 +69,35 @@ def gradient_energy(frame: np.ndarray, region: np.ndarray) -> float:
     return float(np.hypot(*np.gradient(rgb2gray(frame)))[region].mean())
 
 
-def score_prediction(prediction: Prediction) -> dict[str, Any]:
+def load_lpips() -> LpipsMap:
+    """LPIPS with AlexNet (Zhang et al., 2018): its map (H, W) for two uint8 RGB pictures (H, W, 3).
+
+    Raises UserError where it cannot be had.
+    """
+    try:
+        import lpips  # not required: it needs torchvision, and a build that matches torch
+
+        network = lpips.LPIPS(net="alex", spatial=True, verbose=False)
+    except (ImportError, OSError, RuntimeError) as error:  # no package, no weights, a torchvision for another torch
+        raise UserError(
+            "--lpips needs: pip install lpips (its dependency torchvision must match torch); its weights are fetched"
+            f" on first use ({error!r:.200})"
+        ) from error
+
+    def lpips_map(frame: np.ndarray, target: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return network(lpips.im2tensor(frame), lpips.im2tensor(target))[0, 0].numpy()
+
+    return lpips_map
+
+
+def score_prediction(prediction: Prediction, lpips_map: LpipsMap | None = None) -> dict[str, Any]:
     """Scores one pair against its target, for each of WAYS that there is.
 
     Returns {"psnr": {way: dB}, "ssim": {way: -1..1}, "moving": {"psnr": {way: dB}, "ssim": {way: -1..1}, "sharpness":
     {way: gradient energy over the target's}, "is_frame": {way: bool}, "share": the region's part of the picture,
-    0..1}}. A way deserves the name of a frame where it is as sharp as one and has a higher SSIM than the copy.
-    `moving` is None where nothing moves, all three are None without a target.
+    0..1}}, with `lpips_map` also "lpips": {way: 0..}. A way deserves the name of a frame where it is as sharp as one
+    and has a higher SSIM than the copy. `moving` is None where nothing moves, all three are None without a target.
     """
     target = prediction.target
     if target is None:
@@ -78,26 +105,29 @@ def score_prediction(prediction: Prediction) -> dict[str, Any]:
     frames = dict(zip(WAYS, (prediction.sample, prediction.expected, prediction.input, prediction.vae_ceiling)))
     frames = {way: frame for way, frame in frames.items() if frame is not None}
     ssims = {way: ssim_map(frame, target) for way, frame in frames.items()}
+    maps = {"ssim": {way: full for way, (_, full) in ssims.items()}}
+    if lpips_map is not None:
+        maps["lpips"] = {way: lpips_map(frame, target) for way, frame in frames.items()}
     return {
         "psnr": {way: psnr(frame, target) for way, frame in frames.items()},
         "ssim": {way: float(mean) for way, (mean, _) in ssims.items()},
-        "moving": _score_region(frames, target, {way: full for way, (_, full) in ssims.items()}),
+        "moving": _score_region(frames, target, maps),
     }
 
 
 def _score_region(
-    frames: dict[str, np.ndarray], target: np.ndarray, ssim_maps: dict[str, np.ndarray]
+    frames: dict[str, np.ndarray], target: np.ndarray, maps: dict[str, dict[str, np.ndarray]]
 ) -> dict[str, Any] | None:
     region = moving_region(frames["copy"], target)
     if not region.any():
         return None
     of_target = gradient_energy(target, region)
-    ssim = {way: float(full[region].mean()) for way, full in ssim_maps.items()}
+    means = {name: {way: float(full[region].mean()) for way, full in of.items()} for name, of in maps.items()}
+    ssim = means["ssim"]
     # A target without any gradient (a plain surface) has no sharpness to compare with.
     sharpness = {way: gradient_energy(frame, region) / max(of_target, 1e-6) for way, frame in frames.items()}
-    return {
+    return means | {
         "psnr": {way: psnr(frame[region], target[region]) for way, frame in frames.items()},
-        "ssim": ssim,
         "sharpness": sharpness,
         "is_frame": {way: SHARP_ENOUGH <= sharpness[way] <= TOO_SHARP and ssim[way] > ssim["copy"] for way in frames},
         "share": float(region.mean()),
@@ -136,15 +166,13 @@ def bootstrap_intervals(table: np.ndarray) -> list[tuple[float, float] | None]:
     return list(zip(*(bound.tolist() for bound in result.confidence_interval)))
 
 
-def share_interval(num_successes: int, num_trials: int) -> tuple[float, float] | None:
-    """Wilson's 95% interval (0..1) of a share (Wilson, 1927); None without trials.
+def share(flags: Sequence[bool] | np.ndarray, name: str = "share") -> dict[str, Any]:
+    """The part of the flags that are set, 0..1, and its 95% interval (Wilson, 1927).
 
     The bootstrap would give an interval of no width where all pairs agree, however few they are.
     """
-    if num_trials == 0:
-        return None
-    interval = stats.binomtest(num_successes, num_trials).proportion_ci(CONFIDENCE, method="wilson")
-    return interval.low, interval.high
+    interval = stats.binomtest(int(np.sum(flags)), len(flags)).proportion_ci(CONFIDENCE, method="wilson")
+    return {name: float(np.mean(flags)), f"{name}_interval": (interval.low, interval.high)}
 
 
 # All pairs.
@@ -171,113 +199,90 @@ def summarize_group(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     scored = [row for row in scores if row["psnr"] is not None]
     moving = [row["moving"] for row in scored if row["moving"] is not None]
-    of_region = {metric: compare([row[metric] for row in moving]) for metric in MOVING_METRICS}
-    frames = {way: share([row["is_frame"][way] for row in moving]) for way in ways_of([r["psnr"] for r in moving])}
-    where = {"num_samples": len(moving), "share": mean([row["share"] for row in moving]), "frames": frames}
+    metrics = MOVING_METRICS if not moving or "lpips" not in moving[0] else (*MOVING_METRICS, "lpips")
+    of_region = {metric: compare([row[metric] for row in moving], metric == "lpips") for metric in metrics}
+    ways = moving[0]["is_frame"] if moving else ()
+    frames = {way: share([row["is_frame"][way] for row in moving]) for way in ways}
+    region = float(np.mean([row["share"] for row in moving])) if moving else None
     whole = {metric: compare([row[metric] for row in scored]) for metric in METRICS}
-    return {"num_samples": len(scored), **whole, "moving": where | of_region}
+    where = {"num_samples": len(moving), "share": region, "frames": frames, **of_region}
+    return {"num_samples": len(scored), **whole, "moving": where}
 
 
-def ways_of(rows: Sequence[dict[str, float]]) -> list[str]:
-    return [way for way in WAYS if rows and way in rows[0]]
-
-
-def compare(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+def compare(rows: Sequence[dict[str, float]], lower_is_better: bool = False) -> dict[str, dict[str, Any]]:
     """One metric's values {way: value} for each pair, summed up for each way.
 
     Each has its `mean`, `median` and `interval` (95% bootstrap, [low, high]), its `gain` (mean difference to the copy,
-    pair by pair) with its `gain_interval`, and its `better` (part of the pairs, 0..1, that score higher than the copy)
+    pair by pair) with its `gain_interval`, and its `better` (part of the pairs, 0..1, that score better than the copy)
     with its `better_interval`. An interval is None for one pair.
     """
-    ways = ways_of(rows)
-    if not ways:
+    if not rows:
         return {}
+    ways = list(rows[0])
     table = np.array([[row[way] for way in ways] for row in rows])
     gains = table - table[:, [ways.index("copy")]]
     intervals = bootstrap_intervals(np.column_stack([table, gains]))
+    better = gains < 0 if lower_is_better else gains > 0
     return {
         way: {
-            "mean": mean(table[:, column]),
+            "mean": float(table[:, column].mean()),
             "median": float(np.median(table[:, column])),
             "interval": intervals[column],
-            "gain": mean(gains[:, column]),
+            "gain": float(gains[:, column].mean()),
             "gain_interval": intervals[len(ways) + column],
-            **{name.replace("share", "better"): value for name, value in share(gains[:, column] > 0).items()},
+            **share(better[:, column], "better"),
         }
         for column, way in enumerate(ways)
     }
 
 
-def share(flags: Sequence[bool] | np.ndarray) -> dict[str, Any]:
-    """The part of the flags that are set, 0..1, and its interval."""
-    return {"share": mean(flags), "share_interval": share_interval(int(np.sum(flags)), len(flags))}
-
-
-def mean(values: Sequence[float] | np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None
-
-
 # The table.
 
-WIDTHS = (18, 6, 10, 15, 14, 26, 14, 7)  # of the table's columns, in characters
+ROW = "{:18}{:>10}{:>15}{:>15}{:>27}{:>16}{:>8}"
 
 
 def format_table(summary: dict[str, Any]) -> str:
     """`summarize`'s summary as text of at most 110 columns: a block for each task and one for all."""
     region = summary["moving"]["share"]
     where = "nothing moves" if region is None else f"where something moves ({region:.0%} of the picture)"
-    titles = ("", "pairs", "sharpness", "SSIM", "PSNR, dB", "frames", "PSNR, dB", "SSIM")
-    lines = [f"{'':34}{where:<55}whole picture", _line(titles)]
+    titles = ("", "sharpness", "SSIM", "PSNR, dB", "frames", "PSNR, dB", "SSIM")
+    lines = [f"{'':18}{where:^67}{'whole picture':>24}", ROW.format(*titles)]
     for task, group in {**summary["per_task"], "all": summary}.items():
-        lines.append(_line((task, f"{group['num_samples']}")))
-        for way in group["psnr"]:
-            lines.append(_line((f"  {way.replace('_', ' ')}", "", *_means(way, group))))
-        for way in group["psnr"]:
-            if way in ("sample", "expected"):
-                lines.append(_line((f"  {way} - copy", "", "", *_gains(way, group))))
+        lines.append(f"{task}: {group['num_samples']} pairs, something moves in {group['moving']['num_samples']}")
+        names = {way: way.replace("vae_", "VAE ") for way in group["psnr"]}
+        lines += [ROW.format(f"  {name}", *_cells(group, way)) for way, name in names.items()]
+        lines += [ROW.format(f"  {way} - copy", *_cells(group, way, True)) for way in names if way in PREDICTED]
+        if lpips := group["moving"].get("lpips"):
+            means = ", ".join(f"{name} {lpips[way]['mean']:.3f}" for way, name in names.items())
+            lines.append(f"  LPIPS where something moves, lower is better: {means}")
     lines += [
-        "sharpness: the gradients' over the target's, median; frames: pairs that deserve the name of a frame",
-        f"(sharpness {SHARP_ENOUGH} to {TOO_SHARP}, SSIM above the copy's); ±: the 95% interval's wider half;"
-        " better: pairs with a higher PSNR.",
+        f"sharpness: gradients over the target's, median; frames: pairs with {SHARP_ENOUGH} to {TOO_SHARP} of it and",
+        "an SSIM above the copy's; better: pairs with a PSNR above the copy's; ±: the 95% interval's wider half",
     ]
     return "\n".join(lines)
 
 
-def _means(way: str, group: dict[str, Any]) -> list[str]:
+def _cells(group: dict[str, Any], way: str, of_gain: bool = False) -> list[str]:
+    """A way's own figures, or what it gains over the copy."""
+    mean, sign = ("gain", "+") if of_gain else ("mean", "")
     moving, cells = group["moving"], ["-", "-", "-", "-"]
     if moving["num_samples"]:
         cells = [
-            f"{moving['sharpness'][way]['median']:.2f}",
-            _with_spread(moving["ssim"][way], "mean", "interval", ".3f"),
-            _with_spread(moving["psnr"][way], "mean", "interval", ".2f"),
-            _with_limits(moving["frames"][way], "share"),
+            "" if of_gain else f"{moving['sharpness'][way]['median']:.2f}",
+            _with_spread(moving["ssim"][way], mean, f"{sign}.3f"),
+            _with_spread(moving["psnr"][way], mean, f"{sign}.2f"),
+            _share_cell(moving["psnr"][way], "better") if of_gain else _share_cell(moving["frames"][way], "share"),
         ]
-    return [*cells, _with_spread(group["psnr"][way], "mean", "interval", ".2f"), f"{group['ssim'][way]['mean']:.3f}"]
+    return [*cells, _with_spread(group["psnr"][way], mean, f"{sign}.2f"), f"{group['ssim'][way][mean]:{sign}.3f}"]
 
 
-def _gains(way: str, group: dict[str, Any]) -> list[str]:
-    moving, cells = group["moving"], ["-", "-", "-"]
-    if moving["num_samples"]:
-        cells = [
-            _with_spread(moving["ssim"][way], "gain", "gain_interval", "+.3f"),
-            _with_spread(moving["psnr"][way], "gain", "gain_interval", "+.2f"),
-            "better " + _with_limits(moving["psnr"][way], "better"),
-        ]
-    whole = _with_spread(group["psnr"][way], "gain", "gain_interval", "+.2f")
-    return [*cells, whole, f"{group['ssim'][way]['gain']:+.3f}"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return cells[0].ljust(WIDTHS[0]) + "".join(cell.rjust(width) for cell, width in zip(cells[1:], WIDTHS[1:]))
-
-
-def _with_spread(figures: dict[str, Any], name: str, interval_name: str, form: str) -> str:
-    value, interval = figures[name], figures[interval_name]
+def _with_spread(figures: dict[str, Any], name: str, form: str) -> str:
+    value, interval = figures[name], figures["gain_interval" if name == "gain" else "interval"]
     if interval is None:
         return f"{value:{form}}"
     return f"{value:{form}} ± {max(value - interval[0], interval[1] - value):{form.lstrip('+')}}"
 
 
-def _with_limits(figures: dict[str, Any], name: str) -> str:
+def _share_cell(figures: dict[str, Any], name: str) -> str:
     low, high = figures[f"{name}_interval"]
-    return f"{figures[name]:.0%} ({low:.0%} to {high:.0%})"
+    return f"{'better ' if name == 'better' else ''}{figures[name]:.0%} ({low:.0%} to {high:.0%})"

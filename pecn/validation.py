@@ -45,16 +45,17 @@ def validate(
     summary = summarize(scores)
     moving = summary["moving"]
     # A dictionary becomes several lines in one chart, so that the sample is seen to pass the copy.
-    charts = {"psnr": summary["psnr"], "ssim": summary["ssim"]}
-    charts |= {f"{metric}_where_something_moves": moving[metric] for metric in MOVING_METRICS}
-    for name, figures in charts.items():
-        accelerator.log({f"validation/{name}": {way: figures[way]["mean"] for way in figures}}, step)
+    means = {"psnr": summary["psnr"], "ssim": summary["ssim"]}
+    means |= {f"{metric}_where_something_moves": moving[metric] for metric in MOVING_METRICS}
+    charts = {name: {way: figures["mean"] for way, figures in of.items()} for name, of in means.items()}
+    charts["share_of_frames"] = {way: figures["share"] for way, figures in moving["frames"].items()}
+    for name, lines in charts.items():
+        accelerator.log({f"validation/{name}": lines}, step)
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images(pictures, step=step, **layout)
+    said = "nothing moves in the validation pairs"
     if moving["num_samples"]:
         gain, sharpness = moving["psnr"]["sample"]["gain"], moving["sharpness"]["sample"]["median"]
-        accelerator.print(
-            f"step {step}: where something moves the sample's PSNR is {gain:+.2f} dB above copying's, its sharpness"
-            f" {sharpness:.2f}; pictures in {folder}"
-        )
+        said = f"where something moves, the sample has {gain:+.2f} dB over copying and a sharpness of {sharpness:.2f}"
+    accelerator.print(f"step {step}: {said}; pictures in {folder}")

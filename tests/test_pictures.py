@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -30,21 +31,22 @@ PANEL = 256
 TASKS = ("move_object", "drop_object", "cover_object")
 
 
-def result(number: int = 0, quality: float = 0.7, target: bool = True, uncertainty: bool = True) -> Prediction:
-    """A bright square that moves over noise; the prediction has it there by a part of `quality`."""
+def result(number: int = 0, quality: float = 0.7, target: bool = True, several: bool = True) -> Prediction:
+    """A bright square that moves over noise; the sample has it there by a part of `quality`, the expected frame half."""
     rng = np.random.default_rng(number)
     start, end = rng.integers(60, 90, (2, SIDE, SIDE, 3), dtype=np.uint8)[[0, 0]]
     start[4:12, 4:12] = end[4:12, 18:26] = 240
-    prediction = (start + quality * (end.astype(float) - start) + rng.normal(0, 1, start.shape)).round()
+    predicted = (start + quality * (end.astype(float) - start) + rng.normal(0, 1, start.shape)).round()
     return Prediction(
         video_id=f"video{number}",
         task=TASKS[number % 3],
         edit_prompt=f"Generate a future frame of this action: moving thing {number} from left to right",
         input=start,
-        prediction=prediction.clip(0, 255).astype(np.uint8),
+        sample=predicted.clip(0, 255).astype(np.uint8),
+        expected=((start.astype(int) + end) // 2).astype(np.uint8) if several else None,
         target=end if target else None,
         vae_ceiling=end + 4 if target else None,
-        uncertainty=np.full((SIDE, SIDE), 5.125, np.float32) if uncertainty else None,
+        uncertainty=np.full((SIDE, SIDE), 5.125, np.float32) if several else None,
     )
 
 
@@ -63,32 +65,30 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_comparison_shows_frames_maps_and_words():
-    frames = {name: np.full((SIDE, SIDE, 3), level, np.uint8) for name, level in (("input", 50), ("prediction", 100))}
-    target = np.full((SIDE, SIDE, 3), 148, np.uint8)
-    pair = replace(result(), **frames, target=target, vae_ceiling=target)
-    uncertainty = np.full((SIDE, SIDE), 16.0, np.float32)
-    picture = compare(replace(pair, uncertainty=uncertainty), "step 7")
-    shown = panels(picture, 5)
-    assert [int(np.median(panel)) for panel in shown[:3]] == [50, 100, 148]
+    levels = {"input": 50, "sample": 100, "expected": 120, "target": 148, "vae_ceiling": 148}
+    frames = {name: np.full((SIDE, SIDE, 3), level, np.uint8) for name, level in levels.items()}
+    pair = replace(result(), **frames, uncertainty=np.full((SIDE, SIDE), 16.0, np.float32))
+    shown = panels(compare(pair, "step 7"), 6)
+    assert [int(np.median(panel)) for panel in shown[:4]] == [50, 100, 120, 148]
     difference, middle = color_map(np.array([48.0, 16.0]), "inferno", 64), color_map(np.array([16.0]), "viridis", 32)
-    assert (shown[3] == difference[0]).all() and (shown[4] == middle[0]).all()
-    without_spread = compare(replace(pair, uncertainty=None), "step 7")
-    assert [int(np.median(panel)) for panel in panels(without_spread, 4)[:3]] == [50, 100, 148]
-    assert picture.shape[0] == without_spread.shape[0]
-    assert compare(replace(pair, uncertainty=None)).shape[0] < without_spread.shape[0]  # no note
+    assert (shown[4] == difference[0]).all() and (shown[5] == middle[0]).all()  # of the sample
+    single = replace(pair, expected=None, uncertainty=None)
+    shown = panels(compare(single, "step 7"), 4)
+    assert [int(np.median(panel)) for panel in shown[:3]] == [50, 100, 148] and (shown[3] == difference[0]).all()
+    assert compare(single).shape[0] < compare(single, "step 7").shape[0]
 
 
 def test_maps_show_where_the_error_is():
     picture = compare(result(quality=0))
-    brightness = panels(picture, 5)[3].astype(int).sum(axis=2)
+    brightness = panels(picture, 6)[4].astype(int).sum(axis=2)
     square, still = brightness[0:20, 145:190], brightness[120:, :]  # the target's place is dark without the square
     assert square.mean() > 500 > 30 > still.mean()
 
 
 def test_comparison_without_a_target_shows_what_there_is():
     without, full = compare(result(target=False)), compare(result())
-    assert np.array_equal(without[28:284, :528], full[28:284, :528])  # input and prediction
-    uncertainty = panels(without, 3)[2]
+    assert np.array_equal(without[28:284, :792], full[28:284, :792])  # input, sample and expected frame
+    uncertainty = panels(without, 4)[3]
     assert (uncertainty == color_map(np.array([5.125]), "viridis", 32)).all()
     assert describe_scores(score_prediction(result(target=False))) == ["no target frame, not scored"]
 
@@ -96,7 +96,7 @@ def test_comparison_without_a_target_shows_what_there_is():
 @pytest.mark.parametrize(("side", "factor"), [(32, 8), (96, 3), (128, 2), (256, 1), (300, 1)])
 def test_panels_are_enlarged_by_whole_factors(side, factor):
     frame = np.zeros((side, side, 3), np.uint8)
-    large = replace(result(uncertainty=False), input=frame, prediction=frame, target=frame, vae_ceiling=frame)
+    large = replace(result(several=False), input=frame, sample=frame, target=frame, vae_ceiling=frame)
     assert compare(large).shape[1] == 4 * (side * factor + 8) + 8
 
 
@@ -105,15 +105,24 @@ def test_words_stay_within_the_picture():
     assert (picture[:, -8:] == 255).all() and (picture[-6:] == 255).all()
 
 
-def test_scores_say_better_or_worse_than_copying():
-    lines = describe_scores(score_prediction(result()))
-    assert "better than copying" in lines[0] and lines[1].startswith("Where something moves (")
-    worse = replace(result(), prediction=np.zeros((SIDE, SIDE, 3), np.uint8))
-    assert all("worse than copying" in line for line in describe_scores(score_prediction(worse)))
-    frame = result().input
-    still = replace(result(), target=frame, prediction=frame)
-    lines = describe_scores(score_prediction(still))
-    assert "as good as copying" in lines[0] and lines[1] == "Nothing moves."
+def test_words_tell_what_is_a_frame_and_what_beats_the_copy():
+    target = result().target
+    pair = replace(result(), sample=target, expected=cv2.GaussianBlur(target, (0, 0), 2))
+    title, sample, expected, others = describe_scores(score_prediction(pair))
+    assert title.startswith("Where something moves (") and title.endswith("% of the picture):")
+    assert sample.startswith("sample: a frame, sharpness 1.00, SSIM 1.000, PSNR 100.0 dB, ")
+    assert expected.startswith("expected: not a frame, sharpness ") and expected.endswith(" dB better than copying.")
+    assert others.startswith("copy: SSIM ") and "; VAE ceiling: SSIM " in others
+    worse = replace(result(several=False), sample=np.zeros((SIDE, SIDE, 3), np.uint8))
+    title, sample, others = describe_scores(score_prediction(worse))
+    assert "not a frame" in sample and "worse than copying" in sample
+    copied = replace(result(), sample=result().input)
+    sample = describe_scores(score_prediction(copied))[1]
+    assert "not a frame" in sample and "as good as copying" in sample
+    still = replace(copied, target=result().input)
+    assert describe_scores(score_prediction(still)) == [
+        "Nothing moves. PSNR of the whole picture: sample 100.0, copy 100.0 dB."
+    ]
 
 
 @settings(deadline=None)
@@ -134,7 +143,7 @@ def test_overview_takes_best_median_and_worst(gains):
 
 
 def test_results_are_written_as_promised(tmp_path):
-    made = [result(number, quality=number / 11) for number in range(11)] + [result(11, target=False, uncertainty=False)]
+    made = [result(number, quality=number / 11) for number in range(11)] + [result(11, target=False, several=False)]
     (tmp_path / "samples" / "old").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
     summary = save_results(iter(made), tmp_path, "model, frame 20 to 25")
@@ -154,11 +163,12 @@ def test_results_are_written_as_promised(tmp_path):
     assert json.loads(json.dumps(summary)) == metrics["summary"]
     for row in made:
         folder = tmp_path / "samples" / row.video_id
-        for name in ("input", "prediction", "target"):
-            if getattr(row, name) is None:
+        files = {"input": row.input, "prediction": row.sample, "expected": row.expected, "target": row.target}
+        for name, picture in files.items():
+            if picture is None:
                 assert not (folder / f"{name}.png").exists()
             else:
-                assert np.array_equal(np.asarray(Image.open(folder / f"{name}.png")), getattr(row, name))
+                assert np.array_equal(np.asarray(Image.open(folder / f"{name}.png")), picture)
         assert (folder / "comparison.png").is_file()
     spread = np.asarray(Image.open(tmp_path / "samples" / "video0" / "uncertainty.png"))
     assert spread.dtype == np.uint16 and (spread == 256 * 5.125).all()
@@ -232,21 +242,47 @@ def test_leftovers_of_a_killed_run_do_no_harm(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "overview.png", "samples", "scores.png"]
 
 
-def record(task, prediction, copy, moving=True):
-    psnr = {"prediction": prediction, "copy": copy, "vae_ceiling": 40.0}
-    return {"task": task, "psnr": psnr, "moving": {"psnr": psnr, "share": 0.1} if moving else None}
+def record(task, sample, copy, moving=True, expected=None, sharpness=0.9):
+    psnr = {"sample": sample, "expected": expected, "copy": copy, "vae_ceiling": 40.0}
+    psnr = {way: value for way, value in psnr.items() if value is not None}
+    part = {"psnr": psnr, "share": 0.1, "sharpness": dict.fromkeys(psnr, sharpness)}
+    part["is_frame"] = {way: value > copy for way, value in psnr.items()}
+    return {"task": task, "psnr": psnr, "moving": part if moving else None}
 
 
-def test_plot_shows_every_pair(tmp_path, monkeypatch):
+def drawn_axes(monkeypatch, rows):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    save_scores_plot(Path("plot.png"), rows, "outputs/$odd_{name$, frame 20 to 25")
+    return drawn[0].axes
+
+
+def dots(axes):
+    return {scatter.get_label(): scatter.get_offsets().tolist() for scatter in axes.collections}
+
+
+def test_plot_shows_every_pair_beside_copying(monkeypatch):
     rows = [record("a", 25.0 + n, 22.0 + n) for n in range(4)] + [record("b", 40.0, 100.0, moving=False)]
-    save_scores_plot(tmp_path / "plot.png", rows, "outputs/$odd_{name$, frame 20 to 25")
-    whole, moving = drawn[0].axes
-    points = [[scatter.get_offsets().tolist() for scatter in axes.collections] for axes in (whole, moving)]
+    _, moving, whole = drawn_axes(monkeypatch, rows)
     of_a = [[22.0 + n, 25.0 + n] for n in range(4)]
-    assert points == [[of_a, [[60.0, 40.0]]], [of_a, []]]
+    assert (dots(whole), dots(moving)) == ({"a": of_a, "b": [[60.0, 40.0]]}, {"a": of_a})
     assert "better than copying\non 4 of 5 pairs" in whole.get_title()
+
+
+def test_plane_shows_what_is_gained_and_how_sharp_it_is(monkeypatch):
+    rows = [record("a", 25.0 + n, 22.0, expected=26.0, sharpness=0.5 + n) for n in range(3)]
+    rows += [record("a", 21.0, 22.0, expected=24.0, sharpness=2.0), record("b", 40.0, 100.0, moving=False)]
+    plane, *_ = drawn_axes(monkeypatch, rows)
+    samples = [[3.0, 0.5], [4.0, 1.5], [5.0, 2.5], [-1.0, 2.0]]
+    assert dots(plane) == {"sample": samples, "expected": [[4.0, 0.5], [4.0, 1.5], [4.0, 2.5], [2.0, 2.0]]}
+    [copy] = plane.lines
+    assert copy.get_label() == "copy" and copy.get_xydata().tolist() == [[0, 1]]
+    assert plane.get_title().endswith("the sample deserves\nthe name of a frame on 3 of 4 pairs")
+    assert "PSNR" in plane.get_xlabel() and "sharpness" in plane.get_ylabel()
+    sample, expected = (scatter.get_facecolor()[0].tolist() for scatter in plane.collections)
+    assert sample != expected
+    alone, *_ = drawn_axes(monkeypatch, [record("a", 25.0, 22.0)])
+    assert dots(alone) == {"sample": [[3.0, 0.9]]}
 
 
 def test_results_without_any_scored_pair(tmp_path):
