@@ -120,7 +120,7 @@ def predict_in_batches(
     for start in range(0, len(frames), batch_size):
         batch = slice(start, start + batch_size)
         seeds = range(len(frames))[batch]
-        pictures += [p.frame for p in predict_frames(pipeline, frames[batch], prompts[batch], seeds, options)]
+        pictures += [p.sample for p in predict_frames(pipeline, frames[batch], prompts[batch], seeds, options)]
     return pictures
 
 

@@ -32,7 +32,7 @@ TASKS = ("move_object", "drop_object", "cover_object")
 
 
 def result(number: int = 0, quality: float = 0.7, target: bool = True, several: bool = True) -> Prediction:
-    """A bright square that moves over noise; the sample has it there by a part of `quality`, the expected frame half."""
+    """A bright square that moves over noise; the sample has a part `quality` of it there, the expected frame half."""
     rng = np.random.default_rng(number)
     start, end = rng.integers(60, 90, (2, SIDE, SIDE, 3), dtype=np.uint8)[[0, 0]]
     start[4:12, 4:12] = end[4:12, 18:26] = 240

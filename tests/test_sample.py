@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,13 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from data.layout import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
 from data.sthv2_dataset_hf import FramePair, choose_pairs, load_frame_pairs
 from pecn.model import load_pipeline
-from pecn.sampling import (
-    combine_residual,
-    predict_frames,
-    predict_pairs,
-    reconstruct_frame,
-    wiener_gain_map,
-)
+from pecn.sampling import combine, predict_frames, predict_pairs, reconstruct_frame, wiener_gain
 from pecn.sampling_options import SCHEDULERS, SamplingOptions
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, run
 
@@ -45,7 +40,8 @@ def model_with_config(tiny_model, tmp_path_factory):
 def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp_path):
     (tmp_path / "samples" / "old").mkdir(parents=True)
     (tmp_path / "metrics.json").write_text("of an earlier run")
-    done = sample(data_dir, model_with_config, tmp_path, "--num_samples", "all", "--batch_size", 3)
+    options = ("--num_samples", "all", "--batch_size", 3, "--num_predictions", 2)
+    done = sample(data_dir, model_with_config, tmp_path, *options)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     summary, samples = metrics["summary"], metrics["samples"]
     assert (summary["num_samples"], summary["num_without_target"]) == (3, 1)
@@ -55,21 +51,22 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp
         pictures = {path.stem: np.asarray(Image.open(path)) for path in folder.iterdir()}
         if row["video_id"] == "val_short":
             assert row["psnr"] is row["ssim"] is None
-            assert sorted(pictures) == ["comparison", "input", "prediction", "uncertainty"]
+            assert sorted(pictures) == ["comparison", "expected", "input", "prediction", "uncertainty"]
             continue
-        assert sorted(pictures) == ["comparison", "input", "prediction", "target", "uncertainty"]
+        assert sorted(pictures) == ["comparison", "expected", "input", "prediction", "target", "uncertainty"]
         target = pictures["target"]
-        for name, picture in (("prediction", pictures["prediction"]), ("copy", pictures["input"])):
+        for name, file in (("sample", "prediction"), ("expected", "expected"), ("copy", "input")):
+            picture = pictures[file]
             expected = peak_signal_noise_ratio(target, picture, data_range=255)
             assert row["psnr"][name] == pytest.approx(expected)
             expected = structural_similarity(target, picture, channel_axis=2, data_range=255)
             assert row["ssim"][name] == pytest.approx(expected)
     assert sum(row["edit_prompt"].endswith("And 50% of the action has been completed.") for row in samples) == 3
     scored = [row for row in samples if row["psnr"]]
-    for name in ("prediction", "copy", "vae_ceiling"):
-        assert summary["psnr"][name] == pytest.approx(np.mean([row["psnr"][name] for row in scored]))
+    for name in ("sample", "expected", "copy", "vae_ceiling"):
+        assert summary["psnr"][name]["mean"] == pytest.approx(np.mean([row["psnr"][name] for row in scored]))
     assert summary["per_task"]["drop_object"]["num_samples"] == 1
-    assert f"{summary['psnr']['copy']:.2f}" in done.stdout and "cover_object" in done.stdout
+    assert f"{summary['psnr']['copy']['mean']:.2f}" in done.stdout and "cover_object" in done.stdout
     assert "1 samples have no frame 21" in done.stdout
     assert (tmp_path / "overview.png").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "overview.png", "samples", "scores.png"]
@@ -117,7 +114,8 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
     assert "metrics.json cannot be made (it is a file)" in message("--output_dir", tmp_path / "metrics.json")
     assert "at least 1" in message("--image_guidance_scale", 0.5, status=2)
     assert "must be above 0" in message("--strength", 0, status=2)
-    assert "needs --residual" in message("--wiener_gain", "True", "--residual", "False", status=2)
+    if find_spec("lpips") is None:
+        assert "pip install lpips" in message("--lpips")
     assert "no model_index.json" in message(model=data_dir)
     for name, damage in (("cut", b"cut"), ("empty", b"")):
         bad = make_data_dir(tmp_path_factory.mktemp(name))
@@ -164,7 +162,7 @@ def test_another_seed_chooses_other_samples_and_noise(data_dir):
     assert choose_pairs(many, 5, 1) != choose_pairs(many, 5, 2)
     pipeline = make_tiny_pipeline()
     one, same, other = (
-        next(predict_pairs(pipeline, pairs[:1], seed, 1, SamplingOptions(num_inference_steps=2), False)).prediction
+        next(predict_pairs(pipeline, pairs[:1], seed, 1, SamplingOptions(num_inference_steps=2), False)).sample
         for seed in (1, 1, 2)
     )
     assert np.array_equal(one, same)
@@ -194,73 +192,92 @@ def test_plain_options_draw_what_the_stock_pipeline_draws(prediction_type):
     pipeline = make_tiny_pipeline(prediction_type=prediction_type)
     frames, prompts = frames_and_prompts()
     options = {"num_inference_steps": 5, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
-    plain = SamplingOptions(
-        **options, scheduler="euler_ancestral", residual=False, num_predictions=1, wiener_gain=False
-    )
+    plain = SamplingOptions(**options, scheduler="euler_ancestral", residual=False, num_predictions=1)
     ours = predict_frames(pipeline, frames, prompts, [1, 2, 3], plain)
     for frame, prompt, seed, prediction in zip(frames, prompts, (1, 2, 3), ours):
         generator = torch.Generator().manual_seed(seed)
         stock = pipeline(prompt=prompt, image=Image.fromarray(frame), generator=generator, **options).images[0]
-        assert np.abs(np.asarray(stock).astype(int) - prediction.frame).max() <= 1
-        assert prediction.uncertainty is None
+        assert np.abs(np.asarray(stock).astype(int) - prediction.sample).max() <= 1
+        assert prediction.expected is prediction.uncertainty is None
 
 
-def test_residual_decoding_adds_the_decoded_change_to_the_input():
+def test_residual_decoding_lies_between_input_and_decoded_picture():
     pipeline = make_tiny_pipeline()
     frames, prompts = frames_and_prompts()
-    options = {"num_inference_steps": 3, "num_predictions": 1, "wiener_gain": False}
+    options = {"num_inference_steps": 3, "num_predictions": 1}
     plain = predict_frames(pipeline, frames, prompts, [1, 2, 3], SamplingOptions(residual=False, **options))
     residual = predict_frames(pipeline, frames, prompts, [1, 2, 3], SamplingOptions(residual=True, **options))
-    for frame, with_input, decoded in zip(frames, residual, plain):
-        same = reconstruct_frame(pipeline, frame)
-        unclipped = (decoded.frame > 0) & (decoded.frame < 255) & (same > 0) & (same < 255)
-        expected = np.clip(frame.astype(int) + decoded.frame - same, 0, 255)
-        assert unclipped.mean() > 0.5
-        assert np.abs(with_input.frame - expected)[unclipped].max() <= 1
+    for frame, mixed, decoded in zip(frames, residual, plain):
+        low, high = np.minimum(frame, decoded.sample), np.maximum(frame, decoded.sample)
+        assert ((mixed.sample >= low) & (mixed.sample <= high)).all()
+        assert not np.array_equal(mixed.sample, frame)
 
 
-def test_several_predictions_are_averaged_and_begin_with_the_single_one():
+def test_of_several_predictions_one_is_shown_and_their_mean_beside_it():
+    """The first of several is the single one. With two, both are as near to their mean, and the first is shown."""
     pipeline = make_tiny_pipeline()
     frames, prompts = frames_and_prompts(2)
 
-    def predict(count, **more):
-        options = SamplingOptions(num_inference_steps=2, num_predictions=count, **more)
+    def predict(count):
+        options = SamplingOptions(num_inference_steps=2, num_predictions=count, residual=False)
         return predict_frames(pipeline, frames, prompts, [5, 6], options)
 
-    one, two = predict(1, wiener_gain=False), predict(2, wiener_gain=False)
-    gained = predict(2, wiener_gain=True)
-    for first, mean, with_gain in zip(one, two, gained):
+    for first, both in zip(predict(1), predict(2)):
+        assert first.expected is None and first.uncertainty is None
         # Two values lie standard deviation / sqrt(2) from their mean: averaged over colors that bounds the distance.
-        distance = np.abs(mean.frame.astype(float) - first.frame).mean(axis=2)
-        inside = ((mean.frame > 0) & (mean.frame < 255) & (first.frame > 0) & (first.frame < 255)).all(axis=2)
-        assert np.abs(distance - mean.uncertainty / np.sqrt(2))[inside].max() <= 1
-        assert np.array_equal(mean.uncertainty, with_gain.uncertainty)
-        assert not np.array_equal(mean.frame, with_gain.frame)
+        distance = np.abs(both.expected.astype(float) - first.sample).mean(axis=2)
+        assert np.abs(distance - both.uncertainty / np.sqrt(2)).max() <= 1
+        other = 2.0 * both.expected - first.sample  # to within the mean's rounding
+        nearest = min(np.abs(both.sample - picture).max() for picture in (first.sample.astype(float), other))
+        assert nearest <= 2
 
 
-def test_gain_keeps_the_input_where_nothing_moves_and_the_decoded_picture_where_something_does():
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_sample_is_the_prediction_nearest_to_the_mean(residual):
+    """Levels 40, 100, 112 and 160 have the mean 103: the second is nearest, and no average of any."""
+    image = np.full((32, 32, 3), 10, np.float32)
+    pictures = np.stack([np.full_like(image, level) for level in (40, 100, 112, 160)])
+    frame = combine(pictures, image, image, residual)
+    if residual:  # all of the change is kept where it is as large as here, and nearly all where predictions disagree
+        assert 99 <= frame.sample.min() <= frame.sample.max() <= 100
+        assert 85 <= frame.expected.min() <= frame.expected.max() <= 103
+    else:
+        assert (frame.sample == 100).all() and (frame.expected == 103).all()
+    assert frame.uncertainty == pytest.approx(np.std([40, 100, 112, 160], ddof=1))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_residual_decoding_keeps_the_input_where_nothing_changes(count):
     rng = np.random.default_rng(0)
     image = rng.uniform(90, 150, (96, 96, 3)).astype(np.float32).round()
     reconstruction = np.full_like(image, 120)  # the VAE loses all detail
-    pictures = reconstruction + rng.normal(0, 1, (4, 96, 96, 3)).astype(np.float32)
+    pictures = reconstruction + rng.normal(0, 1, (count, 96, 96, 3)).astype(np.float32)
     pictures[:, 40:80, 40:80] += 80
-    frame = combine_residual(pictures, reconstruction, image, wiener_gain=True).frame.astype(float)
-    assert np.array_equal(frame[:16, :16], image[:16, :16])
-    assert np.abs(frame - 200)[50:70, 50:70].max() < 5  # the input's detail would be 30 off
+    kept = combine(pictures, reconstruction, image, residual=True)
+    frames = [kept.sample, kept.expected] if count > 1 else [kept.sample]
+    for frame in frames:
+        assert np.array_equal(frame[:16, :16], image[:16, :16])
+        assert np.abs(frame.astype(float) - 200)[50:70, 50:70].max() < 6  # the input's detail would be 30 off
+    decoded = combine(pictures, reconstruction, image, residual=False).sample.astype(float)
+    assert np.abs(decoded - image)[:16, :16].max() > 20
 
 
 @pytest.mark.parametrize("count", (2, 4, 8))
 def test_gain_removes_noise_and_keeps_agreement(count):
     rng = np.random.default_rng(0)
+
+    def gain(pictures):
+        return wiener_gain(pictures.mean(axis=0), pictures.var(axis=0, ddof=1) / count)
+
     noise = rng.normal(0, 8, (count, 96, 96, 3)).astype(np.float32)
-    assert wiener_gain_map(noise).mean() < 0.15
+    assert gain(noise).mean() < 0.15
     movement = np.zeros((96, 96, 3), np.float32)
     movement[30:60, 30:60] = 60
-    gain = wiener_gain_map(noise / 4 + movement)
-    assert gain.shape == (96, 96, 1)
-    assert gain[35:55, 35:55].min() > 0.95
-    assert gain[:15].mean() < 0.05
-    assert wiener_gain_map(np.full((count, 96, 96, 3), 5, np.float32)).max() == 0  # agreed upon, but too small
+    of_movement = gain(noise / 4 + movement)
+    assert of_movement.shape == (96, 96, 1)
+    assert of_movement[35:55, 35:55].min() > 0.95
+    assert of_movement[:15].mean() < 0.05
+    assert gain(np.full((count, 96, 96, 3), 5, np.float32)).max() == 0  # agreed upon, but too small
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -270,7 +287,7 @@ def test_steps_begin_in_noise_and_are_as_many_as_asked(scheduler, num_steps):
     frames, prompts = frames_and_prompts(1)
     timesteps = []
     pipeline.unet.register_forward_pre_hook(lambda module, inputs: timesteps.append(float(inputs[1])))
-    options = SamplingOptions(num_inference_steps=num_steps, scheduler=scheduler, num_predictions=1, wiener_gain=False)
+    options = SamplingOptions(num_inference_steps=num_steps, scheduler=scheduler, num_predictions=1)
     options = replace(options, guidance_scale=1.0, image_guidance_scale=1.0, strength=1.0)
     predict_frames(pipeline, frames, prompts, [0], options)
     assert len(timesteps) == num_steps
@@ -285,7 +302,7 @@ def test_without_guidance_only_the_conditioned_branch_is_computed():
     pipeline.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
     for text, image, branches in ((1.0, 1.0, 1), (3.0, 1.0, 2), (1.5, 1.5, 2), (7.5, 1.5, 3)):
         batches.clear()
-        options = SamplingOptions(num_inference_steps=1, num_predictions=1, wiener_gain=False)
+        options = SamplingOptions(num_inference_steps=1, num_predictions=1)
         options = replace(options, guidance_scale=text, image_guidance_scale=image)
         predict_frames(pipeline, frames, prompts, [0], options)
         assert batches == [branches]
@@ -298,21 +315,49 @@ def test_a_weak_start_stays_near_the_input_frame(scheduler):
     unchanged = np.stack([reconstruct_frame(pipeline, frame) for frame in frames]).astype(int)
 
     def distance(strength):
-        options = SamplingOptions(residual=False, num_predictions=1, wiener_gain=False)
+        options = SamplingOptions(residual=False, num_predictions=1)
         options = replace(options, scheduler=scheduler, strength=strength, num_inference_steps=10)
         predictions = predict_frames(pipeline, frames, prompts, [1, 2, 3], options)
-        return np.abs(np.stack([prediction.frame for prediction in predictions]) - unchanged).mean()
+        return np.abs(np.stack([prediction.sample for prediction in predictions]) - unchanged).mean()
 
     assert distance(0.1) < distance(0.5) < distance(1.0)
 
 
 def test_options_of_the_command_reach_the_prediction(data_dir, tiny_model, tmp_path):
-    options = "--num_samples 1 --scheduler ddim --num_predictions 2 --wiener_gain --strength 0.5".split()
-    sample(data_dir, tiny_model, tmp_path / "some", *options, "--guidance_scale", 2)
+    options = "--num_samples 1 --scheduler ddim --num_predictions 2 --strength 0.5 --guidance_scale 2".split()
+    sample(data_dir, tiny_model, tmp_path / "some", *options)
     [row] = json.loads((tmp_path / "some" / "metrics.json").read_text())["samples"]
     folder = tmp_path / "some" / "samples" / row["video_id"]
     assert (folder / "uncertainty.png").is_file()
-    sample(data_dir, tiny_model, tmp_path / "plain", "--num_samples", 1, "--residual", "False", "--num_predictions", 1)
+    sample(data_dir, tiny_model, tmp_path / "plain", "--num_samples", 1, "--residual", "False")
     plain = tmp_path / "plain" / "samples" / row["video_id"]
-    assert not (plain / "uncertainty.png").exists()
     assert (plain / "prediction.png").read_bytes() != (folder / "prediction.png").read_bytes()
+
+
+def test_a_single_prediction_leaves_no_expected_frame(data_dir, tiny_model, tmp_path):
+    done = sample(data_dir, tiny_model, tmp_path)  # one is the default
+    assert "expected" not in (tmp_path / "metrics.json").read_text() + done.stdout
+    names = {path.name for path in (tmp_path / "samples").rglob("*.png")}
+    assert names == {"comparison.png", "input.png", "prediction.png", "target.png"}
+
+
+def test_lpips_is_scored_where_its_package_is(data_dir, tiny_model, tmp_path):
+    """With a stand-in for it: everything is 0.125 apart."""
+    (tmp_path / "lpips.py").write_text(
+        "import torch\n"
+        "LPIPS = lambda **options: lambda one, other: torch.full_like(one[:, :1], 0.125)\n"
+        "im2tensor = lambda picture: torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1)[None]\n"
+    )
+    command = [
+        "python",
+        "sample_from_pix2pix.py",
+        "--model_dir",
+        tiny_model,
+        "--frames_dir",
+        frames_dir(data_dir, SIDE),
+    ]
+    command += ["--val_annotations", filtered_annotations_path(data_dir, "val"), "--output_dir", tmp_path / "out"]
+    done = run(*command, "--num_inference_steps", 1, "--lpips", PYTHONPATH=tmp_path)
+    assert "LPIPS where something moves, lower is better: sample 0.125, copy 0.125, VAE ceiling 0.125" in done.stdout
+    samples = json.loads((tmp_path / "out" / "metrics.json").read_text())["samples"]
+    assert all(row["moving"]["lpips"] == dict.fromkeys(("sample", "copy", "vae_ceiling"), 0.125) for row in samples)

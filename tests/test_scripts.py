@@ -45,7 +45,7 @@ def test_defaults_of_the_scripts_are_the_documented_ones():
     expected = {
         name.upper(): f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in asdict(DEFAULT_OPTIONS).items()
-    } | {"WIENER_GAIN": "auto"}
+    }
     assert {name: sampling[name] for name in expected} == expected
     parser = CommandParser()
     add_sampling_options(parser)
@@ -80,7 +80,7 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
     assert (arguments["add_progress"], arguments["gradient_accumulation_steps"]) == (True, 2)
     assert arguments["learning_rate"] == 5e-6
     assert (arguments["num_inference_steps"], arguments["residual"]) == (1, False)  # of the validation
-    assert re.search("NUM_INFERENCE_STEPS=1 NUM_PREDICTIONS=1 RESIDUAL=False .*bash sample_from_pix2pix.sh", log)
+    assert re.search("NUM_INFERENCE_STEPS=1 RESIDUAL=False .*bash sample_from_pix2pix.sh", log)
 
     variables = {
         "MODEL_DIR": tmp_path / "model",
@@ -88,13 +88,14 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
         "VAL_ANNOTATIONS": filtered_annotations_path(data_dir, "val"),
         "OUTPUT_DIR": tmp_path / "samples",
         "NUM_INFERENCE_STEPS": 1,
+        "NUM_PREDICTIONS": 2,
     }
     run("bash", "-c", f"cd {tmp_path} && bash {PROJECT / 'sample_from_pix2pix.sh'}", **variables)
     assert json.loads((tmp_path / "samples" / "metrics.json").read_text())["summary"]["num_samples"] >= 2
     [validation] = (tmp_path / "model" / "validation").iterdir()
     [comparison, *_] = (tmp_path / "samples" / "samples").rglob("comparison.png")
     with Image.open(validation) as one_prediction, Image.open(comparison) as several:
-        assert one_prediction.width < several.width  # which have a map of their uncertainty
+        assert one_prediction.width < several.width  # which have their mean and a map of their uncertainty, too
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
     [
         ("train_instruct_pix2pix.sh", "PROGRESS", "True or False"),
         ("sample_from_pix2pix.sh", "RESIDUAL", "True or False"),
-        ("train_instruct_pix2pix.sh", "WIENER_GAIN", "True or False"),
+        ("sample_from_pix2pix.sh", "LPIPS", "True or False"),
+        ("train_instruct_pix2pix.sh", "NUM_PREDICTIONS", "is not a whole number"),
         ("train_instruct_pix2pix.sh", "RESOLUTION", "is not a whole number"),
     ],
 )
@@ -135,11 +137,12 @@ def test_quick_tests_options_follow_the_model_not_the_data(tmp_path):
 
     demo = shown(DATA_DIR="data/demo")
     assert "--learning_rate 3e-4" in demo and "--max_train_steps 400" in demo and "--num_inference_steps 1 " in demo
+    assert "--num_predictions 8 " in demo
     for variables in ({"DATA_DIR": "data/sthv2"}, {"PRETRAINED_MODEL": "timbrooks/instruct-pix2pix"}):
         other = shown(**variables)
         assert "--pretrained_model_name_or_path timbrooks/instruct-pix2pix" in other
         assert "--learning_rate 5e-6" in other and "--max_train_steps 20 " in other
-        assert "--num_inference_steps 20 " in other and "3e-4" not in other
+        assert "--num_inference_steps 20 " in other and "--num_predictions 1 " in other and "3e-4" not in other
 
 
 def test_failed_training_makes_the_script_fail(data_dir, tmp_path):
@@ -165,7 +168,7 @@ def test_quick_test_runs_on_the_embedded_default(tmp_path):
     done = run("bash", "test_train_instruct_pix2pix.sh", **variables)
     assert "data: the embedded default" in done.stdout
     output = tmp_path / "output"
-    assert json.loads((output / "samples" / "metrics.json").read_text())["summary"]["psnr"]["copy"] > 15
+    assert json.loads((output / "samples" / "metrics.json").read_text())["summary"]["psnr"]["copy"]["mean"] > 15
     assert (output / "samples" / "overview.png").is_file()
     assert list((output / "model" / "validation").glob("*.png"))
     assert list((output / "model" / "logs").rglob("events*"))

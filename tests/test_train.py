@@ -82,15 +82,17 @@ def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
     for name in ("loss", "learning_rate", "grad_norm", "samples_per_second"):
         assert sorted(scalars(logs, f"train/{name}")) == list(range(1, STEPS + 1)), name
     assert list(scalars(logs, "train/learning_rate").values()) == pytest.approx([1e-3] * STEPS)
-    for metric in ("psnr", "ssim"):
-        for name in ("prediction", "copy"):
+    where_something_moves = [f"{metric}_where_something_moves" for metric in ("psnr", "ssim", "sharpness")]
+    for metric in ("psnr", "ssim", *where_something_moves, "share_of_frames"):
+        for name in ("sample", "copy", "vae_ceiling"):
             # 6 samples, 4 a step: two epochs end with step 3, four with step 6.
             # One chart a metric: TensorBoard lays its lines, each a run of its own, over each other.
             [line] = logs.rglob(f"validation_{metric}_{name}")
             assert sorted(scalars(line, f"validation/{metric}")) == [3, 6, 8]
-    [copy_line], [prediction_line] = logs.rglob("validation_psnr_copy"), logs.rglob("validation_psnr_prediction")
+    [copy_line], [sample_line] = logs.rglob("validation_psnr_copy"), logs.rglob("validation_psnr_sample")
     copies = scalars(copy_line, "validation/psnr")
-    assert copies[3] == copies[8] != scalars(prediction_line, "validation/psnr")[8]
+    assert copies[3] == copies[8] != scalars(sample_line, "validation/psnr")[8]
+    assert not list(logs.rglob("validation_*_expected"))  # of a single prediction
     [event_file] = logs.glob("*/events*")
     events = EventAccumulator(str(event_file), size_guidance={"images": 0})
     events.Reload()
@@ -242,7 +244,7 @@ def test_a_fresh_run_never_mixes_with_old_checkpoints(data_dir, tiny_model, tmp_
         ("--resolution 100", "must be a multiple of 8, not 100"),
         ("--train_batch_size 0", "must be at least 1, not 0"),
         ("--train_batch_size 1.5", "'1.5' is not a whole number"),
-        ("--wiener_gain True --num_predictions 1", "needs --residual"),
+        ("--num_predictions 0", "must be at least 1, not 0"),
         ("--residual yes", "must be True or False, not 'yes'"),
         ("--conditioning_dropout_prob 0.5", "must be at most 0.3333, not 0.5"),
         ("--learning_rate nan", "'nan' is not a number"),
