@@ -20,12 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data.layout import CommandParser, UserError, number, run_command, write_file
-from pecn.sampling_options import (
-    SCHEDULERS,
-    SamplingOptions,
-    add_sampling_options,
-    sampling_options,
-)
+from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
 
 PAPER = SamplingOptions(
     num_inference_steps=20,
@@ -39,6 +34,7 @@ PAPER = SamplingOptions(
 BASE_ROW = "as the flags say, or the defaults"  # the sixth; the rows below it start from it
 DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
 QUICK_ROWS, QUICK_SAMPLES, QUICK_STEPS = 6, 3, 2
+COLUMNS = "{:>11}{:>8}{:>7}{:>8}"  # of the table, for the sample and for the expected frame
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,28 +65,23 @@ from accelerate import PartialState
 from data.sthv2_dataset_hf import FramePair, choose_pairs, load_frame_pairs, verify_frames
 from pecn.model import find_model, load_pipeline, read_training_config
 from pecn.sampling import predict_pairs
-from pecn.scores import score_prediction, summarize
+from pecn.scores import PREDICTED, score_prediction, summarize
 
 
 def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
     """The rows of the table."""
-    plain = replace(base, residual=False, wiener_gain=False)
-    averaged = replace(PAPER, residual=True, num_predictions=4, wiener_gain=True)
+    several = replace(PAPER, residual=True, num_predictions=4)
     rows = {
         "the paper's (diffusers' pipeline)": PAPER,
         "the paper's, residual": replace(PAPER, residual=True),
-        "the paper's, residual, 4, Wiener gain": averaged,
-        "  the same, guidance: text 1.0": replace(averaged, guidance_scale=1.0),
-        "  the same, text and image 1.0": replace(averaged, guidance_scale=1.0, image_guidance_scale=1.0),
+        "the paper's, residual, 4": several,
+        "  the same, guidance: text 1.0": replace(several, guidance_scale=1.0),
+        "  the same, text and image 1.0": replace(several, guidance_scale=1.0, image_guidance_scale=1.0),
         BASE_ROW: base,
     }
     for count in (1, 4, 8):
-        rows[f"plain, {count} predictions"] = replace(plain, num_predictions=count)
-        rows[f"residual, {count} predictions"] = replace(plain, residual=True, num_predictions=count)
-        if count > 1:
-            rows[f"residual, {count}, Wiener gain"] = replace(
-                plain, residual=True, num_predictions=count, wiener_gain=True
-            )
+        for name, residual in (("plain", False), ("residual", True)):
+            rows[f"{name}, predictions: {count}"] = replace(base, residual=residual, num_predictions=count)
     for text, image in ((1.0, 1.0), (1.0, 1.5), (1.5, 1.0), (2.0, 1.5), (3.0, 1.5), (7.5, 1.5), (7.5, 1.0)):
         rows[f"guidance: text {text}, image {image}"] = replace(base, guidance_scale=text, image_guidance_scale=image)
     for steps in (1, 2, 4, 10, 20, 50):
@@ -117,17 +108,16 @@ def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FrameP
 
 
 def format_row(name: str, summary: dict[str, Any], seconds: float) -> str:
-    """One line: means over the pairs, and the comparison with copying."""
-
-    def compared(scores: dict[str, Any]) -> str:
-        if scores["psnr"]["prediction"] is None:
-            return f"{'-':>30}"
-        interval = scores["difference"]["psnr_interval"]
-        spread = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
-        return f"{scores['psnr']['prediction']:>7.2f}{scores['difference']['psnr']:>+7.2f}{spread:>18}"
-
-    better = summary["share_better"]["psnr"]
-    return f"{name:38}{compared(summary)}{better:>8.0%}{compared(summary['moving'])}{seconds:>8.2f}"
+    """One line: how the sample and the expected frame do where something moves."""
+    moving, cells = summary["moving"], ""
+    for way in PREDICTED:
+        if way not in moving["psnr"]:  # a single prediction has no expected frame
+            cells += COLUMNS.format("-", "-", "-", "-")
+            continue
+        ssim, psnr = (moving[metric][way]["gain"] for metric in ("ssim", "psnr"))
+        sharpness, frames = moving["sharpness"][way]["median"], moving["frames"][way]["share"]
+        cells += COLUMNS.format(f"{sharpness:.2f}", f"{ssim:+.3f}", f"{psnr:+.2f}", f"{frames:.0%}")
+    return f"{name:38}{cells}{seconds:>7.2f}"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -144,10 +134,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"all rows in {QUICK_STEPS} steps")
     flags = " ".join(f"--{name} {value}" for name, value in vars(rows[BASE_ROW]).items())
     print(f"from row 6 on, unless the row says otherwise: {flags}")
-    print(
-        f"{'':38}{'PSNR':>7}{'- copying (95% interval)':>25}{'better':>8}"
-        f"{'PSNR where it moves - copying':>32}{'s/pair':>8}"
-    )
+    print(f"{'where something moves:':38}" + "".join(f"{f'{way} (SSIM, PSNR: - copy)':>32}" for way in PREDICTED))
+    print(f"{'':38}" + 2 * COLUMNS.format("sharpness", "SSIM", "PSNR", "frames") + f"{'s/pair':>7}")
     everything: dict[str, Any] = {}
     rows_of: dict[SamplingOptions, dict[str, Any]] = {}
     for name, options in rows.items():
@@ -162,12 +150,12 @@ def main(args: argparse.Namespace) -> None:
         print(format_row(name, summary, everything[name]["seconds_per_pair"]), flush=True)
         if args.output:
             write_file(args.output, json.dumps(everything, indent=1) + "\n")
-    copy, ceiling = (summary["psnr"][name] for name in ("copy", "vae_ceiling"))
-    moving_copy, moving_ceiling = (summary["moving"]["psnr"][name] or 0.0 for name in ("copy", "vae_ceiling"))
-    print(
-        f"copying: {copy:.2f} dB, where something moves {moving_copy:.2f} dB;"
-        f" the VAE's ceiling: {ceiling:.2f} and {moving_ceiling:.2f} dB"
-    )
+    for way, name in (("copy", "copying"), ("vae_ceiling", "the VAE's ceiling")):
+        figures = [f"PSNR {summary['psnr'][way]['mean']:.2f} dB"]
+        if summary["moving"]["num_samples"]:
+            means = [summary["moving"][metric][way]["mean"] for metric in ("psnr", "ssim")]
+            figures.append("where something moves {:.2f} dB, SSIM {:.3f}".format(*means))
+        print(f"{name}: {', '.join(figures)}")
 
 
 if __name__ == "__main__":

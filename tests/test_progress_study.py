@@ -43,7 +43,7 @@ def test_quick_study_compares_the_same_clips_with_and_without_progress(study: tu
         for name, samples in by_prompt.items():
             sample = samples[pair["video_id"]]
             assert ("% of the action" in sample["edit_prompt"]) == (name == "with")
-            assert pair["psnr"][name] == [sample["psnr"]["prediction"]]
+            assert pair["psnr"][name] == [sample["psnr"]["sample"]]
             assert pair["psnr"]["copy"] == sample["psnr"]["copy"]
     gains = [pair["psnr"]["with"][0] - pair["psnr"]["without"][0] for pair in pairs]
     assert any(gain != 0 for gain in gains)  # progress reached training or sampling
@@ -72,7 +72,7 @@ def test_finished_runs_are_not_repeated_and_models_not_kept(study: tuple[Path, s
         (["--training_options=--seed 3"], "--seed"),
         (["--training_options=--add_progress=True"], "--add_progress"),
         (["--num_inference_steps", "0"], "num_inference_steps"),
-        (["--num_predictions", "1", "--wiener_gain", "True"], "--wiener_gain needs"),
+        (["--residual", "auto"], "must be True or False"),
         (["--max_train_steps", "0"], "max_train_steps"),
     ],
 )
@@ -108,7 +108,8 @@ def test_settings_that_change_results_change_the_runs_folder(tmp_path: Path) -> 
     assert folder() == folder()
     others = [
         folder("--training_options="),
-        folder("--wiener_gain=auto"),
+        folder("--num_predictions=3"),
+        folder("--residual=False"),
         folder("--learning_rate=1e-3"),
         folder("--training_options=--use_ema"),
         folder("--num_inference_steps=7"),
@@ -126,14 +127,24 @@ def test_failed_command_is_quoted_with_its_log(tmp_path: Path) -> None:
     assert "no memory left" in str(caught.value) and str(log) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def write_metrics(folder: Path, add_progress: bool, seed: int, predicted: dict[str, float]) -> Run:
-    """A finished run with these PSNRs of the predictions by video; those of videos named "still…" do not move."""
+def write_metrics(
+    folder: Path, add_progress: bool, seed: int, predicted: dict[str, float], several: bool = False
+) -> Run:
+    """A finished run with these PSNRs of the predictions by video; those of videos named "still…" do not move.
+
+    With `several` they are those of the expected frames, and the samples' are worse.
+    """
+
+    def scores(predicted: float, copy: float) -> dict[str, float]:
+        ways = {"sample": predicted - 5, "expected": predicted} if several else {"sample": predicted}
+        return {**ways, "copy": copy}
+
     samples = [
         {
             "video_id": video_id,
             "task": "move_object",
-            "psnr": {"prediction": value, "copy": 20.0},
-            "moving": None if video_id.startswith("still") else {"psnr": {"prediction": value - 10, "copy": 10.0}},
+            "psnr": scores(value, 20.0),
+            "moving": None if video_id.startswith("still") else {"psnr": scores(value - 10, 10.0)},
         }
         for video_id, value in predicted.items()
     ]
@@ -143,12 +154,13 @@ def write_metrics(folder: Path, add_progress: bool, seed: int, predicted: dict[s
     return finished
 
 
-def test_differences_are_averaged_over_seeds_before_pairs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_differences_are_averaged_over_seeds_before_pairs(tmp_path: Path, several: bool) -> None:
     runs = [
-        write_metrics(tmp_path, False, 0, {"a": 20, "b": 30, "still": 40}),
-        write_metrics(tmp_path, True, 0, {"still": 40, "b": 31, "a": 22}),  # another order
-        write_metrics(tmp_path, False, 1, {"a": 20, "b": 30, "still": 40}),
-        write_metrics(tmp_path, True, 1, {"a": 24, "b": 29, "still": 40}),
+        write_metrics(tmp_path, False, 0, {"a": 20, "b": 30, "still": 40}, several),
+        write_metrics(tmp_path, True, 0, {"still": 40, "b": 31, "a": 22}, several),  # another order
+        write_metrics(tmp_path, False, 1, {"a": 20, "b": 30, "still": 40}, several),
+        write_metrics(tmp_path, True, 1, {"a": 24, "b": 29, "still": 40}, several),
     ]
     pairs = progress_study.collect_pairs(runs)
     whole = progress_comparison.compare(pairs, "psnr")
