@@ -159,7 +159,7 @@ def save_scores_plot(path: Path, scores: Sequence[dict[str, Any]], note: str) ->
 
 def _plot_gain_against_sharpness(axes: Axes, moving: Sequence[dict[str, Any]]) -> None:
     """One dot a pair for the sample and one for the expected frame; the best place is to the right, at 1."""
-    for way, color in (("expected", "tab:purple"), ("sample", "tab:red")):  # not the colors of tasks beside it
+    for way, color in (("expected", "tab:cyan"), ("sample", "tab:red")):  # not the colors of tasks beside it
         rows = [row for row in moving if way in row["psnr"]]
         if rows:
             gains = [row["psnr"][way] - row["psnr"]["copy"] for row in rows]
