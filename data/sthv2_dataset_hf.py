@@ -43,12 +43,12 @@ class FramePair:
     num_frames: int | None  # of the video, None where it was not recorded
 
 
-def build_prompt(label: str, progress: int | None = None) -> str:
-    """The sentence the model reads; `progress` is in percent, None leaves progress out."""
-    prompt = f"Generate a future frame of this action: {label}"
-    if progress is None:
-        return prompt
-    return f"{prompt}. And {progress}% of the action has been completed."
+def build_prompt(label: str, progress: int | None = None, horizon: int | None = None) -> str:
+    """The sentence the model reads; `progress` is in percent, `horizon` in frames, None leaves either out."""
+    action = f"Generate a future frame of this action: {label}"
+    done = "" if progress is None else f" And {progress}% of the action has been completed."
+    later = "" if horizon is None else f" The frame is {horizon} frame{'' if horizon == 1 else 's'} later."
+    return f"{action}.{done}{later}" if done or later else action
 
 
 def action_progress(input_frame_idx: int, num_frames: int) -> int:

@@ -2,22 +2,30 @@
 
     python -m demo.make_model
 
-writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet with
-8 input channels, a VAE, a CLIP text encoder with its tokenizer, and a scheduler, together under 10 million
-parameters. It stands in for `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`, and is trained on such
-clips: the VAE, the text encoder, then the UNet. `--initial_model DIR` continues from a model written before. With
-0 steps of all three the weights come from `--seed` alone and take seconds.
+writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet, a VAE, a
+CLIP text encoder with its tokenizer, and a scheduler, together under 10 million parameters. It stands in for
+`timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`, and is trained on such clips: the VAE, the text
+encoder, then the UNet. What takes long is kept in `--work_dir` (rendered frames, latents, checkpoints): the same
+command goes on where it was stopped. With 0 steps of all three the weights come from `--seed` alone and take seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.layout import CommandParser, UserError, make_folder, number, run_command, whole_or_absent
+from data.layout import (
+    CommandParser,
+    UserError,
+    make_folder,
+    number,
+    only_one,
+    remove_leftovers,
+    run_command,
+    whole_or_absent,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -58,40 +66,40 @@ def parse_args() -> argparse.Namespace:
     parser = CommandParser(
         prog="python -m demo.make_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, steps = parser.add_argument, number(at_least=0)
-    add("--output_dir", type=Path, default=Path("demo/base_model"), help="default: %(default)s")
-    add("--initial_model", type=Path, help="a model directory to start from instead of random weights")
-    add("--vae_train_steps", type=steps, default=2500, help="0 leaves the VAE as it is; default: %(default)s")
-    add("--text_train_steps", type=steps, default=300, help="0 leaves the text encoder as it is; default: %(default)s")
-    add("--unet_train_steps", type=steps, default=7000, help="0 leaves the UNet as it is; default: %(default)s")
-    add("--num_clips", type=number(at_least=1), default=3000, help="clips to train on; default: %(default)s")
-    seed_help = "of the weights and of training, not of the clips; default: %(default)s"
+    add, steps, count = parser.add_argument, number(at_least=0), number(at_least=1)
+    add("--output_dir", type=Path, default=Path("demo/base_model"), help="(%(default)s)")
+    work_help = "of frames, latents, checkpoints and logs: about 7 GB for 3,000 clips (%(default)s)"
+    add("--work_dir", type=Path, default=Path("outputs/base_model"), help=work_help)
+    add("--num_clips", type=count, default=3000, help="clips to train on (%(default)s)")
+    seed_help = "of the weights and of training, not of the clips (%(default)s)"
     add("--seed", type=number(at_least=0, at_most=2**63), default=0, help=seed_help)
-    args = parser.parse_args()
-    if args.initial_model and args.text_train_steps and not args.unet_train_steps:
-        parser.error("a UNet has to be trained after its text encoder; add --text_train_steps 0 or more UNet steps")
-    return args
+    for stage, model, default_steps, batch_size in (
+        ("vae", "VAE", 5000, 8),
+        ("text", "text encoder", 500, 32),
+        ("unet", "UNet", 30_000, 32),
+    ):
+        steps_help = f"0 leaves the {model} untrained (%(default)s)"
+        add(f"--{stage}_train_steps", type=steps, default=default_steps, help=steps_help)
+        add(f"--{stage}_batch_size", type=count, default=batch_size, help="(%(default)s)")
+    add("--checkpointing_steps", type=count, default=1000, help="steps between checkpoints (%(default)s)")
+    add("--validation_steps", type=count, default=1000, help="UNet steps between validations (%(default)s)")
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     check_output_dir(args.output_dir)
-    initial = args.initial_model
-    if initial and not (initial / "model_index.json").is_file():
-        raise UserError(f"--initial_model {initial} is not a model directory: it has no model_index.json")
 
-    from demo.pretraining.training import pretrain
     from demo.pretraining.untrained import build_pipeline, count_parameters
-    from pecn.model import load_pipeline
 
-    pipeline = load_pipeline(initial) if initial else build_pipeline(args.seed)
-    steps = (args.vae_train_steps, args.text_train_steps, args.unet_train_steps)
-    if any(steps):
-        try:
-            pretrain(pipeline, *steps, args.num_clips, args.seed)
-        except KeyboardInterrupt:
-            print("interrupted: nothing was written; the same command starts from the beginning", file=sys.stderr)
-            sys.exit(130)
+    pipeline = build_pipeline(args.seed)
+    if args.vae_train_steps or args.text_train_steps or args.unet_train_steps:
+        from demo.pretraining.recipe import pretrain
+
+        make_folder(args.work_dir)
+        with only_one(args.work_dir, "pre-training"):
+            remove_leftovers(args.work_dir)
+            pretrain(pipeline, args)
         pipeline.to("cpu")
     save_pipeline(pipeline, args.output_dir)
     print(f"wrote {args.output_dir}: {count_parameters(pipeline) / 1e6:.1f} M parameters")

@@ -143,7 +143,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data_dir(tmp_path_factory.mktemp("data"))
 
 
-def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon"):
+def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon", latent_channels: int = 4):
     """A Stable Diffusion pipeline of 100,000 parameters with random weights, the same ones each time."""
     import torch
     from diffusers import (
@@ -172,7 +172,7 @@ def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon"):
     unet = UNet2DConditionModel(
         sample_size=4,
         in_channels=in_channels,
-        out_channels=4,
+        out_channels=latent_channels,
         block_out_channels=(16, 32),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -186,6 +186,7 @@ def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon"):
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=SIDE,
         scaling_factor=0.5,
@@ -197,7 +198,7 @@ def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon"):
         prediction_type=prediction_type,
         steps_offset=1,
     )
-    kind = StableDiffusionInstructPix2PixPipeline if in_channels == 8 else StableDiffusionPipeline
+    kind = StableDiffusionInstructPix2PixPipeline if in_channels > latent_channels else StableDiffusionPipeline
     return kind(vae, CLIPTextModel(text_config), tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
 
 

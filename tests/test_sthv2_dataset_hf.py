@@ -31,6 +31,11 @@ def test_prompts_are_the_published_sentences():
         "Generate a future frame of this action: moving a cup up. And 60% of the action has been completed."
     )
     assert build_prompt("moving a cup up", 0).endswith("And 0% of the action has been completed.")
+    assert build_prompt("moving a cup up", 60, horizon=5) == (
+        "Generate a future frame of this action: moving a cup up. And 60% of the action has been completed."
+        " The frame is 5 frames later."
+    )
+    assert build_prompt("moving a cup up", horizon=1).endswith(": moving a cup up. The frame is 1 frame later.")
 
 
 @given(st.integers(1, 10_000), st.data())

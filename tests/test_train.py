@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.layout import UserError
+from data.layout import UserError, filtered_annotations_path, frames_dir
 from pecn.model import create_hub_repository, upload
 from tests.conftest import PROJECT, SIDE, make_tiny_pipeline, run, scalars
 
@@ -284,3 +284,19 @@ def test_mistakes_get_one_line(data_dir, tiny_model, tmp_path):
     assert taken.read_text() == "kept"
     resumed = ("--pretrained_model_name_or_path", tiny_model, "--resume_from_checkpoint", "checkpoint-77")
     assert "there is no checkpoint checkpoint-77" in message(*here, SIDE, *resumed)
+
+
+def test_a_model_of_16_latent_channels_is_trained_and_sampled_from(data_dir, tmp_path):
+    model, output_dir, results = tmp_path / "model", tmp_path / "trained", tmp_path / "results"
+    make_tiny_pipeline(in_channels=32, latent_channels=16).save_pretrained(model)
+    options = ("--max_train_steps", 2, "--random_flip", "--num_validation_images", 1)
+    train(data_dir, model, output_dir, *options)
+    command = ("python", "sample_from_pix2pix.py", "--model_dir", output_dir, "--output_dir", results)
+    places = (
+        "--frames_dir",
+        frames_dir(data_dir, SIDE),
+        "--val_annotations",
+        filtered_annotations_path(data_dir, "val"),
+    )
+    run(*command, *places, "--num_inference_steps", 2, "--num_predictions", 2, "--num_samples", 2)
+    assert json.loads((results / "metrics.json").read_text())["summary"]["num_samples"] == 2

@@ -1,4 +1,4 @@
-"""The frames that the demo's base model is pre-trained on, rendered in memory.
+"""The frames that the demo's base model is pre-trained on: every frame of many clips, in files of the work folder.
 
 The clips are of `demo.make_clips`' "pretrain" split and of a seed of their own, so none of them is ever in a
 rendered data directory. They are used as rendered, without a video's compression: at 96 and 128 pixels,
@@ -8,81 +8,107 @@ This module imports no torch, so that worker processes start at once.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import repeat
 from multiprocessing import get_context
+from pathlib import Path
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
+from data.layout import UserError, available_cores, whole_or_absent
 from demo.renderer.clip import plan_clip, render_clip
+from demo.renderer.video import prepare_worker
 
 CLIP_SEED = 20_221_109  # far from make_clips' default, 42
 NUM_HELD_OUT_CLIPS = 24  # the split's first clips; training uses those that follow
 RESOLUTIONS = (96, 128)
 RESOLUTION_CYCLE = (96,) * 7 + (128,)  # the training clips' sizes in turn: mostly the quick test's
-# A Golomb ruler: the marks are 1, 2, 3, 4, 5, 7, 8, 9, 10 and 11 frames apart, so few frames make many pairs.
-FRAME_RULER = (0, 1, 4, 9, 11)
-RULERS_PER_CLIP = 2
 
 
-@dataclass
-class ClipFrames:
-    """Some frames of one clip: `frames` is uint8 RGB (len(indices), R, R, 3), in the order of `indices`."""
+@dataclass(frozen=True)
+class Clip:
+    """One clip and where it lies: its frames are the rows from `first_row` on."""
 
     label: str
+    template: str
     num_frames: int
-    indices: list[int]
-    frames: np.ndarray
+    first_row: int
+
+
+@dataclass(frozen=True)
+class StoredClips:
+    """The clips of one size, and in `rows` all their frames, clip by clip, held-out ones first; read from a file.
+
+    Frames are uint8 RGB (N, R, R, 3), or float16 latents (N, 2 C, R / f, R / f) for a VAE that divides by f: the
+    posterior's means and log variances, not scaled.
+    """
+
+    held_out: list[Clip]
+    training: list[Clip]
+    rows: np.ndarray
 
     @property
-    def resolution(self) -> int:
-        return self.frames.shape[1]
+    def training_rows(self) -> range:
+        return range(sum(clip.num_frames for clip in self.held_out), len(self.rows))
 
 
-def choose_frames(index: int, num_frames: int) -> list[int]:
-    """The frames of clip `index` to train on: the ruler's marks from `RULERS_PER_CLIP` random starts."""
-    rng = np.random.default_rng([CLIP_SEED, index])
-    starts = rng.integers(0, num_frames - FRAME_RULER[-1], RULERS_PER_CLIP)
-    return sorted({int(start) + mark for start in starts for mark in FRAME_RULER})
+def clip_indices(side: int, num_clips: int) -> tuple[list[int], list[int]]:
+    """Which clips of the split are rendered with `side` pixels: held-out ones (few for a short trial), training's."""
+    held_out = range(min(NUM_HELD_OUT_CLIPS, max(2, num_clips // 10)))
+    cycle = len(RESOLUTION_CYCLE)
+    return list(held_out), [
+        NUM_HELD_OUT_CLIPS + place for place in range(num_clips) if RESOLUTION_CYCLE[place % cycle] == side
+    ]
 
 
-def render_frames(index: int, resolutions: Sequence[int]) -> list[ClipFrames]:
-    """The frames of `choose_frames` of clip `index`, at each size, resized as `data.video_loader` does."""
-    cv2.setNumThreads(1)
-    num_frames = plan_clip(CLIP_SEED, "pretrain", index).num_frames
-    wanted = choose_frames(index, num_frames)
-    annotation, rendered = render_clip(CLIP_SEED, "pretrain", index)
-    frames = [frame for position, frame in enumerate(islice(rendered, wanted[-1] + 1)) if position in wanted]
-    resized = [np.stack([resize(frame, side) for frame in frames]) for side in resolutions]
-    return [ClipFrames(annotation["label"], num_frames, wanted, pictures) for pictures in resized]
+def rendered_clips(work_dir: Path, num_clips: int, side: int) -> StoredClips:
+    """The clips of one size, rendered where the work folder does not hold them yet."""
+    held_out, training = clip_indices(side, num_clips)
+    clips, first_row = [], 0
+    for index in held_out + training:
+        plan = plan_clip(CLIP_SEED, "pretrain", index)
+        clips.append(Clip(plan.annotation["label"], plan.action.template, plan.num_frames, first_row))
+        first_row += plan.num_frames
+    path = work_dir / f"frames-{side}-of-{num_clips}-clips.npy"
+    rows = stored_array(path, np.uint8, (first_row, side, side, 3), render_all(held_out + training, side))
+    return StoredClips(clips[: len(held_out)], clips[len(held_out) :], rows)
 
 
-def resize(frame: np.ndarray, side: int) -> np.ndarray:
-    """`frame` averaged down to a square of `side` pixels; its aspect ratio is not kept."""
-    return cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA)
+def stored_array(path: Path, dtype: type, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """The array in an .npy file, read as it is used; a missing file is written from blocks of rows, whole or absent."""
+    if not path.is_file():
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        with whole_or_absent(path) as partial, open(partial, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block, dtype))
+    return np.load(path, mmap_mode="r")
 
 
-def render_held_out_clips(count: int) -> list[ClipFrames]:
-    """The first `count` clips at every size; at most NUM_HELD_OUT_CLIPS, which no training clip is among."""
-    indices = range(min(count, NUM_HELD_OUT_CLIPS))
-    return _render_all(indices, [RESOLUTIONS] * len(indices), "rendering held-out clips")
+def render_all(indices: Sequence[int], side: int) -> Iterator[np.ndarray]:
+    """`render_frames` of each clip in turn, from worker processes on all cores."""
+    pool = ProcessPoolExecutor(available_cores(), get_context("spawn"), prepare_worker)
+    try:
+        rendered = pool.map(render_frames, indices, repeat(side), chunksize=4)
+        yield from tqdm(rendered, total=len(indices), desc=f"rendering at {side} pixels", unit="clip")
+    except BrokenProcessPool as error:
+        raise UserError("a rendering process was killed (out of memory?); run the same command again") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def render_training_clips(count: int) -> list[ClipFrames]:
-    """`count` clips, each at one size, by RESOLUTION_CYCLE."""
-    indices = range(NUM_HELD_OUT_CLIPS, NUM_HELD_OUT_CLIPS + count)
-    sizes = [(RESOLUTION_CYCLE[index % len(RESOLUTION_CYCLE)],) for index in range(count)]
-    return _render_all(indices, sizes, "rendering training clips")
+def render_frames(index: int, side: int) -> np.ndarray:
+    """All frames of one clip, uint8 RGB (F, side, side, 3): averaged down to a square, as `data.video_loader` does."""
+    _, frames = render_clip(CLIP_SEED, "pretrain", index)
+    return np.stack([cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA) for frame in frames])
 
 
-def _render_all(indices: Sequence[int], resolutions: Sequence[tuple[int, ...]], description: str) -> list[ClipFrames]:
-    """`render_frames` of each index at its sizes, in worker processes, one per core."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        rendered = pool.map(render_frames, indices, resolutions, chunksize=4)
-        progress = tqdm(rendered, total=len(indices), desc=description, unit="clip")
-        return [clip for clips in progress for clip in clips]
+def pick_size(sizes: Sequence[StoredClips], rng: np.random.Generator) -> StoredClips:
+    """The clips of one size, since a batch holds one; each as often as training clips have it."""
+    counts = np.array([len(stored.training) for stored in sizes], float)
+    return sizes[rng.choice(len(sizes), p=counts / counts.sum())]

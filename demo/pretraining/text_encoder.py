@@ -7,67 +7,78 @@ changed no prediction). Stable Diffusion's encoder comes trained as well, and st
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionInstructPix2PixPipeline
-from tqdm import tqdm
+from torch.utils.tensorboard import SummaryWriter
 
 from data.sthv2_dataset_hf import build_prompt, derive_seed
 from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS
+from demo.pretraining.stages import train_stage
 from demo.renderer.clip import plan_clip
 from demo.renderer.templates import ACTIONS
 from pecn.model import tokenize
 
-TEXT_BATCH_SIZE, TEXT_LEARNING_RATE = 32, 1e-3
 TEMPLATES = sorted({action.template for actions in ACTIONS.values() for action in actions})
-NOT_TOLD = 10  # the class of a sentence without progress; 0 to 9 are tenths
+MAX_HORIZON = 10  # frames between input and target
+TOLD = 0.75  # of the prompts tell the progress, and as many tell the horizon
+# For each property its number of classes. Of progress: tenths, 0 to 9, or 10 where the sentence does not tell it; of
+# the horizon: 1 to MAX_HORIZON, or 0 where it is not told.
+NUM_CLASSES = {"template": len(TEMPLATES), "progress": 11, "horizon": MAX_HORIZON + 1}
 
 
-def sentence_batch(step: int, seed: int, num_clips: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Prompts of the training clips, and what each says, int64 (B,): its template and its progress.
-
-    The template's place in TEMPLATES; tenths, 0 to 9, or NOT_TOLD, as in half of the prompts. A pure function.
-    """
+def sentence_batch(step: int, seed: int, num_clips: int, batch_size: int) -> tuple[list[str], torch.Tensor]:
+    """Prompts of training clips, and what each says: the classes (B, 3) of NUM_CLASSES, int64. A pure function."""
     rng = np.random.default_rng(derive_seed(seed, "sentences", step))
-    prompts, templates, progresses = [], [], []
-    for clip_index in NUM_HELD_OUT_CLIPS + rng.integers(0, num_clips, TEXT_BATCH_SIZE):
+    prompts, classes = [], []
+    for clip_index in NUM_HELD_OUT_CLIPS + rng.integers(0, num_clips, batch_size):
         annotation = plan_clip(CLIP_SEED, "pretrain", int(clip_index)).annotation
-        progress = int(rng.integers(NOT_TOLD)) if rng.random() < 0.5 else None
-        prompts.append(build_prompt(annotation["label"], None if progress is None else 10 * progress))
-        templates.append(TEMPLATES.index(annotation["template"]))
-        progresses.append(NOT_TOLD if progress is None else progress)
-    return prompts, torch.tensor(templates), torch.tensor(progresses)
+        progress = int(rng.integers(10)) if rng.random() < TOLD else None
+        horizon = int(rng.integers(1, MAX_HORIZON + 1)) if rng.random() < TOLD else None
+        prompts.append(build_prompt(annotation["label"], None if progress is None else 10 * progress, horizon))
+        classes.append((TEMPLATES.index(annotation["template"]), 10 if progress is None else progress, horizon or 0))
+    return prompts, torch.tensor(classes)
+
+
+def read_sentences(
+    pipeline: StableDiffusionInstructPix2PixPipeline, reader: torch.nn.Linear, prompts: list[str], classes: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each property the scores (S, number of classes) that the reader gives, and the right classes (S,).
+
+    It reads every state from the end token to the 77th: those hold no word of their own, so most of what the UNet
+    attends to then says what the sentence means.
+    """
+    device, tokens = reader.weight.device, tokenize(pipeline, prompts)
+    row, position = torch.nonzero(tokens == pipeline.tokenizer.eos_token_id, as_tuple=True)  # it also pads
+    states = pipeline.text_encoder(tokens.to(device))[0][row.to(device), position.to(device)]
+    scores = reader(states).split(list(NUM_CLASSES.values()), dim=1)
+    return list(zip(scores, classes[row].to(device).T))
 
 
 def train_text_encoder(
-    pipeline: StableDiffusionInstructPix2PixPipeline, steps: int, num_clips: int, seed: int, device: torch.device
+    pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Namespace, logs: SummaryWriter
 ) -> float:
-    """Trains the text encoder in place (AdamW) and returns the share of the last batch that is classified correctly.
+    """Trains the text encoder in place, to let a linear layer name template, progress and horizon from its states.
 
-    A linear layer has to name template and progress from every state from the end token to the 77th: those hold no word
-    of their own, so most of what the UNet attends to then says what the sentence means.
+    Returns the share of one more batch that is read correctly in all three.
     """
-    encoder, num_classes = pipeline.text_encoder.to(device).train(), [len(TEMPLATES), NOT_TOLD + 1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "sentence reader"))
-        reader = torch.nn.Linear(encoder.config.hidden_size, sum(num_classes)).to(device)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=TEXT_LEARNING_RATE)
-    right = 0.0
-    with tqdm(range(steps), desc="training the text encoder", unit="step") as bar:
-        for step in bar:
-            prompts, templates, progresses = sentence_batch(step, seed, num_clips)
-            tokens = tokenize(pipeline, prompts)
-            row, position = torch.nonzero(tokens == pipeline.tokenizer.eos_token_id, as_tuple=True)  # it also pads
-            states = encoder(tokens.to(device))[0][row.to(device), position.to(device)]
-            template_scores, progress_scores = reader(states).split(num_classes, dim=1)
-            template, progress = templates[row].to(device), progresses[row].to(device)
-            loss = F.cross_entropy(template_scores, template) + F.cross_entropy(progress_scores, progress)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            both = (template_scores.argmax(1) == template) & (progress_scores.argmax(1) == progress)
-            right = both.float().mean().item()
-            bar.set_postfix_str(f"{right:.0%} correct", refresh=False)
-    encoder.eval()
-    return right
+        torch.manual_seed(derive_seed(args.seed, "sentence reader"))
+        reader = torch.nn.Linear(pipeline.text_encoder.config.hidden_size, sum(NUM_CLASSES.values()))
+    reader.to(pipeline.text_encoder.device)
+
+    def read_batch(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        batch = sentence_batch(step, args.seed, args.num_clips, args.text_batch_size)
+        return read_sentences(pipeline, reader, *batch)
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        return sum(F.cross_entropy(scores, right) for scores, right in read_batch(step))
+
+    models = torch.nn.ModuleList([pipeline.text_encoder, reader])
+    train_stage("text", models, loss_of_step, args, logs, learning_rate=1e-3, weight_decay=1e-2, warmup_steps=20)
+    with torch.no_grad():
+        correct = [scores.argmax(dim=1) == right for scores, right in read_batch(args.text_train_steps)]
+    return torch.stack(correct).all(dim=0).float().mean().item()

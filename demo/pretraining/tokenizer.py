@@ -21,9 +21,9 @@ def tokenizer_corpus() -> list[str]:
     """The text whose words get tokens of their own: templates, names of rendered objects, and the prompt."""
     templates = [template for templates in TASK_TEMPLATES.values() for template in templates]
     objects = [f"{color} {kind}" for kind in KINDS for color in COLORS]
-    progress = [build_prompt("", percent) for percent in range(0, 101, 10)]
+    prompts = [build_prompt("", 10 * tenth, horizon=tenth) for tenth in range(11)]
     # The prompt's fixed words stand in every prompt, so they weigh as much as all templates together.
-    return templates + objects + progress * (len(templates) // len(progress))
+    return templates + objects + prompts * (len(templates) // len(prompts))
 
 
 def train_byte_level_bpe(corpus: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -25,7 +25,7 @@ def render_to_files(data_dir: Path, seed: int, clips: list[tuple[str, int]], num
         for split, index in clips:
             yield _render_to_file(data_dir, seed, split, index)
         return
-    pool = ProcessPoolExecutor(min(num_workers, len(clips)), get_context("spawn"), _prepare_worker)
+    pool = ProcessPoolExecutor(min(num_workers, len(clips)), get_context("spawn"), prepare_worker)
     try:
         jobs = [pool.submit(_render_to_file, data_dir, seed, split, index) for split, index in clips]
         for job in as_completed(jobs):
@@ -39,7 +39,7 @@ def render_to_files(data_dir: Path, seed: int, clips: list[tuple[str, int]], num
         pool.shutdown(cancel_futures=True)
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
     """A worker uses one core, leaves Ctrl-C to its parent, and ends when the parent is gone."""
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

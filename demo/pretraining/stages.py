@@ -1,0 +1,117 @@
+"""How each of the three models is trained: step by step, with a checkpoint from which the same command goes on.
+
+A step is a pure function of the seed and its number, so a run that was killed and started again ends with the same
+weights as an undisturbed one: bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data.layout import UserError, one_line, whole_or_absent
+from data.sthv2_dataset_hf import derive_seed
+from pecn.optimization import averaged_weights, create_lr_scheduler, create_optimizer
+
+BETAS, MAX_GRAD_NORM, EMA_DECAY = (0.9, 0.99), 1.0, 0.999
+LOG_EVERY = 10  # steps; reading a loss waits for the device
+
+
+def train_stage(
+    name: str,
+    model: torch.nn.Module,
+    loss_of_step: Callable[[int], torch.Tensor],
+    args: argparse.Namespace,
+    logs: SummaryWriter,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    warmup_steps: int,
+    depends_on: tuple[str, ...] = (),
+    validate: Callable[[int], None] | None = None,
+) -> None:
+    """Trains a model in place (AdamW, cosine schedule) and leaves the moving average of its weights.
+
+    `name` is "vae", "text" or "unet": that of its options in `args` and of its checkpoint, <work_dir>/<name>.pt.
+    `depends_on` names the stages before it whose models it uses. `validate` gets the number of steps done.
+    """
+    steps, path = getattr(args, f"{name}_train_steps"), args.work_dir / f"{name}.pt"
+    of_stages = [f"{stage}_{what}" for stage in (*depends_on, name) for what in ("train_steps", "batch_size")]
+    settings = {option: getattr(args, option) for option in ("seed", "num_clips", *of_stages)}
+    model.to(memory_format=torch.channels_last).train()
+    parameters = list(model.parameters())
+    optimizer = create_optimizer(model, learning_rate, betas=BETAS, weight_decay=weight_decay)
+    schedule = create_lr_scheduler("cosine", optimizer, min(warmup_steps, steps // 10), steps)
+    average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    first = load_checkpoint(path, parts, settings) if path.is_file() else 0
+    average.to(parameters[0].device)
+    with tqdm(total=steps, initial=first, desc=f"training: {name}", unit="step") as bar:
+        for done in range(first + 1, steps + 1):
+            loss = loss_of_step(done - 1)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            average.step(parameters)
+            bar.update()
+            if done % LOG_EVERY == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+                logs.add_scalar(f"{name}/loss", loss.item(), done)
+            if done % args.checkpointing_steps == 0 or done == steps:
+                if not math.isfinite(loss.item()):
+                    raise UserError(f"the loss of step {done} is {loss.item()}; the checkpoint before it is untouched")
+                save_checkpoint(path, parts, settings, done)
+            if validate and (done % args.validation_steps == 0 or done == steps):
+                with averaged_weights(average, model):
+                    validate(done)
+    average.copy_to(parameters)
+    model.eval()
+
+
+def save_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, int], step: int) -> None:
+    """Writes all that going on after `step` steps needs, whole or not at all."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    with whole_or_absent(path) as partial:
+        torch.save({"settings": settings, "step": step, **states}, partial)
+
+
+def load_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, int]) -> int:
+    """Puts the parts into the state of a checkpoint; returns the number of steps done.
+
+    Raises UserError where the file is damaged, or was written with other settings.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file makes torch raise differs
+        raise UserError(f"{path} cannot be read ({one_line(error)}); delete it to train that model again") from error
+    before = saved["settings"]
+    changed = [f"{name} was {before.get(name)}, is {now}" for name, now in settings.items() if before.get(name) != now]
+    if changed:
+        raise UserError(
+            f"{path} belongs to other settings ({'; '.join(changed)}): use the same ones, or another --work_dir"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["step"]
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bfloat16 where it is fast: on a GPU, and on a CPU with matrix units (AMX). Elsewhere float32."""
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def step_generator(seed: int, use: str, step: int) -> torch.Generator:
+    """A generator that depends on its arguments alone: step N is the same whatever came before."""
+    return torch.Generator().manual_seed(derive_seed(seed, use, step))

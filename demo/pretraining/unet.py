@@ -1,0 +1,107 @@
+"""Pre-training of the demo's UNet on the latents of frame pairs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch.utils.tensorboard import SummaryWriter
+
+from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
+from demo.pretraining.clips import Clip, StoredClips, pick_size
+from demo.pretraining.stages import autocast, step_generator, train_stage
+from demo.pretraining.text_encoder import MAX_HORIZON, TOLD
+from pecn.diffusion import conditioning_dropout, diffusion_loss, draw_timesteps
+from pecn.model import encode_prompts
+
+CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
+
+
+def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[str]]:
+    """Frame pairs 1 to MAX_HORIZON frames apart, with any start: the rows of inputs and targets, and the prompts."""
+    lengths = np.array([clip.num_frames for clip in clips])
+    inputs, targets, prompts = [], [], []
+    for index in rng.choice(len(clips), count, p=lengths / lengths.sum()):
+        clip, horizon = clips[index], int(rng.integers(1, MAX_HORIZON + 1))
+        start = int(rng.integers(clip.num_frames - horizon))
+        inputs.append(clip.first_row + start)
+        targets.append(clip.first_row + start + horizon)
+        progress = action_progress(start, clip.num_frames) if rng.random() < TOLD else None
+        prompts.append(build_prompt(clip.label, progress, horizon if rng.random() < TOLD else None))
+    return inputs, targets, prompts
+
+
+def noised_batch(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    input_moments: torch.Tensor,
+    target_moments: torch.Tensor,
+    prompts: Sequence[str],
+    generator: torch.Generator,
+    dropout: float = CONDITIONING_DROPOUT,
+) -> dict[str, torch.Tensor]:
+    """What `diffusion_loss` takes, on the UNet's device, from moments (B, 2 C, h, w) and B prompts.
+
+    Latents, noise, timesteps and what is dropped are drawn from `generator`.
+    """
+    posterior = DiagonalGaussianDistribution(target_moments)
+    posterior_noise, noise = torch.randn(2, *posterior.mean.shape, generator=generator)
+    drop_text, drop_image = conditioning_dropout(torch.rand(len(prompts), generator=generator), dropout)
+    timesteps = draw_timesteps(len(prompts), pipeline.scheduler.config.num_train_timesteps, None, generator)
+    latents = {
+        "target_latents": (posterior.mean + posterior.std * posterior_noise) * pipeline.vae.config.scaling_factor,
+        "image_latents": DiagonalGaussianDistribution(input_moments).mode() * ~drop_image[:, None, None, None],
+        "noise": noise,
+    }
+    device = pipeline.unet.device
+    latents = {name: value.to(device, memory_format=torch.channels_last) for name, value in latents.items()}
+    with torch.no_grad():
+        told = ["" if drop else prompt for prompt, drop in zip(prompts, drop_text.tolist())]
+        return latents | {"timesteps": timesteps.to(device), "prompt_embeds": encode_prompts(pipeline, told)}
+
+
+def unet_batch(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    sizes: Sequence[StoredClips],
+    step: int,
+    seed: int,
+    batch_size: int,
+) -> dict[str, torch.Tensor]:
+    """The batch of a step, of latents of one size; a pure function of seed and step."""
+    rng = np.random.default_rng(derive_seed(seed, "pairs", step))
+    latents = pick_size(sizes, rng)
+    inputs, targets, prompts = draw_pairs(latents.training, batch_size, rng)
+    moments = [torch.from_numpy(latents.rows[rows].astype(np.float32)) for rows in (inputs, targets)]
+    return noised_batch(pipeline, *moments, prompts, step_generator(seed, "unet", step))
+
+
+def train_unet(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    sizes: Sequence[StoredClips],
+    args: argparse.Namespace,
+    logs: SummaryWriter,
+    validate: Callable[[int], None],
+) -> None:
+    """Trains the UNet in place; the text encoder is frozen."""
+    unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        with autocast(unet.device):
+            batch = unet_batch(pipeline, sizes, step, args.seed, args.unet_batch_size)
+            return diffusion_loss(unet, scheduler, batch)
+
+    train_stage(
+        "unet",
+        unet,
+        loss_of_step,
+        args,
+        logs,
+        learning_rate=1e-3,
+        weight_decay=1e-3,
+        warmup_steps=200,
+        depends_on=("vae", "text"),
+        validate=validate,
+    )

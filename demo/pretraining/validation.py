@@ -1,0 +1,101 @@
+"""What held-out clips say of the demo's base model while it is trained: single samples, their scores and a picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from torch.utils.tensorboard import SummaryWriter
+
+from data.layout import make_folder
+from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
+from demo.pretraining.clips import StoredClips
+from pecn.pictures import save_picture
+from pecn.sampling import Prediction, predict_frames, reconstruct_frame
+from pecn.sampling_options import SamplingOptions
+from pecn.scores import score_prediction, summarize_group
+
+INPUT_FRAME, TARGET_FRAME = 20, 25
+# No guidance, and the input frame is put back nowhere: what the model itself draws.
+OPTIONS = SamplingOptions(20, guidance_scale=1, image_guidance_scale=1, scheduler="euler", residual=False)
+PAIRS_IN_A_ROW, GAP = 3, 4  # of the picture; pixels
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """The same pair of frames of each held-out clip, uint8 RGB (H, W, 3), and their prompts."""
+
+    inputs: list[np.ndarray]
+    targets: list[np.ndarray]
+    prompts: list[str]
+
+
+def held_out_pairs(frames: StoredClips) -> HeldOutPairs:
+    """Frames INPUT_FRAME and TARGET_FRAME of the held-out clips that have them; prompts tell progress and horizon."""
+    clips = [clip for clip in frames.held_out if clip.num_frames > TARGET_FRAME]
+    inputs, targets = ([frames.rows[clip.first_row + frame] for clip in clips] for frame in (INPUT_FRAME, TARGET_FRAME))
+    horizon = TARGET_FRAME - INPUT_FRAME
+    progresses = [action_progress(INPUT_FRAME, clip.num_frames) for clip in clips]
+    return HeldOutPairs(inputs, targets, [build_prompt(c.label, p, horizon) for c, p in zip(clips, progresses)])
+
+
+def score_samples(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> dict[str, float]:
+    """Where something moves: the samples' sharpness (median), their gains over the copy, and the share of frames."""
+    unused = dict.fromkeys(("expected", "uncertainty", "vae_ceiling"))
+    rows: list[dict[str, Any]] = []
+    for image, target, prompt, sample in zip(pairs.inputs, pairs.targets, pairs.prompts, samples):
+        names = {"video_id": "", "task": "", "edit_prompt": prompt}
+        rows.append(score_prediction(Prediction(sample=sample, input=image, target=target, **names, **unused)))
+    moving = summarize_group(rows)["moving"]
+    return {
+        "sharpness": moving["sharpness"]["sample"]["median"],
+        "ssim_gain": moving["ssim"]["sample"]["gain"],
+        "psnr_gain": moving["psnr"]["sample"]["gain"],
+        "psnr": moving["psnr"]["sample"]["mean"],
+        "frames": moving["frames"]["sample"]["share"],
+    }
+
+
+def describe_scores(scores: dict[str, float]) -> str:
+    return (
+        f"sharpness {scores['sharpness']:.2f}, SSIM - copy {scores['ssim_gain']:+.3f}, PSNR {scores['psnr']:.1f} dB,"
+        f" - copy {scores['psnr_gain']:+.2f} dB, frames {scores['frames']:.0%}"
+    )
+
+
+def vae_ceiling(pipeline: StableDiffusionInstructPix2PixPipeline, pairs: HeldOutPairs) -> str:
+    """In words what a perfect prediction would score: the targets after one trip through the VAE."""
+    return describe_scores(score_samples(pairs, [reconstruct_frame(pipeline, target) for target in pairs.targets]))
+
+
+def validate(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pairs: HeldOutPairs,
+    args: argparse.Namespace,
+    logs: SummaryWriter,
+    step: int,
+) -> None:
+    """Draws one sample of each pair, and logs, prints and saves what came of it; the noise is the same each time."""
+    seeds = [derive_seed(args.seed, "validation", index) for index in range(len(pairs.inputs))]
+    samples = [frame.sample for frame in predict_frames(pipeline, pairs.inputs, pairs.prompts, seeds, OPTIONS)]
+    scores = score_samples(pairs, samples)
+    for name, value in scores.items():
+        logs.add_scalar(f"validation/{name}", value, step)
+    picture = comparison(pairs, samples)
+    logs.add_image("validation/input_sample_target", picture, step, dataformats="HWC")
+    make_folder(args.work_dir / "validation")
+    save_picture(args.work_dir / "validation" / f"step-{step:06}.png", picture)
+    print(f"UNet, step {step}: {describe_scores(scores)}", flush=True)
+
+
+def comparison(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> np.ndarray:
+    """input | sample | target of each pair, PAIRS_IN_A_ROW of them in a row: one uint8 RGB picture."""
+    cells = [np.concatenate(frames, axis=1) for frames in zip(pairs.inputs, samples, pairs.targets)]
+    cells = [np.pad(cell, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for cell in cells]
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % PAIRS_IN_A_ROW)
+    rows = [cells[start : start + PAIRS_IN_A_ROW] for start in range(0, len(cells), PAIRS_IN_A_ROW)]
+    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
