@@ -3,7 +3,7 @@
     python -m demo.make_model
 
 writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet, a VAE, a
-CLIP text encoder with its tokenizer, and a scheduler, together under 10 million parameters. It stands in for
+CLIP text encoder with its tokenizer, and a scheduler, together under 15 million parameters. It stands in for
 `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`, and is trained on such clips: the VAE, the text
 encoder, then the UNet. What takes long is kept in `--work_dir` (rendered frames, latents, checkpoints): the same
 command goes on where it was stopped. With 0 steps of all three the weights come from `--seed` alone and take seconds.
@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     )
     add, steps, count = parser.add_argument, number(at_least=0), number(at_least=1)
     add("--output_dir", type=Path, default=Path("demo/base_model"), help="(%(default)s)")
-    work_help = "of frames, latents, checkpoints and logs: about 7 GB for 3,000 clips (%(default)s)"
+    work_help = "of frames, latents, checkpoints and logs: about 6 GB for 3,000 clips (%(default)s)"
     add("--work_dir", type=Path, default=Path("outputs/base_model"), help=work_help)
     add("--num_clips", type=count, default=3000, help="clips to train on (%(default)s)")
     seed_help = "of the weights and of training, not of the clips (%(default)s)"

@@ -3,7 +3,7 @@
 From diffusers' random weights a small `AutoencoderKL` learns slowly: the group normalization before each last
 convolution divides by the picture's own contrast, so that colors have to be guessed. Here three channels carry RGB
 through both halves: averaged down on the way in, interpolated on the way out. The residual branches start at zero.
-After 300 steps this gives 33 dB on held-out rendered frames, where random weights give 24 after 400.
+In a VAE that divides by 4 this gave 33 dB on held-out frames after 300 steps, and random weights 24 after 400.
 """
 
 from __future__ import annotations
