@@ -84,8 +84,9 @@ def failure_in_one_line(what: str, output_dir: Path) -> Iterator[None]:
         yield
     except Exception as error:
         free = shutil.disk_usage(output_dir).free / 1e6
-        complete = [step for step in checkpoint_steps(output_dir) if not find_damage(output_dir / f"checkpoint-{step}")]
-        go_on = f"go on from checkpoint-{complete[-1]} with {HOW_TO_RESUME}" if complete else "start again"
+        newest_first = (f"checkpoint-{step}" for step in reversed(checkpoint_steps(output_dir)))
+        complete = next((name for name in newest_first if not find_damage(output_dir / name)), None)
+        go_on = f"go on from {complete} with {HOW_TO_RESUME}" if complete else "start again"
         raise UserError(
             f"{what} cannot be saved: {one_line(error)} ({free:,.0f} MB are free there); fix the cause and {go_on}"
         ) from error

@@ -134,7 +134,7 @@ def predict_frames(
         repeated = (image_latents.repeat_interleave(count, dim=0), prompt_embeds.repeat_interleave(count, dim=0))
         decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options))
         decoded = decoded.reshape(len(images), count, *decoded.shape[1:])
-        reconstructed = decode_latents(pipeline, image_latents)
+        reconstructed = decode_latents(pipeline, image_latents) if options.residual else decoded[:, 0]  # not used
     return [
         combine(pictures, same, image.astype(np.float32), options.residual)
         for pictures, same, image in zip(decoded.clip(0, 255), reconstructed, images)

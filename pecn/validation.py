@@ -12,7 +12,7 @@ from data.sthv2_dataset_hf import FramePair
 from pecn.pictures import comparison_picture, save_picture
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import sampling_options
-from pecn.scores import MOVING_METRICS, score_prediction, summarize
+from pecn.scores import MOVING_METRICS, score_prediction, summarize_group
 
 
 def validate(
@@ -37,12 +37,12 @@ def validate(
 
     folder = args.output_dir / "validation"
     folder.mkdir(exist_ok=True)
-    pictures, scores = {}, [score_prediction(prediction) | {"task": prediction.task} for prediction in predictions]
+    pictures, scores = {}, [score_prediction(prediction) for prediction in predictions]
     for prediction, its_scores in zip(predictions, scores):
         picture = comparison_picture(prediction, its_scores, f"step {step}")
         save_picture(folder / f"step-{step:06}_{prediction.video_id}.png", picture)
         pictures[f"validation/{prediction.video_id}"] = picture[None]
-    summary = summarize(scores)
+    summary = summarize_group(scores)
     moving = summary["moving"]
     # A dictionary becomes several lines in one chart, so that the sample is seen to pass the copy.
     means = {"psnr": summary["psnr"], "ssim": summary["ssim"]}

@@ -60,7 +60,7 @@ def score_samples(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> dict[st
     }
 
 
-def describe_scores(scores: dict[str, float]) -> str:
+def scores_in_words(scores: dict[str, float]) -> str:
     return (
         f"sharpness {scores['sharpness']:.2f}, SSIM - copy {scores['ssim_gain']:+.3f}, PSNR {scores['psnr']:.1f} dB,"
         f" - copy {scores['psnr_gain']:+.2f} dB, frames {scores['frames']:.0%}"
@@ -69,7 +69,7 @@ def describe_scores(scores: dict[str, float]) -> str:
 
 def vae_ceiling(pipeline: StableDiffusionInstructPix2PixPipeline, pairs: HeldOutPairs) -> str:
     """In words what a perfect prediction would score: the targets after one trip through the VAE."""
-    return describe_scores(score_samples(pairs, [reconstruct_frame(pipeline, target) for target in pairs.targets]))
+    return scores_in_words(score_samples(pairs, [reconstruct_frame(pipeline, target) for target in pairs.targets]))
 
 
 def validate(
@@ -89,7 +89,7 @@ def validate(
     logs.add_image("validation/input_sample_target", picture, step, dataformats="HWC")
     make_folder(args.work_dir / "validation")
     save_picture(args.work_dir / "validation" / f"step-{step:06}.png", picture)
-    print(f"UNet, step {step}: {describe_scores(scores)}", flush=True)
+    print(f"UNet, step {step}: {scores_in_words(scores)}", flush=True)
 
 
 def comparison(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from data.layout import UserError, video_path, whole_or_absent
+from data.video_loader import start_worker
 from demo.renderer.clip import plan_clip, render_clip
 from demo.renderer.scene import FPS, FRAME_HEIGHT, FRAME_WIDTH
 
@@ -42,13 +40,7 @@ def render_to_files(data_dir: Path, seed: int, clips: list[tuple[str, int]], num
 def prepare_worker() -> None:
     """A worker uses one core, leaves Ctrl-C to its parent, and ends when the parent is gone."""
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_with_parent() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    start_worker()
 
 
 def _render_to_file(data_dir: Path, seed: int, split: str, index: int) -> int:
