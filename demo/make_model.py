@@ -73,10 +73,11 @@ def parse_args() -> argparse.Namespace:
     add("--num_clips", type=count, default=3000, help="clips to train on (%(default)s)")
     seed_help = "of the weights and of training, not of the clips (%(default)s)"
     add("--seed", type=number(at_least=0, at_most=2**63), default=0, help=seed_help)
+    add("--pretrained_vae_model_name_or_path", help="folder of a trained VAE to use; none is trained then")
     for stage, model, default_steps, batch_size in (
         ("vae", "VAE", 5000, 8),
         ("text", "text encoder", 500, 32),
-        ("unet", "UNet", 30_000, 32),
+        ("unet", "UNet", 60_000, 16),
     ):
         steps_help = f"0 leaves the {model} untrained (%(default)s)"
         add(f"--{stage}_train_steps", type=steps, default=default_steps, help=steps_help)

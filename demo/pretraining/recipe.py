@@ -6,9 +6,10 @@ import argparse
 import functools
 
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline
 from torch.utils.tensorboard import SummaryWriter
 
+from data.layout import UserError, one_line
 from demo.pretraining.clips import RESOLUTIONS, rendered_clips
 from demo.pretraining.text_encoder import train_text_encoder
 from demo.pretraining.unet import train_unet
@@ -26,7 +27,9 @@ def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Na
     frames = [rendered_clips(args.work_dir, args.num_clips, side) for side in RESOLUTIONS]
     pairs = held_out_pairs(frames[0])
     with SummaryWriter(str(args.work_dir / "logs")) as logs:
-        if args.vae_train_steps:
+        if args.pretrained_vae_model_name_or_path:
+            pipeline.register_modules(vae=load_vae(args.pretrained_vae_model_name_or_path, pipeline.device))
+        elif args.vae_train_steps:
             train_vae(pipeline.vae, frames, args, logs)
         print(f"VAE, the best that a prediction could be: {vae_ceiling(pipeline, pairs)}", flush=True)
         if args.text_train_steps:
@@ -36,3 +39,11 @@ def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Na
         pipeline.vae.register_to_config(scaling_factor=latent_scaling_factor(latents))
         if args.unet_train_steps:
             train_unet(pipeline, latents, args, logs, functools.partial(validate, pipeline, pairs, args, logs))
+
+
+def load_vae(folder: str, device: torch.device) -> AutoencoderKL:
+    """A trained VAE in float32. Raises UserError where the folder holds none."""
+    try:
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pretrained_vae_model_name_or_path {folder}: {one_line(error)}") from error

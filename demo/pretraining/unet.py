@@ -99,7 +99,7 @@ def train_unet(
         loss_of_step,
         args,
         logs,
-        learning_rate=1e-3,
+        learning_rate=7e-4,
         weight_decay=1e-3,
         warmup_steps=200,
         depends_on=("vae", "text"),

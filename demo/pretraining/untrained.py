@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from demo.pretraining.tokenizer import MAX_TOKENS, build_tokenizer
 from demo.pretraining.vae_start import start_as_resizing
 
-LATENT_CHANNELS, TEXT_WIDTH = 16, 128
+LATENT_CHANNELS, TEXT_WIDTH = 4, 128
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -40,16 +40,16 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """A VAE from RGB in [-1, 1] of side S to LATENT_CHANNELS of side S / 8, untrained but for `start_as_resizing`."""
+    """A VAE from RGB in [-1, 1] of side S to LATENT_CHANNELS of side S / 4, untrained but for `start_as_resizing`."""
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=1,  # the start needs it: more groups lose the picture's mean color
         mid_block_add_attention=False,  # convolutions alone: what is learned on crops holds for any size
-        sample_size=128,
+        sample_size=248,
         scaling_factor=1.0,
     )
     start_as_resizing(vae)
@@ -57,18 +57,18 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """An untrained UNet for latents of side 12 or 16: the noisy channels, then as many of the input frame.
+    """An untrained UNet for latents of side 24 or 32: the noisy channels, then as many of the input frame.
 
-    It attends, to the sentence and from place to place, at the latents' own resolution and at half of it. A summary
-    of the sentence is added to the timestep's embedding as well.
+    It attends, to the sentence and from place to place, at a half and a quarter of the latents' resolution, where most
+    of its weights are. A summary of the sentence is added to the timestep's embedding as well.
     """
     return UNet2DConditionModel(
-        sample_size=12,
+        sample_size=24,
         in_channels=2 * LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 128, 160),
         layers_per_block=1,
         norm_num_groups=16,
         attention_head_dim=4,
