@@ -63,7 +63,7 @@ from PIL import Image
 from pecn.model import find_model, load_pipeline, read_training_config
 from pecn.pictures import check_output_dir, save_results
 from pecn.sampling import predict_pairs
-from pecn.scores import format_table, load_lpips
+from pecn.scores import format_table, load_lpips, verdict
 
 
 def main() -> None:
@@ -100,6 +100,7 @@ def main() -> None:
     if summary["num_without_target"]:
         print(f"{summary['num_without_target']} samples have no frame {args.target_frame_idx}: predicted, not scored")
     print(f"{args.output_dir} holds the pictures (overview.png, scores.png, samples/) and the scores (metrics.json)")
+    print(f"frame {args.input_frame_idx} to {args.target_frame_idx}, {verdict(summary)}")
 
 
 def check_frames(pairs: Sequence[FramePair], args: argparse.Namespace, trained: dict[str, Any]) -> None:

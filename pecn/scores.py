@@ -9,9 +9,11 @@ frame, colored noise is neither.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from scipy import stats
@@ -27,7 +29,8 @@ LpipsMap = Callable[[np.ndarray, np.ndarray], np.ndarray]
 HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
 WAYS = ("sample", "expected", "copy", "vae_ceiling")  # `expected` only where several predictions were made
 PREDICTED = WAYS[:2]
-METRICS, MOVING_METRICS = ("psnr", "ssim"), ("psnr", "ssim", "sharpness")
+METRICS, MOVING_METRICS = ("psnr", "ssim"), ("psnr", "ssim", "mae", "sharpness")
+LOWER_IS_BETTER = ("mae", "lpips")
 
 # A pixel moves where any color channel of input and target differs by more than this many levels of 0..255.
 # Where nothing moves, sensor noise and VP9 at 96 and 128 pixels made 99.99% of pixels differ by at most 10 levels
@@ -94,10 +97,11 @@ def load_lpips() -> LpipsMap:
 def score_prediction(prediction: Prediction, lpips_map: LpipsMap | None = None) -> dict[str, Any]:
     """Scores one pair against its target, for each of WAYS that there is.
 
-    Returns {"psnr": {way: dB}, "ssim": {way: -1..1}, "moving": {"psnr": {way: dB}, "ssim": {way: -1..1}, "sharpness":
-    {way: gradient energy over the target's}, "is_frame": {way: bool}, "share": the region's part of the picture,
-    0..1}}, with `lpips_map` also "lpips": {way: 0..}. A way deserves the name of a frame where it is as sharp as one
-    and has a higher SSIM than the copy. `moving` is None where nothing moves, all three are None without a target.
+    Returns {"psnr": {way: dB}, "ssim": {way: -1..1}, "moving": {"psnr": {way: dB}, "ssim": {way: -1..1}, "mae": {way:
+    mean absolute error, 0..255}, "sharpness": {way: gradient energy over the target's}, "is_frame": {way: bool},
+    "share": the region's part of the picture, 0..1}}, with `lpips_map` also "lpips": {way: 0..}. A way deserves the
+    name of a frame where it is as sharp as one and has a higher SSIM than the copy. `moving` is None where nothing
+    moves, all three are None without a target.
     """
     target = prediction.target
     if target is None:
@@ -128,6 +132,7 @@ def _score_region(
     sharpness = {way: gradient_energy(frame, region) / max(of_target, 1e-6) for way, frame in frames.items()}
     return means | {
         "psnr": {way: psnr(frame[region], target[region]) for way, frame in frames.items()},
+        "mae": {way: float(cv2.absdiff(frame, target)[region].mean()) for way, frame in frames.items()},
         "sharpness": sharpness,
         "is_frame": {way: SHARP_ENOUGH <= sharpness[way] <= TOO_SHARP and ssim[way] > ssim["copy"] for way in frames},
         "share": float(region.mean()),
@@ -200,7 +205,7 @@ def summarize_group(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     scored = [row for row in scores if row["psnr"] is not None]
     moving = [row["moving"] for row in scored if row["moving"] is not None]
     metrics = MOVING_METRICS if not moving or "lpips" not in moving[0] else (*MOVING_METRICS, "lpips")
-    of_region = {metric: compare([row[metric] for row in moving], metric == "lpips") for metric in metrics}
+    of_region = {metric: compare([row[metric] for row in moving], metric in LOWER_IS_BETTER) for metric in metrics}
     ways = moving[0]["is_frame"] if moving else ()
     frames = {way: share([row["is_frame"][way] for row in moving]) for way in ways}
     region = float(np.mean([row["share"] for row in moving])) if moving else None
@@ -236,17 +241,35 @@ def compare(rows: Sequence[dict[str, float]], lower_is_better: bool = False) -> 
     }
 
 
-# The table.
+# In words.
 
-ROW = "{:18}{:>10}{:>15}{:>15}{:>27}{:>16}{:>8}"
+
+def verdict(summary: dict[str, Any]) -> str:
+    """One sentence on whether a sample is better than a copy where something moves, and how sure that is."""
+    pairs, moving = f"{summary['num_samples']} pairs", summary["moving"]
+    count = moving["num_samples"]
+    if not count:
+        return f"{pairs}: nothing moves in them, so that they do not tell whether the model is worth using"
+    of_sample, frames = moving["psnr"]["sample"], moving["frames"]["sample"]["share"]
+    gain, interval = of_sample["gain"], of_sample["gain_interval"]
+    low, high = interval or (-math.inf, math.inf)
+    clearly = "is worse than" if high < 0 else "is better than" if low > 0 else "is not clearly better than"
+    return (
+        f"{pairs}: where something moves the prediction {clearly} copying, by {gain:+.1f}"
+        f"{_half_width(gain, interval, '.1f')} dB, on {round(of_sample['better'] * count)} of {count} pairs;"
+        f" {frames:.0%} deserve the name of a frame"
+    )
+
+
+ROW = "{:17}{:>10}{:>15}{:>14}{:>7}{:>26}{:>13}{:>8}"
 
 
 def format_table(summary: dict[str, Any]) -> str:
     """`summarize`'s summary as text of at most 110 columns: a block for each task and one for all."""
     region = summary["moving"]["share"]
     where = "nothing moves" if region is None else f"where something moves ({region:.0%} of the picture)"
-    titles = ("", "sharpness", "SSIM", "PSNR, dB", "frames", "PSNR, dB", "SSIM")
-    lines = [f"{'':18}{where:^67}{'whole picture':>24}", ROW.format(*titles)]
+    titles = ("", "sharpness", "SSIM", "PSNR, dB", "MAE", "frames", "PSNR, dB", "SSIM")
+    lines = [f"{'':17}{where:^72}{'whole picture':>21}", ROW.format(*titles)]
     for task, group in {**summary["per_task"], "all": summary}.items():
         lines.append(f"{task}: {group['num_samples']} pairs, something moves in {group['moving']['num_samples']}")
         names = {way: way.replace("vae_", "VAE ") for way in group["psnr"]}
@@ -257,7 +280,8 @@ def format_table(summary: dict[str, Any]) -> str:
             lines.append(f"  LPIPS where something moves, lower is better: {means}")
     lines += [
         f"sharpness: gradients over the target's, median; frames: pairs with {SHARP_ENOUGH} to {TOO_SHARP} of it and",
-        "an SSIM above the copy's; better: pairs with a PSNR above the copy's; ±: the 95% interval's wider half",
+        "an SSIM above the copy's; better: pairs with a PSNR above the copy's; MAE: mean absolute error of 255 levels;",
+        "±: the 95% interval's wider half",
     ]
     return "\n".join(lines)
 
@@ -265,12 +289,13 @@ def format_table(summary: dict[str, Any]) -> str:
 def _cells(group: dict[str, Any], way: str, of_gain: bool = False) -> list[str]:
     """A way's own figures, or what it gains over the copy."""
     mean, sign = ("gain", "+") if of_gain else ("mean", "")
-    moving, cells = group["moving"], ["-", "-", "-", "-"]
+    moving, cells = group["moving"], ["-"] * 5
     if moving["num_samples"]:
         cells = [
             "" if of_gain else f"{moving['sharpness'][way]['median']:.2f}",
             _with_spread(moving["ssim"][way], mean, f"{sign}.3f"),
             _with_spread(moving["psnr"][way], mean, f"{sign}.2f"),
+            f"{moving['mae'][way][mean]:{sign}.1f}",
             _share_cell(moving["psnr"][way], "better") if of_gain else _share_cell(moving["frames"][way], "share"),
         ]
     return [*cells, _with_spread(group["psnr"][way], mean, f"{sign}.2f"), f"{group['ssim'][way][mean]:{sign}.3f}"]
@@ -278,9 +303,12 @@ def _cells(group: dict[str, Any], way: str, of_gain: bool = False) -> list[str]:
 
 def _with_spread(figures: dict[str, Any], name: str, form: str) -> str:
     value, interval = figures[name], figures["gain_interval" if name == "gain" else "interval"]
-    if interval is None:
-        return f"{value:{form}}"
-    return f"{value:{form}} ± {max(value - interval[0], interval[1] - value):{form.lstrip('+')}}"
+    return f"{value:{form}}{_half_width(value, interval, form.lstrip('+'))}"
+
+
+def _half_width(value: float, interval: tuple[float, float] | None, form: str) -> str:
+    """The wider half of an interval around a value; nothing where there is no interval."""
+    return "" if interval is None else f" ± {max(value - interval[0], interval[1] - value):{form}}"
 
 
 def _share_cell(figures: dict[str, Any], name: str) -> str:

@@ -12,7 +12,7 @@ from data.sthv2_dataset_hf import FramePair
 from pecn.pictures import comparison_picture, save_picture
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import sampling_options
-from pecn.scores import MOVING_METRICS, score_prediction, summarize_group
+from pecn.scores import MOVING_METRICS, score_prediction, summarize_group, verdict
 
 
 def validate(
@@ -54,8 +54,4 @@ def validate(
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images(pictures, step=step, **layout)
-    said = "nothing moves in the validation pairs"
-    if moving["num_samples"]:
-        gain, sharpness = moving["psnr"]["sample"]["gain"], moving["sharpness"]["sample"]["median"]
-        said = f"where something moves, the sample has {gain:+.2f} dB over copying and a sharpness of {sharpness:.2f}"
-    accelerator.print(f"step {step}: {said}; pictures in {folder}")
+    accelerator.print(f"step {step}, {verdict(summary)}; pictures in {folder}")

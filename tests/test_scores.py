@@ -29,6 +29,7 @@ from pecn.scores import (
     score_prediction,
     share,
     summarize,
+    verdict,
 )
 
 numbers = st.floats(-1e3, 1e3).map(lambda x: round(x, 6))
@@ -64,6 +65,7 @@ def record(task, sample, copy, moving=True, expected=None):
     psnr = {way: value for way, value in psnr.items() if value is not None}
     ssim = {way: value / 100 for way, value in psnr.items()}
     part = {"psnr": {way: value - 9 for way, value in psnr.items()}, "ssim": ssim, "share": 0.25}
+    part["mae"] = {way: 50 - value for way, value in psnr.items()}
     part["sharpness"] = {way: value / 30 for way, value in psnr.items()}
     part["is_frame"] = {way: value > copy for way, value in psnr.items()}
     return {"task": task, "psnr": psnr, "ssim": ssim, "moving": part if moving else None}
@@ -274,13 +276,17 @@ def test_table_shows_every_number_a_reader_needs_in_a_terminal():
         assert row.startswith(f"  {name} ")
         low, high = moving["frames"][way]["share_interval"]
         figures = [f"{moving['sharpness'][way]['median']:.2f}", f"{moving['ssim'][way]['mean']:.3f} ± "]
-        figures += [f"{moving['psnr'][way]['mean']:.2f} ± ", f"{moving['frames'][way]['share']:.0%} ({low:.0%} to "]
+        figures += [f"{moving['psnr'][way]['mean']:.2f} ± ", f" {moving['mae'][way]['mean']:.1f} "]
+        figures += [f"{moving['frames'][way]['share']:.0%} ({low:.0%} to "]
         assert_in_order(row, *figures, f"{summary['psnr'][way]['mean']:.2f} ± ", f"{summary['ssim'][way]['mean']:.3f}")
     for way, row in zip(("sample", "expected"), rows[4:]):
         assert row.startswith(f"  {way} - copy ")
         low, high = moving["psnr"][way]["better_interval"]
         figures = [f"{moving['ssim'][way]['gain']:+.3f} ± ", f"{moving['psnr'][way]['gain']:+.2f} ± "]
-        figures += [f"better {moving['psnr'][way]['better']:.0%} ({low:.0%} to {high:.0%})"]
+        figures += [
+            f" {moving['mae'][way]['gain']:+.1f} ",
+            f"better {moving['psnr'][way]['better']:.0%} ({low:.0%} to {high:.0%})",
+        ]
         assert_in_order(row, *figures, f"{summary['psnr'][way]['gain']:+.2f} ±", f"{summary['ssim'][way]['gain']:+.3f}")
 
 
@@ -298,6 +304,24 @@ def test_table_without_scores_or_intervals():
     nothing = format_table(summarize([UNSCORED]))
     assert "nan" not in nothing and "nothing moves" in nothing
     assert max(len(line) for line in nothing.splitlines()) <= 110
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ((2.0, 1.0, 3.0, 2.0), "is better than copying, by +2.0 ± 0.8 dB, on 4 of 4 pairs; 100% deserve"),
+        ((-2.0, -1.0, -3.0, -2.0), "is worse than copying, by -2.0 ± 0.8 dB, on 0 of 4 pairs; 0% deserve"),
+        ((2.0, -1.0, 3.0, -2.0), "is not clearly better than copying, by +0.5 ± 2.0 dB, on 2 of 4 pairs; 50% deserve"),
+        ((2.0,), "is not clearly better than copying, by +2.0 dB, on 1 of 1 pairs; 100% deserve"),  # one says little
+    ],
+)
+def test_verdict_is_as_sure_as_the_interval(gains, said):
+    summary = summarize([*(record("a", 30 + gain, 30) for gain in gains), record("a", 30, 30, moving=False)])
+    assert verdict(summary).startswith(f"{len(gains) + 1} pairs: where something moves the prediction {said}")
+
+
+def test_verdict_without_motion():
+    assert "nothing moves" in verdict(summarize([record("a", 30, 28, moving=False)]))
 
 
 # LPIPS, with a stand-in for its package.
