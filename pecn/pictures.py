@@ -30,6 +30,7 @@ UNCERTAINTY_SCALE = 32  # the same for the uncertainty map
 SAMPLES, METRICS_FILE = "samples", "metrics.json"
 
 OVERVIEW_PER_GROUP = 3  # best, median and worst pairs
+RANDOM_PAIRS = 20
 HIGHEST_SHOWN = 60.0  # dB in the plot; the 100 of identical pictures would squeeze all others together
 
 
@@ -138,6 +139,24 @@ def titled(picture: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([np.asarray(bar), picture])
 
 
+def strip_of_frames(folder: Path, title: str) -> np.ndarray:
+    """A sample's frames side by side, twice their size, below its title: input, prediction, expected frame, target."""
+    paths = [folder / f"{name}.png" for name in ("input", "prediction", "expected", "target")]
+    strip = np.concatenate([np.asarray(Image.open(path)) for path in paths if path.is_file()], axis=1)
+    strip = Image.fromarray(strip).resize((2 * strip.shape[1], 2 * strip.shape[0]), Image.Resampling.BICUBIC)
+    return titled(np.asarray(strip), textwrap.shorten(title, strip.width // CHARACTER_WIDTH, placeholder=" …"))
+
+
+def sheet_of_strips(strips: Sequence[np.ndarray]) -> np.ndarray:
+    """Strips in two columns, row by row: uint8 RGB, white where one is narrower or missing."""
+    height, width = (max(strip.shape[axis] for strip in strips) for axis in (0, 1))
+    columns = min(2, len(strips))
+    sheet = np.full((-(-len(strips) // columns), columns, height, width + GAP, 3), 255, np.uint8)
+    for index, strip in enumerate(strips):
+        sheet[divmod(index, columns)][: strip.shape[0], : strip.shape[1]] = strip
+    return sheet.swapaxes(1, 2).reshape(-1, columns * (width + GAP), 3)
+
+
 # Plot of all scores.
 
 
@@ -199,12 +218,13 @@ def _plot_against_copy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -
 def save_results(
     predictions: Iterable[Prediction], output_dir: Path, note: str, lpips_map: LpipsMap | None = None
 ) -> dict[str, Any]:
-    """Writes samples/<video id>/*.png, overview.png, scores.png and metrics.json; returns metrics.json's summary.
+    """Writes samples/<video id>/*.png, the other pictures and metrics.json; returns metrics.json's summary.
 
-    The predictions may be a generator: only their scores are kept. A sample's folder holds comparison.png, the frames
-    input.png, prediction.png (the sample), expected.png and target.png as they are, and uncertainty.png with 16 bits:
-    256 times the standard deviation. A run that is interrupted, or that the disk stops (UserError), leaves former
-    results whole.
+    overview.png shows the best, median and worst pairs, random_pairs.png the first ones: whoever chose the pairs drew
+    them at random. The predictions may be a generator: only their scores are kept. A sample's folder holds
+    comparison.png, the frames input.png, prediction.png (the sample), expected.png and target.png as they are, and
+    uncertainty.png with 16 bits: 256 times the standard deviation. A run that is interrupted, or that the disk stops
+    (UserError), leaves former results whole.
     """
     records = []
     try:
@@ -220,6 +240,8 @@ def save_results(
                 comparison = new / SAMPLES / records[index]["video_id"] / "comparison.png"
                 overview.append(titled(np.asarray(Image.open(comparison)), title))
             save_picture(new / "overview.png", np.concatenate(overview))
+            drawn = [(new / SAMPLES / record["video_id"], record["edit_prompt"]) for record in records[:RANDOM_PAIRS]]
+            save_picture(new / "random_pairs.png", sheet_of_strips([strip_of_frames(*sample) for sample in drawn]))
             save_scores_plot(new / "scores.png", records, note)
             metrics = {"summary": summarize(records), "samples": records}
             text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)

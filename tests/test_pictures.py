@@ -31,6 +31,9 @@ PANEL = 256
 TASKS = ("move_object", "drop_object", "cover_object")
 
 
+RESULTS = ["metrics.json", "overview.png", "random_pairs.png", "samples", "scores.png"]
+
+
 def result(number: int = 0, quality: float = 0.7, target: bool = True, several: bool = True) -> Prediction:
     """A bright square that moves over noise; the sample has a part `quality` of it there, the expected frame half."""
     rng = np.random.default_rng(number)
@@ -151,6 +154,7 @@ def test_results_are_written_as_promised(tmp_path):
         "metrics.json",
         "notes.txt",
         "overview.png",
+        "random_pairs.png",
         "samples",
         "scores.png",
     ]
@@ -184,6 +188,21 @@ def test_overview_holds_the_chosen_comparisons_in_order(tmp_path):
         comparison = np.asarray(Image.open(tmp_path / "samples" / f"video{number}" / "comparison.png"))
         shown = overview[place * height : (place + 1) * height, : comparison.shape[1]]
         assert np.array_equal(shown[height - comparison.shape[0] :], comparison)
+
+
+def test_sheet_shows_the_first_pairs_two_in_a_row(tmp_path):
+    made = [result(number) for number in range(22)]
+    save_results(made, tmp_path, "model")
+    sheet, side = np.asarray(Image.open(tmp_path / "random_pairs.png")), 2 * made[0].input.shape[0]
+    height, width = sheet.shape[0] // 10, sheet.shape[1] // 2
+    for number in (0, 1, 19):
+        row, column = divmod(number, 2)
+        strip = sheet[row * height :, column * width :][height - side : height]
+        for place, field in enumerate(("input", "sample", "expected", "target")):
+            enlarged = Image.fromarray(getattr(made[number], field)).resize((side, side), Image.Resampling.BICUBIC)
+            # Enlarged side by side, neighbors mix at the edges alone.
+            inner = slice(4, -4), slice(4, -4)
+            assert np.array_equal(strip[:, place * side : (place + 1) * side][inner], np.asarray(enlarged)[inner])
 
 
 def test_results_may_come_one_by_one(tmp_path, monkeypatch):
@@ -239,7 +258,7 @@ def test_a_disk_that_refuses_is_one_clear_line(tmp_path):
 def test_leftovers_of_a_killed_run_do_no_harm(tmp_path):
     (tmp_path / ".new.partial" / "samples" / "video0").mkdir(parents=True)
     save_results([result(0)], tmp_path, "model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "overview.png", "samples", "scores.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
 
 
 def record(task, sample, copy, moving=True, expected=None, sharpness=0.9):

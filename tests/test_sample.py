@@ -69,7 +69,8 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp
     assert f"{summary['psnr']['copy']['mean']:.2f}" in done.stdout and "cover_object" in done.stdout
     assert "1 samples have no frame 21" in done.stdout
     assert (tmp_path / "overview.png").is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "overview.png", "samples", "scores.png"]
+    results = ["metrics.json", "overview.png", "random_pairs.png", "samples", "scores.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == results
     assert not (tmp_path / "samples" / "old").exists()
 
 
