@@ -99,9 +99,8 @@ def main() -> None:
     print(format_table(summary))
     if summary["num_without_target"]:
         print(f"{summary['num_without_target']} samples have no frame {args.target_frame_idx}: predicted, not scored")
-    print(
-        f"{args.output_dir} holds the pictures (overview.png, random_pairs.png, scores.png, samples/) and the scores (metrics.json)"
-    )
+    pictures = "overview.png, random_pairs.png, scores.png, samples/"
+    print(f"{args.output_dir} holds the pictures ({pictures}) and the scores (metrics.json)")
     print(f"frame {args.input_frame_idx} to {args.target_frame_idx}, {verdict(summary)}")
 
 
