@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from data import layout
-from data.layout import SPLITS, UserError
+from data.layout import SPLITS, VIDEO_EXTENSIONS, UserError
 
 SOURCE_NAMES = {
     "train": ("train.json", "something-something-v2-train.json"),
@@ -97,7 +97,7 @@ def plain_template(template: str) -> str:
 def match_tasks(entries: list[dict], tasks: list[str]) -> list[dict]:
     """The entries whose template belongs to one of the tasks, with `task` added as a key, in the same order."""
     task_of = {template: task for task in tasks for template in TASK_TEMPLATES[task]}
-    found = ((entry, task_of.get(plain_template(entry["template"]))) for entry in entries)
+    found = ((entry, task_of.get(plain_template(entry.get("template", "")))) for entry in entries)
     return [{**entry, "task": task} for entry, task in found if task]
 
 
@@ -135,7 +135,11 @@ def drop_shared_ids(train: list[dict], val: list[dict], seed: int) -> tuple[list
 
 def keep_existing(entries: list[dict], videos: set[str]) -> list[dict]:
     """The entries whose video is among the file names `videos`; all entries where there are no videos at all."""
-    return [entry for entry in entries if not videos or f"{entry['id']}.webm" in videos]
+    return [
+        entry
+        for entry in entries
+        if not videos or any(entry["id"] + extension in videos for extension in VIDEO_EXTENSIONS)
+    ]
 
 
 def count_table(stages: list[dict[str, list[dict]]], tasks: list[str]) -> str:

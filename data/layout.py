@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 DEFAULT_DATA_DIR = Path("data/sthv2")
 SPLITS = ("train", "val")
+VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv")
 DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
 
 
@@ -219,9 +220,15 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
 # Paths.
 
 
-def video_path(data_dir: Path | str, video_id: str) -> Path:
-    """`<data_dir>/videos/<id>.webm`."""
-    return Path(data_dir) / "videos" / f"{video_id}.webm"
+def video_path(data_dir: Path | str, video_id: str, extension: str = VIDEO_EXTENSIONS[0]) -> Path:
+    """`<data_dir>/videos/<id><extension>`; without an extension that of SSv2, `.webm`."""
+    return Path(data_dir) / "videos" / f"{video_id}{extension}"
+
+
+def find_video(data_dir: Path | str, video_id: str) -> Path:
+    """The file of a video, whichever of VIDEO_EXTENSIONS it has; `video_path` where there is none."""
+    paths = [video_path(data_dir, video_id, extension) for extension in VIDEO_EXTENSIONS]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def frames_dir(data_dir: Path | str, resolution: int) -> Path:
@@ -253,7 +260,7 @@ _is_safe_id = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}").fullmatch
 
 
 def read_annotations(path: Path | str) -> list[dict]:
-    """Read an annotation file: a JSON list of entries with `id`, `label` and `template`; other keys stay as they are.
+    """Read an annotation file: a JSON list of entries with `id`, `label` and perhaps `template`; other keys stay.
 
     Raises UserError, naming the file and the entry, if the file is not JSON or an entry is not as described.
     """
@@ -282,8 +289,10 @@ def read_filtered_annotations(data_dir: Path, split: str) -> list[dict]:
 def _find_problem(entry: Any, seen: set[str]) -> str | None:
     """What is wrong with an entry, or None; `seen` are the ids before it."""
     if not isinstance(entry, dict):
-        return "must be an object with id, label and template"
+        return "must be an object with id and label"
     for key in ("id", "label", "template"):
+        if key == "template" and key not in entry:
+            continue  # only `data.dataset` needs it
         if not isinstance(entry.get(key), str) or not entry[key].strip():
             return f"{key} is missing, blank or not a string"
     if not _is_safe_id(entry["id"]):

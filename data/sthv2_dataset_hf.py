@@ -214,6 +214,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    total = 0
     for split in layout.SPLITS:
         pairs, left_out = load_frame_pairs(
             args.data_dir, split, args.resolution, args.input_frame_idx, args.target_frame_idx, args.add_progress
@@ -225,6 +226,10 @@ def main() -> None:
             for prompt in prompts[:3]:
                 print(f"    {prompt}")
         print("  " + (describe_left_out(left_out, most_named=None) or "no video left out"))
+        total += len(pairs)
+    if not total:
+        command = layout.extraction_command(layout.frames_dir(args.data_dir, args.resolution))
+        raise UserError(f"not one video has both frames; choose others, or extract them with: {command}")
 
 
 if __name__ == "__main__":

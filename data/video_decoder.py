@@ -64,7 +64,8 @@ def decode_video(path: Path) -> Iterator[av.VideoFrame]:
             if not times:
                 raise VideoError("unreadable", "not one of its frames can be decoded; download it again")
             if stream.guessed_rate:
-                duration = (container.duration or 0) / av.time_base - start  # a container's duration counts from time 0
+                # A container's duration counts from time 0. With sound, which often ends later, it says nothing.
+                duration = 0 if container.streams.audio else (container.duration or 0) / av.time_base - start
                 check_duration(times, stream.frames * interval or duration, interval)
     except av.FFmpegError as error:
         raise VideoError("unreadable", f"{error.strerror} after {len(times)} frames; download it again") from None
@@ -75,7 +76,7 @@ def check_duration(times: list[float], duration: float, interval: float) -> None
 
     times: when each decoded frame is shown, in seconds from the first; `interval` is the time between two at the
     container's frame rate. As that may vary, half as much again as the longest gap may be missing at the end, so one
-    lost frame may go unnoticed. Sound that goes on long after the pictures looks the same; SSv2 has no sound.
+    lost frame may go unnoticed.
     """
     longest_gap = max((later - earlier for earlier, later in itertools.pairwise(times)), default=0)
     end = times[-1] + interval

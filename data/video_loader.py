@@ -2,10 +2,11 @@
 
     python -m data.video_loader --data_dir data/sthv2 --resolutions 96 128
 
-reads `videos/<id>.webm` for the entries of `train_filtered.json` and `val_filtered.json` (made by
-`python -m data.dataset`), writes `frames_96x96/<id>/00000.png`, ... and `frames_128x128/<id>/...`, and adds
-`num_frames` to the entries. Each video is decoded once for all sizes, one frame in memory at a time. A video's folder
-exists only when it is whole, so a run can be stopped at any moment, and the next one does what is missing.
+reads `videos/<id>.webm` (or .mp4, .mov, .avi, .mkv) for the entries of `train_filtered.json` and `val_filtered.json`
+(made by `python -m data.dataset` or `data.own_videos`), writes `frames_96x96/<id>/00000.png`, ... and
+`frames_128x128/<id>/...`, and adds `num_frames` to the entries. Each video is decoded once for all sizes, one frame in
+memory at a time. A video's folder exists only when it is whole, so a run can be stopped at any moment, and the next one
+does what is missing.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from multiprocessing import active_children, connection, get_context, parent_pro
 from pathlib import Path
 
 from data import layout
-from data.layout import SPLITS, UserError
+from data.layout import SPLITS, VIDEO_EXTENSIONS, UserError
 
 LOG_NAME = "frames_extraction.log"
 
@@ -90,7 +91,7 @@ def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]
                 resolution: stack.enter_context(layout.whole_or_absent(folder / video_id))
                 for resolution, folder in frames_folders.items()
             }
-            return Result(video_id, write_frames(layout.video_path(data_dir, video_id), folders))
+            return Result(video_id, write_frames(layout.find_video(data_dir, video_id), folders))
     except VideoError as error:
         failure, details = error.args
         return Result(video_id, failure=failure, details=details)
@@ -172,8 +173,8 @@ def parse_args() -> argparse.Namespace:
     parser = layout.CommandParser(
         prog="python -m data.video_loader",
         description="Extract every frame of the selected videos and add num_frames to the filtered annotations."
-        f" Videos that fail are listed with a reason in {LOG_NAME} in the data directory; the exit status is 0 all the"
-        " same. Run it again to do what is missing.",
+        f" Videos that fail are listed with a reason in {LOG_NAME} in the data directory; the exit status is 0 unless"
+        " all fail. Run it again to do what is missing.",
     )
     size, count = layout.number(at_least=1, at_most=4096), layout.number(at_least=1)
     parser.add_argument("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="default: %(default)s")
@@ -201,7 +202,7 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
         folder.mkdir(exist_ok=True)
         layout.remove_leftovers(folder)
     done, to_decode = plan(entries, list(folders.values()))
-    if to_decode and not any((data_dir / "videos").glob("*.webm")):
+    if to_decode and not any(path.suffix in VIDEO_EXTENSIONS for path in (data_dir / "videos").glob("*")):
         raise UserError(f"no videos in {data_dir / 'videos'}: {layout.DOWNLOAD_HINT} and put its .webm files there")
     extract = functools.partial(extract_video, data_dir=data_dir, frames_folders=folders)
     extracted: list[Result] = []
@@ -221,6 +222,8 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
         print(f"This run: {len(counts)} videos extracted, {len(done)} were there already; {rate}")
         if any(result.failure for result in results):
             print(f"The failed videos, each with its reason: {data_dir / LOG_NAME}")
+    if not any(result.num_frames for result in results):
+        raise UserError(f"not one of {len(entries)} videos has frames; {data_dir / LOG_NAME} says why")
 
 
 if __name__ == "__main__":

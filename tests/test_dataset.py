@@ -166,8 +166,8 @@ def test_fewer_than_asked_takes_all_and_says_so(data_dir):
 def test_samples_only_videos_that_exist(data_dir):
     (data_dir / "videos").mkdir()
     assert "No videos in" in run_filter(data_dir).stdout
-    for video_id in ("0", "1", "100000"):
-        (data_dir / "videos" / f"{video_id}.webm").touch()
+    for name in ("0.webm", "1.mp4", "2.txt", "100000.webm"):
+        (data_dir / "videos" / name).touch()
     result = run_filter(data_dir)
     found = read_outputs(data_dir)
     assert {entry["id"] for entry in found["train"]} == {"0", "1"}
@@ -219,7 +219,7 @@ BAD_ENTRIES = {
     "no label": ({"id": "2", "template": "b"}, "label is missing, blank or not a string"),
     "list label": ({**GOOD, "id": "2", "label": []}, "label is missing, blank or not a string"),
     "blank label": ({**GOOD, "id": "2", "label": "  "}, "label is missing, blank or not a string"),
-    "no template": ({"id": "2", "label": "b"}, "template is missing, blank or not a string"),
+    "blank template": ({**GOOD, "id": "2", "template": ""}, "template is missing, blank or not a string"),
 }
 
 

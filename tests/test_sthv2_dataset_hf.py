@@ -152,6 +152,8 @@ def test_module_shows_what_training_would_see(data_dir):
     assert "val: 3 frame pairs" in shown
     assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 3
     assert "1 videos left out: 1 without frame 21 (train_short)" in shown
+    nothing = run(*command, "--input_frame_idx", 70, check=False)
+    assert nothing.returncode == 1 and "error: not one video has both frames" in nothing.stderr
 
 
 def test_frames_hash_names_their_bytes(tmp_path):

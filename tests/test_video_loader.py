@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -179,14 +180,29 @@ def test_impossible_options(data_dir, options):
     assert not list(data_dir.glob("frames_*"))
 
 
-@pytest.mark.parametrize(
-    "fourcc, suffix, size", [("VP80", ".webm", (64, 48)), ("MJPG", ".avi", (35, 21)), ("mp4v", ".mp4", (8, 4))]
-)
-def test_other_codecs_containers_and_odd_sizes(tmp_path, fourcc, suffix, size):
-    data_dir = make_data_dir(tmp_path / "data", ["1"])
-    write_video(data_dir / "videos" / "1.webm", 7, size, fourcc, suffix)
+def test_other_codecs_containers_and_odd_sizes(tmp_path):
+    kinds = [("VP80", ".webm", (64, 48)), ("MJPG", ".avi", (35, 21)), ("mp4v", ".mp4", (8, 4))]
+    kinds += [("mp4v", ".mov", (64, 48)), ("MJPG", ".mkv", (64, 48))]
+    data_dir = make_data_dir(tmp_path / "data", [suffix[1:] for _, suffix, _ in kinds])
+    for fourcc, suffix, size in kinds:
+        write_video(data_dir / "videos" / f"{suffix[1:]}{suffix}", 7, size, fourcc, suffix)
     extract(data_dir, "--resolutions", 32)
-    assert num_frames_of(data_dir) == {"1": 7}
+    assert num_frames_of(data_dir) == dict.fromkeys(["webm", "avi", "mp4", "mov", "mkv"], 7)
+
+
+def test_sound_that_ends_after_the_pictures_does_not_make_a_video_truncated(tmp_path):
+    data_dir = make_data_dir(tmp_path / "data", ["1"])
+    with av.open(str(data_dir / "videos" / "1.mkv"), "w") as container:
+        pictures, sound = container.add_stream("mpeg4", rate=10), container.add_stream("pcm_s16le", rate=8000)
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.int16), format="s16", layout="stereo")
+        frame.sample_rate = 8000
+        container.mux(sound.encode(frame))
+        for _ in range(5):
+            container.mux(pictures.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(pictures.encode())
+    extract(data_dir, "--resolutions", 32)
+    assert num_frames_of(data_dir) == {"1": 5}
 
 
 # Bad videos; more in test_faults_extraction.py.
@@ -259,6 +275,15 @@ def test_a_file_in_place_of_the_frames_folder(data_dir):
     result = extract(data_dir)
     assert result.returncode == 1
     assert re.match(r"error: .*frames_96x96'\n", result.stderr)
+
+
+def test_nothing_but_failures_is_an_error(data_dir):
+    for path in (data_dir / "videos").iterdir():
+        path.write_bytes(b"not a video")
+    result = extract(data_dir, "--resolutions", 16)
+    assert result.returncode == 1
+    assert result.stderr.endswith(f"error: not one of 6 videos has frames; {data_dir}/frames_extraction.log says why\n")
+    assert log_of(data_dir).startswith("6 videos selected: 0 have all their frames, 6 failed (unreadable: 6)\n")
 
 
 # Interruptions. The moments are spread over the first run's output, so no timing is assumed.
