@@ -20,8 +20,8 @@ MAY_USE = {
     **dict.fromkeys(SCRIPTS, {"data", "pecn"}),
 }
 NOT_IN_DATA = {"torch", "diffusers", "transformers", "accelerate"}
-COMMANDS = ["data.dataset", "data.video_loader", "data.sthv2_dataset_hf", "demo.make_clips", "demo.make_model"]
-COMMANDS += ["train_instruct_pix2pix.py", "sample_from_pix2pix.py"]
+COMMANDS = ["data.dataset", "data.own_videos", "data.video_loader", "data.sthv2_dataset_hf", "demo.make_clips"]
+COMMANDS += ["demo.make_model", "train_instruct_pix2pix.py", "sample_from_pix2pix.py"]
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,137 @@
+"""Your own videos: from files and captions to a data directory that extraction, training and sampling take."""
+
+import json
+
+import pytest
+
+from data.layout import SPLITS, filtered_annotations_path, find_video, frames_dir, read_filtered_annotations
+from tests.conftest import SIDE, run
+from tests.test_video_loader import write_video
+
+CLIPS = {  # each container, and names that make no id
+    "pour_milk.mp4": "mp4v",
+    "open drawer.MOV": "mp4v",
+    "shut.avi": "MJPG",
+    "kitchen/shut.mkv": "MJPG",
+    "把杯子.webm": "VP80",
+}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Clips of 23 frames; read-only by agreement."""
+    folder = tmp_path_factory.mktemp("my clips")
+    (folder / "kitchen").mkdir()
+    (folder / "notes.txt").touch()
+    for seed, (name, fourcc) in enumerate(CLIPS.items()):
+        path = folder / name
+        write_video(path, num_frames=23, size=(40, 24), fourcc=fourcc, suffix=path.suffix.lower(), seed=seed)
+    return folder
+
+
+@pytest.fixture
+def prepare(videos, tmp_path):
+    """A function that makes a data directory of captions, given as text."""
+
+    def prepare(captions, *options, check=True):
+        (tmp_path / "captions").write_text(captions, encoding="utf-8")
+        command = ["python", "-m", "data.own_videos", "--videos", videos, "--captions", tmp_path / "captions"]
+        return run(*command, "--data_dir", tmp_path / "mine", *options, check=check)
+
+    return prepare
+
+
+def csv_of(names, caption="moving a cup"):
+    return "file,caption\n" + "".join(f"{name},{caption}\n" for name in names)
+
+
+def entries_of(data_dir):
+    return {entry["file"]: entry for split in SPLITS for entry in read_filtered_annotations(data_dir, split)}
+
+
+def test_csv_becomes_a_data_directory_to_train_on_and_sample_from(prepare, videos, tmp_path, tiny_model):
+    rows = [
+        "\ufefffile, caption, task, split",
+        'pour_milk.mp4, "pouring milk, slowly", pour, ',
+        "open drawer.MOV, opening a drawer, open, train",
+        "shut.avi, shutting a drawer, open, val",
+        "kitchen/shut.mkv, shutting a door, , val",
+        "把杯子.webm, moving a cup up, move_object, train",
+    ]
+    assert "3 videos for training and 2 for validation" in prepare("\r\n".join(rows)).stdout
+    data_dir = tmp_path / "mine"
+    entries = entries_of(data_dir)
+    assert set(entries) == set(CLIPS)
+    for file, entry in entries.items():
+        link = find_video(data_dir, entry["id"])
+        assert link.is_symlink() and link.samefile(videos / file)
+    assert len({entry["id"] for entry in entries.values()}) == len(CLIPS)
+    assert entries["pour_milk.mp4"]["id"] == "pour_milk"
+    assert (entries["pour_milk.mp4"]["label"], entries["pour_milk.mp4"]["task"]) == ("pouring milk, slowly", "pour")
+    assert {entry["file"] for entry in read_filtered_annotations(data_dir, "val")} == {"shut.avi", "kitchen/shut.mkv"}
+
+    run("python", "-m", "data.video_loader", "--data_dir", data_dir, "--resolutions", SIDE)
+    assert {entry["num_frames"] for entry in entries_of(data_dir).values()} == {23}
+    options = ["--resolution", SIDE, "--max_train_steps", 1, "--num_validation_images", 1, "--num_inference_steps", 1]
+    command = ["python", "train_instruct_pix2pix.py", "--pretrained_model_name_or_path", tiny_model]
+    run(*command, "--train_data_dir", data_dir, "--output_dir", tmp_path / "model", "--add_progress", *options)
+    command = ["python", "sample_from_pix2pix.py", "--model_dir", tmp_path / "model", "--num_inference_steps", 1]
+    command += ["--val_annotations", filtered_annotations_path(data_dir, "val"), "--num_samples", "all"]
+    done = run(*command, "--frames_dir", frames_dir(data_dir, SIDE), "--output_dir", tmp_path / "samples")
+    assert "open: 1 pairs" in done.stdout and "unknown: 1 pairs" in done.stdout
+    samples = json.loads((tmp_path / "samples" / "metrics.json").read_text())["samples"]
+    [prompt] = [row["edit_prompt"] for row in samples if row["video_id"] == entries["shut.avi"]["id"]]
+    assert prompt.endswith("this action: shutting a drawer. And 80% of the action has been completed.")
+
+
+def test_json_lines_make_the_same_as_csv_and_again_the_same(prepare, tmp_path):
+    prepare(csv_of(CLIPS))
+    data_dir = tmp_path / "mine"
+    paths = [filtered_annotations_path(data_dir, split) for split in SPLITS]
+    first = [path.read_bytes() for path in paths]
+    assert len(read_filtered_annotations(data_dir, "val")) == 1  # a tenth of five is none: at least one
+    lines = [json.dumps({"file": name, "caption": "moving a cup"}) for name in reversed(CLIPS)]
+    prepare("\n".join(lines))
+    assert {path: sorted(json.loads(path.read_bytes()), key=str) for path in paths} == {
+        path: sorted(json.loads(content), key=str) for path, content in zip(paths, first)
+    }
+    prepare(csv_of(CLIPS), "--val_fraction", 0.6)
+    assert len(read_filtered_annotations(data_dir, "val")) == 3
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ("video,text\na.mp4,moving\n", "the columns are video,text; name them file,caption,task,split"),
+        ("file,caption,spilt\nshut.avi,moving,val\n", "the columns are file,caption,spilt; name them"),
+        ('{"file": "shut.avi", "text": "moving"}', "line 1: the columns are file,text; name them"),
+        ('{"file": "shut.avi", "caption": 3}', "line 1 is not such a JSON object of strings: {"),
+        ("", "the columns are none; name them"),
+        ("file,caption\n", "names no video"),
+        ("file,caption\nshut.avi,pulling, then pushing\n", "line 2 has more values than columns"),
+        ('file,caption\nshut.avi,"pulling\n', "is not CSV"),
+        (csv_of(["shut.avi", "nothing.mp4"]), "line 3: there is no file "),
+        (csv_of(["shut.avi"], caption="  "), "line 2: the caption is empty; write what is done in shut.avi"),
+        (csv_of(["shut.avi", "pour_milk.mp4", "./shut.avi"]), "line 4: ./shut.avi is named in "),
+        (csv_of(["shut.avi", "notes.txt"]), "notes.txt is none of .webm, .mp4, "),
+        ("file,caption,split\nshut.avi,moving,test\n", "line 2: the split is 'test'; write train or val"),
+        ("file,caption,split\nshut.avi,a,train\npour_milk.mp4,b,train\n", "no video is left for val"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_nothing_is_written(prepare, tmp_path, captions, message):
+    done = prepare(captions, check=False)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "mine").exists()
+
+
+def test_frames_of_another_video_are_never_taken_for_those_of_this_one(prepare, tmp_path):
+    prepare(csv_of(["shut.avi", "pour_milk.mp4"]))
+    assert entries_of(tmp_path / "mine")["shut.avi"]["id"] == "shut"
+    prepare(csv_of(["kitchen/shut.mkv", "pour_milk.mp4"]))
+    assert entries_of(tmp_path / "mine")["kitchen/shut.mkv"]["id"] != "shut"
+    (tmp_path / "mine" / "videos" / "shut.avi").unlink()
+    (tmp_path / "mine" / "videos" / "shut.mp4").write_bytes(b"another")
+    done = prepare(csv_of(["shut.avi", "pour_milk.mp4"]), check=False)
+    assert done.returncode == 1 and "shut.mp4 is another video than" in done.stderr
