@@ -2,6 +2,10 @@
 
     python sample_from_pix2pix.py --model_dir outputs/instruct_pix2pix_128 --num_samples 8
 
+or what follows a picture of your own, which nothing can be compared with:
+
+    python sample_from_pix2pix.py --model_dir outputs/instruct_pix2pix_128 --image photo.jpg --prompt "pushing a cup"
+
 Training predicts its validation pictures with the same functions (pecn/sampling.py).
 """
 
@@ -19,6 +23,7 @@ from data.sthv2_dataset_hf import (
     DEFAULT_INPUT_FRAME_IDX,
     DEFAULT_TARGET_FRAME_IDX,
     FramePair,
+    build_prompt,
     choose_pairs,
     describe_left_out,
     find_frame_pairs,
@@ -26,10 +31,13 @@ from data.sthv2_dataset_hf import (
 )
 from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
 
+DEFAULT_RESOLUTION = 128  # of one picture, for a model that does not say what it was trained on
+
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = layout.CommandParser(
-        usage="%(prog)s [options]", description="Predict frames of validation videos, save pictures and scores."
+        usage="%(prog)s [options]",
+        description="Predict frames of validation videos, save pictures and scores; or predict what follows a picture.",
     )
     add, index = parser.add_argument, number(at_least=0)
     frames_dir = layout.frames_dir(layout.DEFAULT_DATA_DIR, 128)
@@ -48,7 +56,19 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="weights variant of the model files, such as fp16")
-    return parser.parse_args(arguments)
+    add = parser.add_argument_group("one picture of your own, in place of validation videos").add_argument
+    add("--image", type=Path, help="the picture, of any size; it becomes a square as training frames do")
+    add("--prompt", help="what is done in it, as in 'pushing a cup from left to right'")
+    percent, side = number(at_least=0, at_most=90, multiple_of=10), number(at_least=8, at_most=4096, multiple_of=8)
+    add("--progress", type=percent, help="how much of it is done, in percent, for a model with progress prompts")
+    add("--horizon", type=number(at_least=1), help="how many frames later, for a model whose prompts say it")
+    add("--resolution", type=side, help=f"of the prediction, in pixels (the model's, or {DEFAULT_RESOLUTION})")
+    args = parser.parse_args(arguments)
+    if (args.image is None) != (args.prompt is None):
+        parser.error("--image and --prompt need each other")
+    if args.image is None and any(value is not None for value in (args.progress, args.horizon, args.resolution)):
+        parser.error("--progress, --horizon and --resolution need --image and --prompt")
+    return args
 
 
 if __name__ == "__main__":
@@ -60,14 +80,22 @@ from accelerate import PartialState
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
+from data.video_decoder import read_picture
 from pecn.model import find_model, load_pipeline, read_training_config
-from pecn.pictures import check_output_dir, save_results
-from pecn.sampling import predict_pairs
-from pecn.scores import format_table, load_lpips, verdict
+from pecn.pictures import check_output_dir, comparison_picture, save_prediction, save_results
+from pecn.sampling import Prediction, predict_frames, predict_pairs
+from pecn.scores import format_table, load_lpips, score_prediction, verdict
 
 
 def main() -> None:
-    args = ARGS
+    if ARGS.image is None:
+        predict_validation_videos(ARGS)
+    else:
+        predict_from_picture(ARGS)
+
+
+def predict_validation_videos(args: argparse.Namespace) -> None:
+    """Predicts a frame of each chosen video, and saves the pictures and their scores."""
     if not args.val_annotations.is_file():
         raise UserError(f"there is no file {args.val_annotations}; make it with: python -m data.dataset")
     model = find_model(args.model_dir, revision=args.revision, variant=args.variant)
@@ -102,6 +130,31 @@ def main() -> None:
     pictures = "overview.png, random_pairs.png, scores.png, samples/"
     print(f"{args.output_dir} holds the pictures ({pictures}) and the scores (metrics.json)")
     print(f"frame {args.input_frame_idx} to {args.target_frame_idx}, {verdict(summary)}")
+
+
+def predict_from_picture(args: argparse.Namespace) -> None:
+    """Predicts what follows one picture, and saves the pictures."""
+    if args.image.resolve().parent == args.output_dir.resolve():
+        raise UserError(f"{args.image} is in OUTPUT_DIR, where pictures are replaced; choose another OUTPUT_DIR")
+    model = find_model(args.model_dir, revision=args.revision, variant=args.variant)
+    trained = read_training_config(model)
+    picture = read_picture(args.image, args.resolution or trained.get("resolution", DEFAULT_RESOLUTION))
+    has_progress = args.progress is not None
+    if trained.get("add_progress", has_progress) != has_progress:
+        layout.warn(f"{args.model_dir} was trained with{'out' if has_progress else ''} progress prompts (--progress)")
+    edit_prompt = build_prompt(args.prompt, args.progress, args.horizon)
+    layout.make_folder(args.output_dir)
+    with layout.only_one(args.output_dir, "sampling"):
+        pipeline = load_model(args, model)
+        [predicted] = predict_frames(pipeline, [picture], [edit_prompt], [args.seed], sampling_options(args))
+        names = {"video_id": args.image.stem, "task": "unknown", "edit_prompt": edit_prompt}
+        prediction = Prediction(**names, input=picture, **vars(predicted), target=None, vae_ceiling=None)
+        comparison = comparison_picture(prediction, score_prediction(prediction), args.model_dir)
+        for name in ("expected.png", "uncertainty.png"):  # of an earlier picture
+            (args.output_dir / name).unlink(missing_ok=True)
+        save_prediction(args.output_dir, prediction, comparison)
+    print(f"prompt: {edit_prompt}")
+    print(f"{args.output_dir} holds the prediction (prediction.png), input.png, and both side by side (comparison.png)")
 
 
 def check_frames(pairs: Sequence[FramePair], args: argparse.Namespace, trained: dict[str, Any]) -> None:

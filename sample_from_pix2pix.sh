@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Predicts frames of validation videos with a trained model and scores them. Every variable can also be set from
-# outside:
+# Predicts frames of validation videos with a trained model and scores them, or what follows one picture (IMAGE).
+# Every variable can also be set from outside:
 #   MODEL_DIR=test_output/model NUM_SAMPLES=10 bash sample_from_pix2pix.sh
+#   IMAGE=photo.jpg PROMPT="pushing a cup from left to right" bash sample_from_pix2pix.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -22,24 +23,31 @@ NUM_PREDICTIONS=${NUM_PREDICTIONS:-1}                 # above 1 their mean, the 
 RESIDUAL=${RESIDUAL:-True}                            # keep the input frame where the model changes nothing
 LPIPS=${LPIPS:-False}                                 # score it too; needs the package lpips
 BATCH_SIZE=${BATCH_SIZE:-8}
+IMAGE=${IMAGE:-}                                      # a picture of your own, in place of videos and frames
+PROMPT=${PROMPT:-}                                    # what is done in it
 
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 
-exec python sample_from_pix2pix.py \
-  --model_dir "$MODEL_DIR" \
-  --frames_dir "$FRAMES_DIR" \
-  --val_annotations "$VAL_ANNOTATIONS" \
-  --output_dir "$OUTPUT_DIR" \
-  --input_frame_idx "$INPUT_FRAME_IDX" \
-  --target_frame_idx "$TARGET_FRAME_IDX" \
-  --num_samples "$NUM_SAMPLES" \
-  --seed "$SEED" \
-  --num_inference_steps "$NUM_INFERENCE_STEPS" \
-  --image_guidance_scale "$IMAGE_GUIDANCE_SCALE" \
-  --guidance_scale "$GUIDANCE_SCALE" \
-  --scheduler "$SCHEDULER" \
-  --strength "$STRENGTH" \
-  --num_predictions "$NUM_PREDICTIONS" \
-  --residual "$RESIDUAL" \
-  --lpips "$LPIPS" \
+arguments=(
+  --model_dir "$MODEL_DIR"
+  --frames_dir "$FRAMES_DIR"
+  --val_annotations "$VAL_ANNOTATIONS"
+  --output_dir "$OUTPUT_DIR"
+  --input_frame_idx "$INPUT_FRAME_IDX"
+  --target_frame_idx "$TARGET_FRAME_IDX"
+  --num_samples "$NUM_SAMPLES"
+  --seed "$SEED"
+  --num_inference_steps "$NUM_INFERENCE_STEPS"
+  --image_guidance_scale "$IMAGE_GUIDANCE_SCALE"
+  --guidance_scale "$GUIDANCE_SCALE"
+  --scheduler "$SCHEDULER"
+  --strength "$STRENGTH"
+  --num_predictions "$NUM_PREDICTIONS"
+  --residual "$RESIDUAL"
+  --lpips "$LPIPS"
   --batch_size "$BATCH_SIZE"
+)
+if [[ -n $IMAGE ]]; then arguments+=(--image "$IMAGE"); fi
+if [[ -n $PROMPT ]]; then arguments+=(--prompt "$PROMPT"); fi
+
+exec python sample_from_pix2pix.py "${arguments[@]}" "$@"  # such as --progress 40

@@ -1,4 +1,4 @@
-"""Decode one video and write its frames as square PNGs, or say why that is impossible."""
+"""Decode one video and write its frames as square PNGs, or say why that is impossible; read a picture like a frame."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
-from data.layout import frame_path
+from data.layout import UserError, frame_path, one_line
 
 # Video containers only: without the list a picture would count as a video of one frame, and a text file could be a
 # playlist that makes FFmpeg open other files.
@@ -83,6 +84,21 @@ def check_duration(times: list[float], duration: float, interval: float) -> None
     if duration - end > 1.5 * max(longest_gap, interval):
         details = f"frames end at {end:.2f} s of {duration:.2f} s ({len(times)} frames); download it again"
         raise VideoError("truncated", details)
+
+
+def read_picture(path: Path | str, resolution: int) -> np.ndarray:
+    """A picture of any size and format as frames are stored: uint8 RGB of shape (R, R, 3), by area averaging.
+
+    It is turned as its EXIF data say. Raises UserError if Pillow cannot read it.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow has no one kind of error for what a file may hold
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path} cannot be read as a picture ({reason}); name a JPEG or PNG file") from None
+    frame = av.VideoFrame.from_ndarray(np.asarray(upright), format="rgb24")
+    return make_resizer(resolution)(frame)[..., ::-1].copy()
 
 
 def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:

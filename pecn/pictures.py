@@ -234,7 +234,7 @@ def save_results(
                 record = {name: getattr(prediction, name) for name in ("video_id", "task", "edit_prompt")}
                 records.append(record | scores)
                 comparison = comparison_picture(prediction, scores, note)
-                _save_sample(new / SAMPLES / prediction.video_id, prediction, comparison)
+                save_prediction(new / SAMPLES / prediction.video_id, prediction, comparison)
             overview = []
             for index, title in choose_for_overview([psnr_gain(record) for record in records]):
                 comparison = new / SAMPLES / records[index]["video_id"] / "comparison.png"
@@ -261,8 +261,9 @@ def check_output_dir(output_dir: Path) -> None:
         )
 
 
-def _save_sample(folder: Path, prediction: Prediction, comparison: np.ndarray) -> None:
-    folder.mkdir(parents=True)
+def save_prediction(folder: Path, prediction: Prediction, comparison: np.ndarray) -> None:
+    """Writes the pictures of one prediction, each under its name as `save_results` says."""
+    folder.mkdir(parents=True, exist_ok=True)
     save_picture(folder / "comparison.png", comparison)
     names = {"input": "input", "sample": "prediction", "expected": "expected", "target": "target"}
     for field, name in names.items():

@@ -1,0 +1,120 @@
+"""Your own picture: what follows it, from the shell and from the README's Python."""
+
+import json
+import re
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.data import astronaut
+
+from tests.conftest import PROJECT, SIDE, run
+
+EXIF_ORIENTATION, TURNED_LEFT = 0x0112, 6  # the picture is stored turned to the left
+LABEL = "pushing a cup from left to right"
+
+
+@pytest.fixture(scope="module")
+def upright():
+    return astronaut()[:381, :507]
+
+
+@pytest.fixture(scope="module")
+def photo(upright, tmp_path_factory):
+    """A JPEG of odd size whose EXIF data say how it was held."""
+    path = tmp_path_factory.mktemp("photos") / "photo.jpg"
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = TURNED_LEFT
+    Image.fromarray(np.rot90(upright)).save(path, exif=exif, quality=95)
+    return path
+
+
+def predict(model, photo, output_dir, *options, check=True):
+    command = ["python", "sample_from_pix2pix.py", "--model_dir", model, "--output_dir", output_dir]
+    return run(*command, "--image", photo, "--prompt", LABEL, *options, check=check)
+
+
+def read(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def readme_blocks(tmp_path, tiny_model):
+    """The README's Python for one picture, with another model."""
+    readme = (PROJECT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    return [block.replace("outputs/instruct_pix2pix_128", str(tiny_model)) for block in blocks]
+
+
+def test_script_predicts_from_a_photo_as_the_model_was_trained(photo, upright, tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    arguments = {"resolution": SIDE, "add_progress": True}
+    (model / "training_config.json").write_text(json.dumps({"arguments": arguments}))
+    variables = {"IMAGE": photo, "PROMPT": LABEL, "MODEL_DIR": model, "OUTPUT_DIR": tmp_path / "out"}
+    variables |= {"NUM_INFERENCE_STEPS": 1, "FRAMES_DIR": "none", "VAL_ANNOTATIONS": "none"}
+    script = ("bash", "sample_from_pix2pix.sh")
+    done = run(*script, "--progress", 40, "--horizon", 1, "--num_predictions", 2, **variables)
+    names = ["comparison.png", "expected.png", "input.png", "prediction.png", "uncertainty.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    prompt = f"{LABEL}. And 40% of the action has been completed. The frame is 1 frame later."
+    assert f"prompt: Generate a future frame of this action: {prompt}\n" in done.stdout
+    assert not done.stderr
+    frame = read(tmp_path / "out" / "input.png")
+    assert frame.shape == read(tmp_path / "out" / "prediction.png").shape == (SIDE, SIDE, 3)
+    assert np.abs(frame - cv2.resize(upright, (SIDE, SIDE), interpolation=cv2.INTER_AREA)).mean() < 1
+
+    done = run(*script, **variables)
+    assert "was trained with progress prompts (--progress)" in done.stderr
+    names = ["comparison.png", "input.png", "prediction.png"]  # no mean of the earlier two
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_readmes_python_draws_what_the_command_draws(photo, tiny_model, tmp_path, monkeypatch):
+    predict(tiny_model, photo, tmp_path / "out")
+    expected = read(tmp_path / "out" / "prediction.png")
+    assert expected.shape == (128, 128, 3)
+    monkeypatch.chdir(photo.parent)
+    ours, stock = readme_blocks(tmp_path, tiny_model)
+    assert len(ours.splitlines()) <= 10
+    exec(ours, {})
+    assert np.array_equal(read("prediction.png"), expected)
+    exec(stock, {})
+    drawn = read("prediction.png")
+    assert drawn.shape == expected.shape and not np.array_equal(drawn, expected)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("RGBA", "webp"), ("P", "gif")])
+def test_other_formats_are_read(mode, suffix, tmp_path):
+    from data.video_decoder import read_picture
+
+    Image.new("RGB", (7, 300), (255, 0, 0)).convert(mode).save(tmp_path / f"picture.{suffix}")
+    picture = read_picture(tmp_path / f"picture.{suffix}", 16)
+    assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
+    wanted = (76, 76, 76) if mode == "L" else (255, 0, 0)
+    assert np.abs(picture.astype(int) - wanted).max() <= 3
+
+
+def test_mistakes_get_one_line(photo, tiny_model, tmp_path):
+    def message(*options, image=photo, output_dir=tmp_path / "out", status=1):
+        done = predict(tiny_model, image, output_dir, *options, check=False)
+        assert done.returncode == status
+        [line] = done.stderr.splitlines()
+        assert line.startswith("error: ") and not output_dir.joinpath("prediction.png").exists()
+        return line
+
+    (tmp_path / "captions.csv").write_text("file,caption\n")
+    assert "cannot be read as a picture" in message(image=tmp_path / "captions.csv")
+    assert "nothing.png cannot be read as a picture (No such file" in message(image=tmp_path / "nothing.png")
+    (tmp_path / "input.png").touch()
+    assert "choose another OUTPUT_DIR" in message(image=tmp_path / "input.png", output_dir=tmp_path)
+    assert "a multiple of 10" in message("--progress", 45, status=2)
+    assert "a multiple of 8" in message("--resolution", 100, status=2)
+    for flags, wanted in (
+        (("--image", photo), "--image and --prompt need each other"),
+        (("--prompt", LABEL), "--image and --prompt need each other"),
+        (("--horizon", 1), "need --image and --prompt"),
+    ):
+        done = run("python", "sample_from_pix2pix.py", "--model_dir", tiny_model, *flags, check=False)
+        assert done.returncode == 2 and wanted in done.stderr
