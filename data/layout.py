@@ -226,9 +226,9 @@ def video_path(data_dir: Path | str, video_id: str, extension: str = VIDEO_EXTEN
 
 
 def find_video(data_dir: Path | str, video_id: str) -> Path:
-    """The file of a video, whichever of VIDEO_EXTENSIONS it has; `video_path` where there is none."""
+    """The file of a video, whichever of VIDEO_EXTENSIONS it has; else a link to one that is gone, or `video_path`."""
     paths = [video_path(data_dir, video_id, extension) for extension in VIDEO_EXTENSIONS]
-    return next((path for path in paths if path.is_file()), paths[0])
+    return max(paths, key=lambda path: (path.is_file(), path.is_symlink()))
 
 
 def frames_dir(data_dir: Path | str, resolution: int) -> Path:

@@ -49,7 +49,7 @@ def decode_video(path: Path) -> Iterator[av.VideoFrame]:
     Raises VideoError, perhaps after frames that are whole, if the file is not a video or not a whole one.
     """
     if not path.is_file():  # a pipe would block when opened
-        raise VideoError("missing", f"there is no file {path}")
+        raise VideoError("missing", f"there is no file {path.resolve()}")
     times = []  # seconds; 8 bytes a frame
     try:
         with av.open(str(path), options={"format_whitelist": VIDEO_FORMATS}) as container:

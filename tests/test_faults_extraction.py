@@ -139,6 +139,7 @@ def test_bad_videos_are_named_and_stop_nobody(tmp_path):
     expected = {video_id: kind for video_id, (_, kind) in bad.items()} | others
     reported = dict(re.findall(r"^(\w+): ([a-z ]+): .+$", log_of(data_dir), re.MULTILINE))
     assert reported == expected
+    assert f"link: missing: there is no file {videos}/nowhere.webm\n" in log_of(data_dir)
     assert f"2 have all their frames, {len(expected)} failed" in result.stdout
     assert {video_id: count for video_id, count in num_frames_of(data_dir).items() if count} == {"1": 11, "2": 14}
     assert sorted(path.name for path in layout.frames_dir(data_dir, 16).iterdir()) == ["1", "2"]

@@ -126,6 +126,16 @@ def test_a_mistake_gets_one_line_and_nothing_is_written(prepare, tmp_path, capti
     assert not (tmp_path / "mine").exists()
 
 
+def test_a_link_to_a_clip_that_has_moved_is_made_anew(prepare, videos, tmp_path):
+    prepare(csv_of(["shut.avi", "pour_milk.mp4"]))
+    link = tmp_path / "mine" / "videos" / "shut.avi"
+    link.unlink()
+    link.symlink_to(tmp_path / "gone.avi")
+    assert find_video(tmp_path / "mine", "shut") == link
+    prepare(csv_of(["shut.avi", "pour_milk.mp4"]))
+    assert link.samefile(videos / "shut.avi")
+
+
 def test_frames_of_another_video_are_never_taken_for_those_of_this_one(prepare, tmp_path):
     prepare(csv_of(["shut.avi", "pour_milk.mp4"]))
     assert entries_of(tmp_path / "mine")["shut.avi"]["id"] == "shut"
