@@ -28,12 +28,15 @@ else
   python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
   python -m data.video_loader --data_dir "$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
-  # Progress prompts, mirrored clips too, and mostly the timesteps where the motion is decided.
+  # Progress prompts, mirrored clips too, mostly the timesteps where the motion is decided (the last ones), and a
+  # validation every two epochs.
   export PROGRESS=${PROGRESS:-True}
   export EXTRA_ARGS=${EXTRA_ARGS:---timestep_bias_strategy later --timestep_bias_portion 0.05 --timestep_bias_multiplier 40 --random_flip}
   export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-2} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
 fi
-if [[ $PRETRAINED_MODEL == demo/base_model ]]; then  # small: it learns fast, and predicts the expected frame in one step
+# The demo's model is small: it learns fast. Of 8 predictions of one step one is the sample, and their mean the expected
+# frame; NUM_INFERENCE_STEPS=20 draws them in 20. Any other model is sampled from as sample_from_pix2pix.sh does it.
+if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
   export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-400} LEARNING_RATE=${LEARNING_RATE:-3e-4}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-1} IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1}

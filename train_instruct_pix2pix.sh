@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}  # hub id or directory
+# A hub id or a directory; Stable Diffusion gets 4 more input channels.
+PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}
 DATA_DIR=${DATA_DIR:-data/sthv2}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/instruct_pix2pix_128}
 RESOLUTION=${RESOLUTION:-128}
@@ -12,22 +13,24 @@ INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20}
 TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21}
 PROGRESS=${PROGRESS:-False}                # True: prompts say how much of the action is done
 BATCH_SIZE=${BATCH_SIZE:-8}                # per process
-GRADIENT_ACCUM=${GRADIENT_ACCUM:-2}
+GRADIENT_ACCUM=${GRADIENT_ACCUM:-2}        # with 8 above, 16 samples a step on each GPU
 EPOCHS=${EPOCHS:-20}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-}       # overrides EPOCHS
 LEARNING_RATE=${LEARNING_RATE:-5e-6}
 LR_SCHEDULER=${LR_SCHEDULER:-constant}
-LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-0}
+LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-0}      # every schedule honors it
 SEED=${SEED:-42}
 MIXED_PRECISION=${MIXED_PRECISION:-fp16}   # no, fp16 (which becomes no without a GPU) or bf16
 NUM_PROCESSES=${NUM_PROCESSES:-1}          # GPUs to use
 CHECKPOINTING_STEPS=${CHECKPOINTING_STEPS:-500}
-CHECKPOINTS_TOTAL_LIMIT=${CHECKPOINTS_TOTAL_LIMIT:-2}
+CHECKPOINTS_TOTAL_LIMIT=${CHECKPOINTS_TOTAL_LIMIT:-2}  # each holds the UNet and two moments for every weight
 RESUME=${RESUME:-}                         # latest, or a checkpoint's directory
 VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-5}
-NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-4}
-ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-}   # file made by `accelerate config`; overrides the launch settings here
-EXTRA_ARGS=${EXTRA_ARGS:-}                 # any other flags of train_instruct_pix2pix.py
+NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-4}  # the same entries each time, spread over the tasks
+# For several machines, DeepSpeed or FSDP: a file made by `accelerate config --config_file accelerate.yaml`, whose
+# launch settings are taken in place of those here.
+ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-}
+EXTRA_ARGS=${EXTRA_ARGS:-}                 # any other flags of train_instruct_pix2pix.py: "--use_ema --random_flip"
 
 arguments=(
   --pretrained_model_name_or_path "$PRETRAINED_MODEL"
@@ -69,7 +72,8 @@ fi
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub} PYTHONUNBUFFERED=1
 # Seconds that torch's launcher leaves its processes after a signal, for saving a checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-# glibc keeps freed memory for the next step, which on a CPU halves the time of a step of Stable Diffusion's size.
+# glibc keeps freed memory for the next step, which on a CPU halves the time of a step of Stable Diffusion's size. A
+# launch typed by hand (`accelerate launch train_instruct_pix2pix.py`) needs these two exported as well.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 
 # What is printed goes to train.log too; tee lives through signals, to show what training says last.

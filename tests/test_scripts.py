@@ -52,13 +52,6 @@ def test_defaults_of_the_scripts_are_the_documented_ones():
     assert sampling_options(parser.parse_args([])) == DEFAULT_OPTIONS
 
 
-def test_readme_table_of_sampling_variables_is_the_script():
-    rows = re.findall(r"^\| `([A-Z_]+)` \| `([^`]*)` \|", (PROJECT / "README.md").read_text(), flags=re.MULTILINE)
-    script = (PROJECT / "sample_from_pix2pix.sh").read_text()
-    defaults = dict(re.findall(r"^([A-Z_]+)=\$\{\1:-([^}]*)\}", script, flags=re.MULTILINE))
-    assert dict(rows) | {"IMAGE": "", "PROMPT": ""} == defaults
-
-
 def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, tiny_model, tmp_path):
     variables = {
         "PRETRAINED_MODEL": tiny_model,
