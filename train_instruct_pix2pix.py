@@ -136,7 +136,7 @@ from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
 from pecn.interruption import Interrupted, StopRequest
 from pecn.model import create_hub_repository, find_model, load_pipeline, upload
 from pecn.processes import create_accelerator, is_first_process, is_out_of_memory, on_main_process
-from pecn.validation import validate
+from pecn.validation import validate_or_warn
 
 
 def find_pairs(args: argparse.Namespace, split: str, most: int | None) -> list[FramePair]:
@@ -271,7 +271,8 @@ def train(
             is_last = step == max_train_steps
             stopped_by = 0 if is_last else stop.agreed()
             save_now = step % args.checkpointing_steps == 0 or stopped_by
-            validate_now = validation_pairs and (is_last or batches.ends_epochs(step, args.validation_epochs))
+            # The last step's validation comes after the pipeline is saved.
+            validate_now = validation_pairs and not is_last and batches.ends_epochs(step, args.validation_epochs)
             if step % optimization.LOG_EVERY == 0 or save_now or validate_now or is_last:
                 progress_bar.set_postfix(loss=f"{step_log.flush():.4f}")
             if save_now or is_last:
@@ -284,21 +285,17 @@ def train(
                 accelerator.end_training()
                 raise Interrupted(stopped_by, f"after step {step}: go on from {saved} with {checkpoints.HOW_TO_RESUME}")
             if validate_now:
-                with optimization.averaged_weights(ema, unet):
-                    current = optimization.gather_unet(accelerator, unet)
-                    if accelerator.is_main_process:
-                        validate(pipeline, current, validation_pairs, args, accelerator, step)
-                accelerator.wait_for_everyone()
+                validate_or_warn(pipeline, unet, ema, validation_pairs, args, accelerator, step)
             if save_now or validate_now:
                 step_log.restart_clock()
 
     with stop.deferred():
-        if ema:
-            ema.copy_to(unet.parameters())
-        pipeline.unet = optimization.gather_unet(accelerator, unet)
-        if accelerator.is_main_process:
-            checkpoints.save_pipeline(pipeline, args.output_dir, config)
-            print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")
+        with optimization.current_unet(pipeline, accelerator, unet, ema):
+            if accelerator.is_main_process:
+                checkpoints.save_pipeline(pipeline, args.output_dir, config)
+        if validation_pairs:
+            validate_or_warn(pipeline, unet, ema, validation_pairs, args, accelerator, max_train_steps)
+    accelerator.print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")
     if args.push_to_hub and accelerator.is_main_process:
         upload(args.output_dir, repository, args.hub_token, [*NOT_UPLOADED, f"{args.logging_dir}/**"])
         print(f"uploaded to {repository}")

@@ -69,7 +69,7 @@ def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: 
         failure_in_one_line(f"the pipeline in {output_dir}", output_dir),
         parts_replaced_together(output_dir, last=PIPELINE_INDEX) as folder,
     ):
-        pipeline.to("cpu").save_pretrained(folder, safe_serialization=True)
+        pipeline.save_pretrained(folder, safe_serialization=True)
         write_json(folder / TRAINING_CONFIG, config)
 
 

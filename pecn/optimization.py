@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -119,7 +119,27 @@ def gather_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DCondit
         return unwrapped  # only the main process has the whole, and uses it
     gathered = type(unwrapped).from_config(unwrapped.config)
     gathered.load_state_dict(state_dict)
-    return gathered.to(accelerator.device)
+    return gathered
+
+
+@contextlib.contextmanager
+def current_unet(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    accelerator: Accelerator,
+    unet: torch.nn.Module,
+    ema: EMAModel | None,
+) -> Iterator[None]:
+    """Gives the main process's pipeline the UNet as trained so far, or its moving average, for a while.
+
+    Call it on every process.
+    """
+    former = pipeline.unet
+    with averaged_weights(ema, unet):
+        pipeline.unet = gather_unet(accelerator, unet)
+        try:
+            yield
+        finally:
+            pipeline.unet = former  # else a gathered one would stay in memory
 
 
 class StepLog:

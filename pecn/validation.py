@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
+import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
 
+from data.layout import one_line, warn
 from data.sthv2_dataset_hf import FramePair
+from pecn.optimization import current_unet
 from pecn.pictures import comparison_picture, save_picture
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import sampling_options
 from pecn.scores import MOVING_METRICS, score_prediction, summarize_group, verdict
 
 
-def validate(
+def validate_or_warn(
     pipeline: StableDiffusionInstructPix2PixPipeline,
-    unet: UNet2DConditionModel,
+    unet: torch.nn.Module,
+    ema: EMAModel | None,
     pairs: Sequence[FramePair],
     args: argparse.Namespace,
     accelerator: Accelerator,
     step: int,
 ) -> None:
-    """Predicts the validation pairs with the UNet as it is, saves the pictures and logs them with their scores."""
-    pipeline.unet = unet.eval()
-    pipeline.to(accelerator.device)
-    with accelerator.autocast():
-        options = sampling_options(args)
-        predictions = list(
-            predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, options, show_progress=False)
-        )
-    for frozen in (pipeline.vae, pipeline.text_encoder):
-        frozen.to("cpu")
-    unet.train()
+    """Validates with the UNet as trained so far; a failure is a warning, training goes on. Call it on every process."""
+    try:
+        with current_unet(pipeline, accelerator, unet, ema):
+            if accelerator.is_main_process:
+                validate(pipeline, pairs, args, accelerator, step)
+    except Exception as error:  # out of memory, a full disk, pictures that are not finite: no reason to lose the steps
+        with tqdm.external_write_mode(sys.stderr):  # not into the progress bar's line
+            warn(f"the validation of step {step} failed ({one_line(error)}); training is not affected")
+    accelerator.wait_for_everyone()
+
+
+def validate(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pairs: Sequence[FramePair],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Predicts the validation pairs, saves the pictures and logs them with their scores."""
+    options = sampling_options(args)
+    pipeline.unet.eval()
+    try:
+        pipeline.to(accelerator.device)
+        with accelerator.autocast():
+            predictions = list(
+                predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, options, show_progress=False)
+            )
+    finally:
+        for frozen in (pipeline.vae, pipeline.text_encoder):
+            frozen.to("cpu")
+        pipeline.unet.train()
 
     folder = args.output_dir / "validation"
     folder.mkdir(exist_ok=True)

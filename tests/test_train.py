@@ -107,6 +107,11 @@ def test_validation_pictures_are_saved(trained):
         assert picture.width > 3 * 256
 
 
+def test_the_pipeline_is_saved_before_the_last_validation(trained):
+    saved, last_picture = trained[0] / "model_index.json", trained[0] / "validation" / "step-000008_val0.png"
+    assert saved.stat().st_mtime_ns <= last_picture.stat().st_mtime_ns
+
+
 def test_old_checkpoints_are_removed_and_short_videos_named(trained):
     output_dir, printed = trained
     assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-6"]
