@@ -22,7 +22,9 @@ def diffusion_loss(
     latents, noise, timesteps = batch["target_latents"], batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     unet_input = torch.cat([noisy_latents, batch["image_latents"]], dim=1)
-    prediction = unet(unet_input, timesteps, batch["prompt_embeds"], return_dict=False)[0].float()
+    dtype = next(unet.parameters()).dtype  # float32 but under DeepSpeed, whose weights may be bfloat16 or float16
+    inputs = (unet_input.to(dtype), timesteps, batch["prompt_embeds"].to(dtype))
+    prediction = unet(*inputs, return_dict=False)[0].float()
     velocity = noise_scheduler.config.prediction_type == "v_prediction"
     target = noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
     if snr_gamma is None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 
 from data.layout import UserError
 from pecn.diffusion import diffusion_loss
@@ -184,6 +185,8 @@ class StepLog:
 
 def check_weights(accelerator: Accelerator, unet: torch.nn.Module, step: int) -> None:
     """Raises UserError, on all processes, where a weight is not finite, so that only good weights are ever saved."""
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in unet.parameters()]).all()
-    if accelerator.reduce(finite.float(), "sum").item() < accelerator.num_processes:  # each may hold a part of them
+    # Where processes share out the weights (as DTensors under FSDP 2), each looks at its part.
+    weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in unet.parameters()]
+    finite = torch.stack([weight.detach().isfinite().all() for weight in weights]).all()
+    if accelerator.reduce(finite.float(), "sum").item() < accelerator.num_processes:
         raise UserError(f"after step {step} the weights are not finite; {HOW_TO_KEEP_FINITE}")

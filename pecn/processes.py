@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     broadcast_object_list,
@@ -38,16 +39,18 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
     )
     if args.use_ema and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
             "--use_ema needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
         )
     if accelerator.state.deepspeed_plugin is not None:
-        # DeepSpeed takes these from the DataLoader that is prepared; ours divides its batches itself.
+        # DeepSpeed takes the first two from the DataLoader that is prepared, which ours is not, and clips by itself.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        config["gradient_clipping"] = args.max_grad_norm
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 

@@ -11,7 +11,7 @@ from tests.conftest import make_tiny_pipeline
 class FixedPrediction(torch.nn.Module):
     def __init__(self, prediction: torch.Tensor) -> None:
         super().__init__()
-        self.prediction = prediction
+        self.prediction = torch.nn.Parameter(prediction)
 
     def forward(self, unet_input, timesteps, prompt_embeds, return_dict):
         self.unet_input = unet_input
