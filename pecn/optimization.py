@@ -47,8 +47,10 @@ def create_lr_scheduler(
 
 def compile_unet(unet: torch.nn.Module) -> torch.nn.Module:
     """The UNet compiled for the one shape that training has. Its weights are the UNet's own."""
-    # With its layout optimization on, torch 2.13 compiles an upsampling whose gradient is zero (seen on the CPU).
-    return torch.compile(unet, dynamic=False, options={"layout_optimization": False})
+    # On the CPU torch 2.13's C++ backend fuses loops of compatible ranges wrongly: an upsampling's gradient is zero.
+    # The layout optimization leads there by choosing channels-last.
+    options = {"layout_optimization": False} if next(unet.parameters()).device.type == "cpu" else None
+    return torch.compile(unet, dynamic=False, options=options)
 
 
 def optimizer_step(
