@@ -52,6 +52,14 @@ def test_loss_is_the_weighted_error_of_the_target(prediction_type, snr_gamma):
     torch.testing.assert_close(unet.unet_input[:, 4:], batch["image_latents"])
 
 
+def test_weights_of_another_precision_get_inputs_of_it():
+    """DeepSpeed's are bfloat16 or float16, and it casts no inputs to bfloat16."""
+    unet, scheduler = make_tiny_pipeline().unet, DDPMScheduler()
+    expected = diffusion_loss(unet, scheduler, random_batch()).item()
+    loss = diffusion_loss(unet.to(torch.bfloat16), scheduler, random_batch())
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=0.05)
+
+
 def test_added_image_channels_change_nothing_at_first():
     unet = make_tiny_pipeline(in_channels=4).unet
     noisy, embeds = torch.randn(2, 4, 4, 4), torch.randn(2, 77, 16)

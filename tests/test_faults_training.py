@@ -14,8 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data.layout import UserError, frame_path, frames_dir
 from pecn.checkpoints import checkpoint_steps, find_checkpoint, find_damage
@@ -390,30 +389,6 @@ def test_damaged_frames_are_named_before_the_first_step(start, tmp_path):
     assert f"{frame_path(folder, 'train0', 20)} is not a whole PNG file (" in refusal()
     cv2.imwrite(str(frame_path(folder, "train0", 20)), np.zeros((SIDE, 2 * SIDE, 3), np.uint8))
     assert f"is {2 * SIDE}x{SIDE} pixels, not {SIDE}x{SIDE}" in refusal()
-
-
-# Validations that fail
-
-
-def test_a_failed_validation_is_a_warning_and_changes_no_weight(start, undisturbed, tiny_model, tmp_path):
-    """The decoder's pictures are not finite; then the pictures' folder is a file."""
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    weights = load_file(model / "vae/diffusion_pytorch_model.safetensors")
-    weights["decoder.conv_out.bias"].fill_(torch.nan)
-    save_file(weights, model / "vae/diffusion_pytorch_model.safetensors", {"format": "pt"})
-    options = ("--num_validation_images", 1, "--validation_epochs", 10, "--num_inference_steps", 1)
-    not_finite = start(tmp_path / "not_finite", *options, "--pretrained_model_name_or_path", model)
-    (tmp_path / "no_folder").mkdir()
-    (tmp_path / "no_folder" / "validation").touch()
-    no_folder = start(tmp_path / "no_folder", *options)
-    for training, cause in ((not_finite, "the model's output is not finite"), (no_folder, "File exists")):
-        status, printed = training.end()
-        assert status == 0
-        lines = [line for line in re.split("[\r\n]", printed) if line.startswith("warning: ")]
-        assert [int(re.search(r"validation of step (\d+) failed", line)[1]) for line in lines] == [15, STEPS]
-        assert all(cause in line and line.endswith("training is not affected") for line in lines)
-    assert trained_weights(tmp_path / "not_finite") == trained_weights(tmp_path / "no_folder")
-    assert trained_weights(tmp_path / "no_folder") == trained_weights(undisturbed)
 
 
 # Other settings, too little memory
