@@ -145,8 +145,10 @@ def load_parts(folder: Path, dtype: torch.dtype, variant: str | None) -> StableD
         missing = sorted(report["missing_keys"])
         if missing:
             raise UserError(f"{len(missing)} weights are missing in {part}/ ({missing[0]}, …)")
+    # Nothing here uses a feature extractor, and a saved one's name may be unknown to another version of transformers.
+    unused = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     return StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        folder, **models, safety_checker=None, requires_safety_checker=False, dtype=dtype, local_files_only=True
+        folder, **models, **unused, dtype=dtype, local_files_only=True
     )
 
 

@@ -1,0 +1,156 @@
+"""A model on the hub, from a server of our own that is laid out like it: what is fetched, from where, and how often."""
+
+import hashlib
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from safetensors.torch import load_file, save_file
+
+from data.layout import filtered_annotations_path, frames_dir
+from tests.conftest import PROJECT, SIDE, run
+
+REPOSITORY, COMMIT = "someone/model", "0123456789abcdef0123456789abcdef01234567"
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture
+def repository(tiny_model, tmp_path) -> Path:
+    """The tiny model as `timbrooks/instruct-pix2pix` is laid out, with all that is not needed beside what is."""
+    folder = shutil.copytree(tiny_model, tmp_path / "repository")
+    for weights in sorted(folder.glob("*/*.safetensors")):
+        shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
+        pickle = "pytorch_model" if weights.stem == "model" else weights.stem
+        for name in (f"{pickle}.bin", f"{pickle}.fp16.bin"):
+            (weights.parent / name).write_bytes(b"a pickle")
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(vae)
+    for new, old in OLD_NAMES.items():
+        tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): t for name, t in tensors.items()}
+    save_file(tensors, vae, {"format": "pt"})
+    for name in ("model-00-22000.ckpt", "model-00-22000.safetensors", "README.md"):
+        (folder / name).write_bytes(b"not needed")
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        (folder / "safety_checker").mkdir(exist_ok=True)
+        (folder / "safety_checker" / name).write_bytes(b"not needed")
+    (folder / "feature_extractor").mkdir()
+    extractor = {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 224, "size": 224}
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(extractor))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index | {"requires_safety_checker": True}))
+    return folder
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does about one repository; weights are offered through Xet too."""
+
+    folder: Path
+    requested: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.requested.append(path)
+        names = sorted(file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file())
+        file = path.removeprefix(f"/{REPOSITORY}/resolve/").partition("/")[2]
+        if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+            self.answer(json.dumps([self.tree_entry(name) for name in names]).encode())
+        elif path in (f"/api/models/{REPOSITORY}", f"/api/models/{REPOSITORY}/revision/main"):
+            siblings = [{"rfilename": name} for name in names]
+            self.answer(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode())
+        elif path.startswith(f"/{REPOSITORY}/resolve/") and file in names:
+            content = (self.folder / file).read_bytes()
+            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            if file.endswith(".safetensors"):
+                headers["X-Xet-Hash"] = "0" * 64
+                headers["Link"] = f'<http://{self.headers["Host"]}/xet-token>; rel="xet-auth"'
+            self.answer(content, headers)
+        else:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def tree_entry(self, name: str) -> dict[str, object]:
+        content = (self.folder / name).read_bytes()
+        entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if name.endswith(".safetensors"):
+            lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100}
+            entry |= {"lfs": lfs, "xetHash": "0" * 64}
+        return entry
+
+    def answer(self, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(200)
+        for name, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(repository) -> Iterator[tuple[str, list[str]]]:
+    """The endpoint of a running server, and the paths it has been asked for."""
+    handler = type("Handler", (HubHandler,), {"folder": repository, "requested": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.requested
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_on_a_mirror_is_fetched_once_and_without_what_is_not_needed(mirror, data_dir, tmp_path):
+    endpoint, requested = mirror
+    cache, output_dir, results = tmp_path / "cache", tmp_path / "trained", tmp_path / "results"
+    words = ["--pretrained_model_name_or_path", REPOSITORY, "--train_data_dir", data_dir, "--output_dir", output_dir]
+    words += ["--resolution", SIDE, "--max_train_steps", 1, "--num_validation_images", 0]
+    online = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": 0, "HF_HUB_CACHE": cache}
+    run("python", "train_instruct_pix2pix.py", *words, **online)
+    fetched = {path.partition(f"/resolve/{COMMIT}/")[2] or path.rpartition("/main/")[2] for path in requested}
+    assert {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"} <= fetched
+    unneeded = (".bin", ".ckpt", ".fp16.safetensors", "22000.safetensors")
+    assert not [name for name in fetched if name.endswith(unneeded) or "safety_checker/" in name]
+    assert not [path for path in requested if "xet" in path]  # large files would come from elsewhere
+
+    index = json.loads((output_dir / "model_index.json").read_text())
+    assert index["feature_extractor"] == index["safety_checker"] == [None, None]
+    assert StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir).feature_extractor is None
+
+    requested.clear()
+    words = ["--model_dir", REPOSITORY, "--output_dir", results, "--num_samples", 1, "--num_inference_steps", 1]
+    places = [
+        "--frames_dir",
+        frames_dir(data_dir, SIDE),
+        "--val_annotations",
+        filtered_annotations_path(data_dir, "val"),
+    ]
+    run("python", "sample_from_pix2pix.py", *words, *places, HF_HUB_OFFLINE=1, HF_HUB_CACHE=cache)
+    assert (results / "metrics.json").is_file() and not requested
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "None"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "1"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_XET": "0"}, "0"),
+    ],
+)
+def test_xet_is_off_with_a_mirror_unless_asked_for(variables, expected):
+    code = "import os, pecn; print(os.environ.get('HF_HUB_DISABLE_XET'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=variables, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
