@@ -261,7 +261,7 @@ def train(
             loss, grad_norm, updated = optimization.optimizer_step(
                 accelerator, model, optimizer, noise_scheduler, loader, args.max_grad_norm, args.snr_gamma
             )
-            step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0], updated)
             if updated:
                 lr_scheduler.step()
                 if ema:
@@ -288,6 +288,8 @@ def train(
                 validate_or_warn(pipeline, unet, ema, validation_pairs, args, accelerator, step)
             if save_now or validate_now:
                 step_log.restart_clock()
+    if not lr_scheduler.last_epoch:  # the number of updates
+        raise UserError(f"every step was skipped and nothing learned: {optimization.WHY_SKIPPED}")
 
     with stop.deferred():
         with optimization.current_unet(pipeline, accelerator, unet, ema):

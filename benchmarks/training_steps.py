@@ -135,10 +135,10 @@ class OurStep:
         return [*timed, (self.accelerator, "backward", "backward"), (self.optimizer, "step", "optimizer")]
 
     def take(self) -> None:
-        loss, norm, _ = optimization.optimizer_step(
+        loss, norm, updated = optimization.optimizer_step(
             self.accelerator, self.model, self.optimizer, self.noise_scheduler, self.loader, MAX_GRAD_NORM
         )
-        self.log.add(len(self.log.pending) + 1, loss, norm, LEARNING_RATE)
+        self.log.add(len(self.log.pending) + 1, loss, norm, LEARNING_RATE, updated)
         if len(self.log.pending) == optimization.LOG_EVERY:
             self.log.flush()
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 DEFAULT_DATA_DIR = Path("data/sthv2")
 SPLITS = ("train", "val")
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv")
@@ -56,7 +58,7 @@ def available_cores() -> int:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # on a line of its own even where there is a progress bar
 
 
 def one_line(error: BaseException) -> str:

@@ -16,13 +16,15 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 
-from data.layout import UserError
+from data.layout import UserError, warn
 from pecn.diffusion import diffusion_loss
 
 LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
+MANY_SKIPPED = 20  # steps in a row: halving in each, fp16's scale has come from 65,536 to below 1
 HOW_TO_KEEP_FINITE = (
     "training stopped, earlier checkpoints are untouched. Lower LEARNING_RATE, or use bf16 or no mixed precision"
 )
+WHY_SKIPPED = "gradients are not finite in fp16; use MIXED_PRECISION=bf16, or no"
 
 
 def create_optimizer(
@@ -78,7 +80,7 @@ def optimizer_step(
                 grad_norm = clip_gradients(accelerator, model, optimizer, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    return sum(losses) / len(losses), grad_norm, scaler is None or scaler.get_scale() >= scale
+    return sum(losses) / len(losses), grad_norm, scaler is None or scaler.get_scale() >= scale > 0
 
 
 def clip_gradients(
@@ -149,33 +151,43 @@ class StepLog:
     """Collects each step's figures and hands them to the trackers every few steps.
 
     Losses stay on the device until then, since reading one waits for all work before it. Raises UserError where
-    a loss is not finite.
+    a loss is not finite; warns where fp16's scaler skips many steps in a row.
     """
 
     def __init__(self, accelerator: Accelerator, samples_per_step: int) -> None:
         self.accelerator, self.samples_per_step = accelerator, samples_per_step
-        self.pending: list[tuple[int, torch.Tensor, torch.Tensor | float | None, float]] = []
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor | float | None, float, dict[str, float]]] = []
+        self.skipped = 0  # steps in a row, up to the last one
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves out of the samples per second what was not training."""
         self.started = time.perf_counter()
 
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float) -> None:
-        self.pending.append((step, loss, grad_norm, learning_rate))
+    def add(
+        self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float, updated: bool
+    ) -> None:
+        """Takes a step's figures; `updated` says whether it has changed the weights."""
+        scaler = self.accelerator.scaler
+        scale = {"train/grad_scale": scaler.get_scale()} if scaler else {}
+        self.pending.append((step, loss, grad_norm, learning_rate, scale))
+        self.skipped = 0 if updated else self.skipped + 1
+        if self.skipped == MANY_SKIPPED and self.accelerator.is_main_process:
+            warn(f"the {MANY_SKIPPED} steps up to {step} were skipped: {WHY_SKIPPED}")
 
     def flush(self) -> float:
         """Writes what was collected; returns the last step's loss."""
-        losses = self.accelerator.reduce(torch.stack([loss for _, loss, _, _ in self.pending]), "mean").tolist()
+        losses = self.accelerator.reduce(torch.stack([loss for _, loss, *_ in self.pending]), "mean").tolist()
         # DeepSpeed gives a number or nothing in place of a tensor.
-        grad_norms = [math.nan if norm is None else float(norm) for _, _, norm, _ in self.pending]
+        grad_norms = [math.nan if norm is None else float(norm) for _, _, norm, *_ in self.pending]
         samples_per_second = len(self.pending) * self.samples_per_step / (time.perf_counter() - self.started)
-        for (step, _, _, learning_rate), loss, grad_norm in zip(self.pending, losses, grad_norms):
+        for (step, _, _, learning_rate, scale), loss, grad_norm in zip(self.pending, losses, grad_norms):
             figures = {
                 "train/loss": loss,
                 "train/learning_rate": learning_rate,
                 "train/grad_norm": grad_norm,
                 "train/samples_per_second": samples_per_second,
+                **scale,
             }
             self.accelerator.log(figures, step=step)
             if not math.isfinite(loss):

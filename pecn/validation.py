@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
-from tqdm import tqdm
 
 from data.layout import one_line, warn
 from data.sthv2_dataset_hf import FramePair
@@ -36,8 +34,7 @@ def validate_or_warn(
             if accelerator.is_main_process:
                 validate(pipeline, pairs, args, accelerator, step)
     except Exception as error:  # out of memory, a full disk, pictures that are not finite: no reason to lose the steps
-        with tqdm.external_write_mode(sys.stderr):  # not into the progress bar's line
-            warn(f"the validation of step {step} failed ({one_line(error)}); training is not affected")
+        warn(f"the validation of step {step} failed ({one_line(error)}); training is not affected")
     accelerator.wait_for_everyone()
 
 

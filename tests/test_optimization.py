@@ -1,10 +1,14 @@
-"""The optimizer's schedule, clipping and moving average."""
+"""The optimizer's schedule, its steps in fp16, and the moving average."""
 
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
-from pecn.optimization import averaged_weights, create_lr_scheduler
+from pecn.diffusion import diffusion_loss
+from pecn.optimization import averaged_weights, create_lr_scheduler, create_optimizer, optimizer_step
+from tests.conftest import make_tiny_pipeline
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"])
@@ -31,3 +35,39 @@ def test_average_leaves_the_weights_as_they_were_even_after_an_error():
         assert all(torch.equal(now, old) for now, old in zip(model.parameters(), before))
         raise RuntimeError
     assert all(torch.equal(now, old + 1) for now, old in zip(model.parameters(), before))
+
+
+def test_fp16s_scaler_skips_what_is_not_finite_and_changes_no_other_step(monkeypatch):
+    """Two passes a step, clipping: against plain AdamW and torch's own clipping, without a scaler."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    # What accelerate sets up for fp16, which it refuses on a CPU.
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", growth_interval=2)
+    ours, theirs, scheduler = make_tiny_pipeline().unet, make_tiny_pipeline().unet, DDPMScheduler()
+    optimizer = accelerator.prepare(create_optimizer(ours, 1e-3))
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-3, foreach=False, fused=False)
+    for spoiled in (None, torch.inf, None, None, torch.nan, None):
+        passes = [random_batch(), random_batch()]
+        if spoiled:
+            passes[0]["noise"][0, 0, 0, 0] = spoiled
+        _, norm, updated = optimizer_step(accelerator, ours, optimizer, scheduler, iter(passes), max_grad_norm=0.1)
+        assert updated == (spoiled is None)
+        if updated:
+            (sum(diffusion_loss(theirs, scheduler, batch) for batch in passes) / 2).backward()
+            expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+            assert expected > 0.1 and norm == pytest.approx(expected.item(), rel=1e-4)
+            reference.step()
+            reference.zero_grad()
+    for one, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-5)
+
+
+def random_batch() -> dict[str, torch.Tensor]:
+    latents, image_latents, noise = torch.randn(3, 2, 4, 4, 4)
+    return {
+        "target_latents": latents,
+        "image_latents": image_latents,
+        "noise": noise,
+        "timesteps": torch.randint(1000, (2,)),
+        "prompt_embeds": torch.randn(2, 77, 16),
+    }
