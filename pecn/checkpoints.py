@@ -23,6 +23,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from data.layout import UserError, one_line, partial_path, parts_replaced_together, warn, whole_or_absent, write_file
@@ -170,13 +171,29 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
     return checkpoint
 
 
+def check_on_other_machines(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Ends all processes where a machine lacks the checkpoint that the main process has found, or part of it.
+
+    The first process of each machine raises a UserError that names it.
+    """
+    problems = []
+    if accelerator.is_local_main_process and not accelerator.is_main_process:
+        damage = find_damage(checkpoint) if checkpoint.is_dir() else "is missing"
+        problems = [f"on {platform.node()} {checkpoint} {damage}"] if damage else []
+    problems = gather_object(problems)
+    if problems:
+        error = UserError(f"{'; '.join(problems)}: copy it there from the first machine, or use a shared directory")
+        raise error if accelerator.is_local_main_process else SystemExit(1)
+
+
 def load_checkpoint(
     accelerator: Accelerator, checkpoint: Path, arguments: Mapping[str, Any], frozen: Sequence[str]
 ) -> int:
     """Loads a checkpoint; returns the number of steps done. Call it on every process.
 
-    Raises UserError where one of the `frozen` arguments was another when it was saved.
+    Raises UserError where one of the `frozen` arguments was another when it was saved, or a machine lacks it.
     """
+    check_on_other_machines(accelerator, checkpoint)
     saved = json.loads((checkpoint / TRAINING_CONFIG).read_text(encoding="utf-8"))["arguments"]
     changed = [
         f"{name} was {saved.get(name)}, is {arguments[name]}" for name in frozen if saved.get(name) != arguments[name]

@@ -75,7 +75,8 @@ def encode_once(
         target_moments=Array3D((2 * channels, side, side), "float32"),
     )
     embeddings_features = Features(embeddings=Array2D((tokens.shape[1], text_encoder.config.hidden_size), "float32"))
-    with accelerator.main_process_first():
+    # Then the first one of each machine, which finds nothing where machines share no files.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         cache_dir.mkdir(exist_ok=True)
         frames_file, prompts_file = cache_dir / f"frames-{frames_key}.arrow", cache_dir / f"prompts-{prompts_key}.arrow"
         latents = encode_all(pipeline, vae, encode_frames, frames, latents_features, frames_file, accelerator.device)

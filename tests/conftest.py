@@ -69,26 +69,32 @@ def run_forked(words: list[str]) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(words, process.exitcode, *(output.read_text() for output in outputs))
 
 
-def fork_script(words: list[str], stdout: Path, stderr: Path, memory: int | None = None) -> multiprocessing.Process:
+def fork_script(
+    words: list[str], stdout: Path, stderr: Path, memory: int | None = None, folder: Path = PROJECT, **environment: str
+) -> multiprocessing.Process:
     """Starts `python SCRIPT ...` in a process forked from one that has loaded the libraries, which takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=execute_script, args=(words, str(stdout), str(stderr), memory))
+    arguments = (words, str(stdout), str(stderr), memory, folder, environment)
+    process = context.Process(target=execute_script, args=arguments)
     process.start()
     return process
 
 
-def execute_script(words: list[str], stdout: str, stderr: str, memory: int | None) -> None:
+def execute_script(
+    words: list[str], stdout: str, stderr: str, memory: int | None, folder: Path, environment: dict[str, str]
+) -> None:
+    os.environ |= environment
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(PROJECT)
+    os.chdir(folder)
     if memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
     sys.argv = words
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(str(PROJECT / words[0]), run_name="__main__")
     finally:
         sys.stdout.flush()
 

@@ -1,13 +1,15 @@
-"""Neither lost nor silent: validations that fail, steps that are skipped."""
+"""Neither lost nor silent: validations that fail, steps that are skipped, a checkpoint that one machine alone has."""
 
 import re
 import shutil
+import socket
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import SIDE, run, scalars
+from tests.conftest import SIDE, fork_script, make_data_dir, run, scalars
 
 SCRIPT = "train_instruct_pix2pix.py"
 
@@ -76,3 +78,55 @@ def test_a_run_whose_every_step_is_skipped_says_so_and_saves_no_pipeline(data_di
     assert not (output_dir / "model_index.json").exists()
     scales = scalars(output_dir / "logs", "train/grad_scale")
     assert scales == {step: 2.0 ** (126 - step) for step in range(1, 25)}
+
+
+@pytest.fixture
+def run_on_two_machines(tiny_model, tmp_path):
+    """Trains with two processes that share no files; returns the exit status and what was printed for each.
+
+    Each has a folder of its own, `machine0` and `machine1`, with a prepared data directory.
+    """
+    folders = [tmp_path / "machine0", tmp_path / "machine1"]
+    for folder in folders:
+        make_data_dir(folder / "data")
+
+    def run_on_two_machines(*others: object) -> list[tuple[int, str]]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        words = [SCRIPT, *(str(word) for word in options("data", tiny_model, "output", *others))]
+        logs = [folder / "log" for folder in folders]
+        for log in logs:
+            log.unlink(missing_ok=True)
+        processes = [
+            fork_script(words, log, log, folder=folder, RANK=str(rank), **shared, **own)
+            for rank, (folder, log) in enumerate(zip(folders, logs))
+        ]
+        try:
+            for process in processes:
+                process.join()
+        finally:
+            for process in processes:
+                process.kill()
+        return [(process.exitcode, log.read_text()) for process, log in zip(processes, logs)]
+
+    return run_on_two_machines
+
+
+def test_machines_without_shared_files_encode_each_and_miss_the_checkpoint_aloud(run_on_two_machines, tmp_path):
+    first, second = tmp_path / "machine0", tmp_path / "machine1"
+    options = ("--train_batch_size", 2, "--checkpointing_steps", 2)
+    assert [status for status, _ in run_on_two_machines(*options, "--max_train_steps", 2)] == [0, 0]
+    caches = [sorted(path.name for path in (folder / "data/encoded_cache").iterdir()) for folder in (first, second)]
+    assert caches[0] == caches[1] and len(caches[0]) == 2
+
+    resume = (*options, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    expected = rf"on {socket.gethostname()} output/checkpoint-2 is missing: copy it there from the first machine"
+    for (status, printed), start in zip(run_on_two_machines(*resume), ("error: ", "error on process 1: ")):
+        assert status == 1 and "Traceback" not in printed
+        assert printed.splitlines()[-1].startswith(start + expected)
+
+    shutil.copytree(first / "output/checkpoint-2", second / "output/checkpoint-2")
+    (status, printed), (other_status, _) = run_on_two_machines(*resume)
+    assert status == other_status == 0 and "resuming from output/checkpoint-2" in printed
