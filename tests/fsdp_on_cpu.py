@@ -1,6 +1,6 @@
 """Runs train_instruct_pix2pix.py with FSDP on the CPU, where accelerate leaves FSDP out: fsdp_on_cpu.py OPTION…
 
-Of accelerate's choice of what to do only this is changed; `accelerate launch --use_fsdp` gives the other settings.
+Nothing else is changed: all settings are those of `accelerate launch --use_fsdp`.
 """
 
 import runpy
