@@ -38,7 +38,7 @@ FROZEN_FOR_RESUME = (
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
     " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
     " schedule_length timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion"
-    " prediction_type hash_of_model_frames_and_prompts"
+    " lambda_gan lambda_l1 prediction_type hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -78,6 +78,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--timestep_bias_multiplier", type=positive, default=1.0, help="how much more often (%(default)s)")
     share = number(float, above=0, at_most=1)
     add("--timestep_bias_portion", type=share, default=0.25, help="the share of timesteps meant (%(default)s)")
+
+    gan_help = "above 0: predict in one step, and weigh a discriminator of the decoded picture like this (%(default)s)"
+    add("--lambda_gan", type=not_negative, default=0.0, help=gan_help)
+    l1_help = "with --lambda_gan, the weight of the picture's mean absolute error (%(default)s)"
+    add("--lambda_l1", type=not_negative, default=30.0, help=l1_help)
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=not_negative, default=5e-6, help="(%(default)s)")
@@ -125,13 +130,15 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
 
+import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
+from diffusers import DDPMScheduler, ModelMixin, StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from pecn import checkpoints, optimization
-from pecn.diffusion import add_image_channels, timestep_weights
+from pecn.adversarial import DISCRIMINATOR, AdversarialLoss, load_discriminator
+from pecn.diffusion import add_image_channels, diffusion_loss, timestep_weights
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
 from pecn.interruption import Interrupted, StopRequest
 from pecn.model import create_hub_repository, find_model, load_pipeline, upload
@@ -155,9 +162,8 @@ def find_pairs(args: argparse.Namespace, split: str, most: int | None) -> list[F
     return pairs if most is None else choose_pairs(pairs, most, args.seed)
 
 
-def load_base_model(args: argparse.Namespace) -> StableDiffusionInstructPix2PixPipeline:
+def load_base_model(args: argparse.Namespace, folder: Path) -> StableDiffusionInstructPix2PixPipeline:
     """The model to start from, its UNet ready for training, with the input frame's channels where it lacks them."""
-    folder = find_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     pipeline = load_pipeline(folder, variant=args.variant)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
         add_image_channels(pipeline.unet)
@@ -165,6 +171,26 @@ def load_base_model(args: argparse.Namespace) -> StableDiffusionInstructPix2PixP
         pipeline.unet.enable_gradient_checkpointing()
     pipeline.unet.train()
     return pipeline
+
+
+def choose_loss(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    base_model: Path,
+    noise_scheduler: DDPMScheduler,
+) -> tuple[optimization.LossOfBatch, dict[str, ModelMixin]]:
+    """The loss that the options ask for, and what is saved beside the pipeline because of it."""
+    if args.lambda_gan:
+        discriminator = load_discriminator(base_model, args.seed)
+        weights = (args.lambda_gan, args.lambda_l1)
+        loss = AdversarialLoss(accelerator, discriminator, pipeline.vae, noise_scheduler, *weights)
+        return loss, {DISCRIMINATOR: discriminator}
+
+    def loss_of_batch(unet: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return diffusion_loss(unet, noise_scheduler, batch, args.snr_gamma)
+
+    return loss_of_batch, {}
 
 
 def train(
@@ -182,7 +208,8 @@ def train(
     frames_hash = on_main_process(accelerator, verify_frames, train_pairs, args.resolution)
     on_main_process(accelerator, verify_frames, validation_pairs, args.resolution)
 
-    pipeline = load_base_model(args)
+    base_model = find_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    pipeline = load_base_model(args, base_model)
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     cache_dir = args.train_data_dir / "encoded_cache"
     if not os.access(cache_dir if cache_dir.is_dir() else args.train_data_dir, os.W_OK):
@@ -219,6 +246,7 @@ def train(
     lr_scheduler = optimization.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
     ema = EMAModel(unet.parameters()) if args.use_ema else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    loss_of_batch, companions = choose_loss(args, accelerator, pipeline, base_model, noise_scheduler)
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
     config = checkpoints.training_config(
         args,
@@ -259,7 +287,7 @@ def train(
     with stop.deferred(), progress_bar:
         for step in range(steps_done + 1, max_train_steps + 1):
             loss, grad_norm, updated = optimization.optimizer_step(
-                accelerator, model, optimizer, noise_scheduler, loader, args.max_grad_norm, args.snr_gamma
+                accelerator, model, optimizer, loss_of_batch, loader, args.max_grad_norm
             )
             step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0], updated)
             if updated:
@@ -294,7 +322,7 @@ def train(
     with stop.deferred():
         with optimization.current_unet(pipeline, accelerator, unet, ema):
             if accelerator.is_main_process:
-                checkpoints.save_pipeline(pipeline, args.output_dir, config)
+                checkpoints.save_pipeline(pipeline, args.output_dir, config, companions)
         if validation_pairs:
             validate_or_warn(pipeline, unet, ema, validation_pairs, args, accelerator, max_train_steps)
     accelerator.print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")

@@ -24,7 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import ModelMixin, StableDiffusionInstructPix2PixPipeline
 
 from data.layout import UserError, one_line, partial_path, parts_replaced_together, warn, whole_or_absent, write_file
 from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG
@@ -64,13 +64,23 @@ def save_checkpoint(
     return final
 
 
-def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, config: dict[str, Any]) -> None:
-    """Puts the whole pipeline and its training config into the output directory, beside the checkpoints."""
+def save_pipeline(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    output_dir: Path,
+    config: dict[str, Any],
+    companions: Mapping[str, ModelMixin],
+) -> None:
+    """Puts the whole pipeline and its training config into the output directory, beside the checkpoints.
+
+    `companions` are models that are no part of it, each saved as a folder of its name.
+    """
     with (
         failure_in_one_line(f"the pipeline in {output_dir}", output_dir),
         parts_replaced_together(output_dir, last=PIPELINE_INDEX) as folder,
     ):
         pipeline.save_pretrained(folder, safe_serialization=True)
+        for name, model in companions.items():
+            model.save_pretrained(folder / name)
         write_json(folder / TRAINING_CONFIG, config)
 
 
