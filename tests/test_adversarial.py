@@ -10,7 +10,7 @@ from pecn.adversarial import AdversarialLoss, PatchDiscriminator, predict_in_one
 from pecn.sampling import denoise
 from pecn.sampling_options import SamplingOptions
 from tests.conftest import SIDE, make_tiny_pipeline
-from tests.test_train import final_weights, train
+from tests.test_train import final_weights, largest_mean_difference, train
 
 GAN = ("--lambda_gan", 1, "--num_validation_images", 0)
 
@@ -114,4 +114,5 @@ def test_two_processes_train_as_one(data_dir, model, tmp_path):
     train(data_dir, model, tmp_path / "two", *GAN, processes=2)
     one, two = (PatchDiscriminator.from_pretrained(tmp_path / run / "discriminator") for run in ("one", "two"))
     for a, b in zip(one.parameters(), two.parameters()):
-        assert (a - b).abs().mean() < 1e-4
+        assert (a - b).abs().mean() < 5e-4  # Adam's first steps enlarge what rounding changes
+    assert largest_mean_difference(tmp_path / "one", tmp_path / "two") < 1e-4
