@@ -5,14 +5,16 @@
 writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet, a VAE, a
 CLIP text encoder with its tokenizer, and a scheduler, together under 15 million parameters. It stands in for
 `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`, and is trained on such clips: the VAE, the text
-encoder, then the UNet. What takes long is kept in `--work_dir` (rendered frames, latents, checkpoints): the same
-command goes on where it was stopped. With 0 steps of all three the weights come from `--seed` alone and take seconds.
+encoder, then the UNet, in the end against a discriminator, which is saved too. What takes long is kept in `--work_dir`
+(rendered frames, latents, checkpoints): the same command goes on where it was stopped. With 0 steps of all stages the
+weights come from `--seed` alone and take seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,10 @@ from data.layout import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionInstructPix2PixPipeline
+    from diffusers import ModelMixin, StableDiffusionInstructPix2PixPipeline
+
+
+GAN_HELP = "of the UNet against a discriminator, for prediction in one step (%(default)s)"
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -39,8 +44,12 @@ def check_output_dir(output_dir: Path) -> None:
         raise UserError(f"{output_dir} exists and is no model directory; name another one with --output_dir")
 
 
-def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path) -> None:
+def save_pipeline(
+    pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, companions: Mapping[str, ModelMixin]
+) -> None:
     """Write the pipeline (safetensors, float16) so that `output_dir` is whole or untouched.
+
+    `companions` are models that are no part of it, each saved as a folder of its name.
 
     float16 halves the size and is exact enough; `from_pretrained` gives float32, as the configurations say.
     `vocab.json` and `merges.txt` lie beside `tokenizer.json` for versions of transformers that read those.
@@ -52,6 +61,8 @@ def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: 
     make_folder(output_dir.parent)
     with whole_or_absent(output_dir) as partial:
         pipeline.save_pretrained(partial)
+        for name, model in companions.items():
+            model.save_pretrained(partial / name)
         for weights_path in sorted(partial.rglob("*.safetensors")):
             weights = {name: tensor.half() for name, tensor in load_file(weights_path).items()}
             save_file(weights, weights_path, metadata={"format": "pt"})
@@ -78,8 +89,9 @@ def parse_args() -> argparse.Namespace:
         ("vae", "VAE", 5000, 8),
         ("text", "text encoder", 500, 32),
         ("unet", "UNet", 60_000, 16),
+        ("gan", "UNet", 6_000, 16),
     ):
-        steps_help = f"0 leaves the {model} untrained (%(default)s)"
+        steps_help = f"0 leaves the {model} untrained (%(default)s)" if stage != "gan" else GAN_HELP
         add(f"--{stage}_train_steps", type=steps, default=default_steps, help=steps_help)
         add(f"--{stage}_batch_size", type=count, default=batch_size, help="(%(default)s)")
     add("--checkpointing_steps", type=count, default=1000, help="steps between checkpoints (%(default)s)")
@@ -93,16 +105,16 @@ def main() -> None:
 
     from demo.pretraining.untrained import build_pipeline, count_parameters
 
-    pipeline = build_pipeline(args.seed)
-    if args.vae_train_steps or args.text_train_steps or args.unet_train_steps:
+    pipeline, companions = build_pipeline(args.seed), {}
+    if args.vae_train_steps or args.text_train_steps or args.unet_train_steps or args.gan_train_steps:
         from demo.pretraining.recipe import pretrain
 
         make_folder(args.work_dir)
         with only_one(args.work_dir, "pre-training"):
             remove_leftovers(args.work_dir)
-            pretrain(pipeline, args)
+            companions = pretrain(pipeline, args)
         pipeline.to("cpu")
-    save_pipeline(pipeline, args.output_dir)
+    save_pipeline(pipeline, args.output_dir, companions)
     print(f"wrote {args.output_dir}: {count_parameters(pipeline) / 1e6:.1f} M parameters")
 
 

@@ -44,13 +44,17 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         return self.layers(torch.cat([input_frames, frames], dim=1))
 
 
+def new_discriminator(seed: int) -> PatchDiscriminator:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PatchDiscriminator()
+
+
 def load_discriminator(model: Path, seed: int) -> PatchDiscriminator:
     """The discriminator that a model was trained with, or a new one of this seed."""
     if (model / DISCRIMINATOR).is_dir():
         return PatchDiscriminator.from_pretrained(model, subfolder=DISCRIMINATOR)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return PatchDiscriminator()
+    return new_discriminator(seed)
 
 
 def predict_in_one_step(unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -42,7 +42,7 @@ from tests.conftest import PROJECT, run, scalars
 
 MEGABYTE = 10**6
 BASE_MODEL = PROJECT / "demo" / "base_model"
-STAGES = ("vae", "text", "unet")
+STAGES = ("vae", "text", "unet", "gan")
 TINY = {"num_clips": 8, "seed": 0, "checkpointing_steps": 2, "validation_steps": 2}
 TINY |= {f"{stage}_train_steps": 3 for stage in STAGES} | {f"{stage}_batch_size": 4 for stage in STAGES}
 
@@ -61,7 +61,7 @@ def tree_hash(directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "untrained"
-    steps = ("--vae_train_steps", 0, "--text_train_steps", 0, "--unet_train_steps", 0)
+    steps = [word for stage in STAGES for word in (f"--{stage}_train_steps", 0)]
     run("python", "-m", "demo.make_model", "--output_dir", directory, *steps)
     return directory
 
@@ -93,8 +93,8 @@ def tokenizer():
 def test_stock_diffusers_loads_it_in_float32_and_predicts(untrained):
     pipeline = load(untrained)
     assert {model.dtype for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
-    assert pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels == 32
-    assert pipeline.vae_scale_factor == 8
+    assert pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels == 8
+    assert pipeline.vae_scale_factor == 4
     for side in (96, 128):
         frame = Image.new("RGB", (side, side))
         picture = pipeline("pushing a cup", image=frame, num_inference_steps=2).images[0]
@@ -120,7 +120,7 @@ def test_the_scheduler_is_stable_diffusions(untrained):
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_weights(untrained, tmp_path):
     torch.rand(3)  # the global generator's state must not matter, nor be disturbed
     state = torch.get_rng_state()
-    save_pipeline(build_pipeline(seed=0), tmp_path / "again")
+    save_pipeline(build_pipeline(seed=0), tmp_path / "again", {})
     assert torch.equal(torch.get_rng_state(), state)
     assert tree_hash(tmp_path / "again") == tree_hash(untrained)
     other = build_pipeline(seed=1)
@@ -169,14 +169,14 @@ def test_the_vae_starts_by_resizing_and_the_committed_one_keeps_30_db_of_unseen_
         assert np.mean([psnr(reconstruct_frame(trained, frame), frame) for frame in unseen]) > 30
 
 
-def test_the_committed_model_is_small_and_has_the_files_of_the_recipe(untrained):
+def test_the_committed_model_is_small_and_has_the_files_of_the_recipe(trained):
     files = tree_hash(BASE_MODEL)
     assert sum((BASE_MODEL / name).stat().st_size for name in files) <= 30 * MEGABYTE
-    assert files.keys() == tree_hash(untrained).keys()
+    assert files.keys() == tree_hash(trained[0]).keys()
 
 
 def test_a_saved_model_does_not_say_where_it_was_loaded_from(untrained, tmp_path):
-    save_pipeline(load(untrained), tmp_path / "saved")
+    save_pipeline(load(untrained), tmp_path / "saved", {})
     for directory in (BASE_MODEL, tmp_path / "saved"):
         assert not [path for path in directory.rglob("*.json") if "_name_or_path" in path.read_text(encoding="utf-8")]
 
@@ -302,11 +302,12 @@ def test_training_steps_are_functions_of_the_seed_and_the_step(frames):
     assert {vae_batch(frames, step, 0, 4, cropped=False).shape[1] for step in range(30)} == {96, 128}
 
     pipeline = build_pipeline(seed=0)
-    rows = np.random.default_rng(0).normal(size=(len(frames[0].rows), 32, 2, 2)).astype(np.float16)
+    rows = np.random.default_rng(0).normal(size=(len(frames[0].rows), 8, 4, 4)).astype(np.float16)
     latents = [StoredClips(frames[0].held_out, frames[0].training, rows)]
     batch, again, other = (unet_batch(pipeline, latents, step, 0, 512) for step in (7, 7, 8))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert not any(torch.equal(batch[name], other[name]) for name in batch)
+    assert (batch["timesteps"] == 999).float().mean().item() == pytest.approx(0.8, abs=0.06)
     no_image = (batch["image_latents"] == 0).flatten(1).all(dim=1)
     with torch.no_grad():
         empty = encode_prompts(pipeline, [""])
@@ -318,20 +319,20 @@ def test_training_steps_are_functions_of_the_seed_and_the_step(frames):
 def test_the_loss_of_a_batch_is_the_mean_squared_error_of_its_velocity():
     """v = sqrt(a) noise - sqrt(1 - a) latents (Salimans and Ho, 2022), a being the cumulative product of 1 - beta."""
     pipeline = build_pipeline(seed=0)
-    inputs, targets = torch.randn(2, 3, 32, 12, 12, generator=torch.Generator().manual_seed(0))
-    targets[:, 16:] = -100  # next to no variance
+    inputs, targets = torch.randn(2, 3, 8, 24, 24, generator=torch.Generator().manual_seed(0))
+    targets[:, 4:] = -100  # next to no variance
     prompts = ["pushing a cup", "", "lifting a ball"]
-    batch = noised_batch(pipeline, inputs, targets, prompts, torch.Generator().manual_seed(1), dropout=0)
+    batch = noised_batch(pipeline, inputs, targets, prompts, torch.Generator().manual_seed(1), 0, last_timestep=0)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     kept = torch.cumprod(1 - betas, dim=0)[batch["timesteps"]].view(-1, 1, 1, 1)
-    noise, targets = batch["noise"], targets[:, :16]
+    noise, targets = batch["noise"], targets[:, :4]
     tokens = pipeline.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
         loss = diffusion_loss(pipeline.unet, scheduler, batch)
         noisy = kept.sqrt() * targets + (1 - kept).sqrt() * noise
         text = pipeline.text_encoder(tokens).last_hidden_state
-        predicted = pipeline.unet(torch.cat([noisy, inputs[:, :16]], dim=1), batch["timesteps"], text).sample
+        predicted = pipeline.unet(torch.cat([noisy, inputs[:, :4]], dim=1), batch["timesteps"], text).sample
     velocity = kept.sqrt() * noise - (1 - kept).sqrt() * targets
     assert loss.item() == pytest.approx((predicted - velocity).square().mean().item(), rel=1e-4)
 
@@ -356,11 +357,12 @@ def test_a_short_training_changes_every_model_and_shows_what_it_does(untrained, 
     figures = r"sharpness [\d.]+, SSIM - copy [-+][\d.]+, PSNR [\d.]+ dB, - copy [-+][\d.]+ dB, frames \d+%"
     assert re.search(rf"VAE, the best that a prediction could be: {figures}", printed)
     assert re.search(r"text encoder: \d+% of a batch read correctly", printed)
-    assert re.findall(rf"UNet, step (\d+): {figures}", printed) == ["2", "3"]
-    with Image.open(work_dir / "validation" / "step-000003.png") as picture:
-        assert picture.size == (3 * (3 * 96 + 4), 96 + 4)  # both held-out pairs, and room for a third
-    for name in ("sharpness", "ssim_gain", "psnr_gain", "frames"):
-        assert scalars(work_dir / "logs", f"validation/{name}").keys() == {2, 3}
+    for stage in ("unet", "gan"):
+        assert re.findall(rf"{stage}, step (\d+): {figures}", printed) == ["2", "3"]
+        with Image.open(work_dir / "validation" / f"{stage}-000003.png") as picture:
+            assert picture.size == (3 * (3 * 96 + 4), 96 + 4)  # both held-out pairs, and room for a third
+        for name in ("sharpness", "ssim_gain", "psnr_gain", "frames"):
+            assert scalars(work_dir / "logs", f"{stage}_validation/{name}").keys() == {2, 3}
     before, after = load(untrained), load(model)
     for name in ("unet", "vae", "text_encoder"):
         pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
@@ -368,8 +370,8 @@ def test_a_short_training_changes_every_model_and_shows_what_it_does(untrained, 
     assert after.vae.config.scaling_factor != before.vae.config.scaling_factor
 
 
-def tiny_arguments(work_dir: Path, **changed: int) -> argparse.Namespace:
-    return argparse.Namespace(work_dir=work_dir, **(TINY | changed))
+def tiny_arguments(work_dir: Path, **changed: object) -> argparse.Namespace:
+    return argparse.Namespace(work_dir=work_dir, **({"pretrained_vae_model_name_or_path": None} | TINY | changed))
 
 
 def assert_same_state(one: object, other: object) -> None:
@@ -391,7 +393,7 @@ def test_a_run_stopped_in_each_stage_and_resumed_equals_an_undisturbed_one(train
     def clip_or_stop(*arguments):
         """Stops in the third step of each stage, after the checkpoint of the second, the first time it comes there."""
         steps_begun.append(len(steps_begun) + 1)
-        if steps_begun[-1] in (3, 7, 11):
+        if steps_begun[-1] in (3, 7, 11, 15):
             raise KeyboardInterrupt
         return clip(*arguments)
 
@@ -400,20 +402,20 @@ def test_a_run_stopped_in_each_stage_and_resumed_equals_an_undisturbed_one(train
         with pytest.raises(KeyboardInterrupt):
             pretrain(build_pipeline(seed=0), tiny_arguments(tmp_path))
     pipeline = build_pipeline(seed=0)
-    pretrain(pipeline, tiny_arguments(tmp_path))
-    assert len(steps_begun) == 12
+    companions = pretrain(pipeline, tiny_arguments(tmp_path))
+    assert len(steps_begun) == 16
     for stage in STAGES:
         one, other = (torch.load(folder / f"{stage}.pt", weights_only=True) for folder in (trained[1], tmp_path))
         assert one["step"] == 3
         assert_same_state(one, other)
-    save_pipeline(pipeline, tmp_path / "model")
+    save_pipeline(pipeline, tmp_path / "model", companions)
     assert tree_hash(tmp_path / "model") == tree_hash(trained[0])
 
 
 def test_a_second_run_finds_everything_and_other_settings_are_refused(trained, capsys):
     model, work_dir, _ = trained
     before = {path.name: path.stat().st_mtime_ns for path in work_dir.iterdir() if path.is_file()}
-    assert sorted(name.split("-")[0] for name in before) == 2 * ["frames"] + 2 * ["latents"] + [
+    assert sorted(name.split("-")[0] for name in before) == 2 * ["frames"] + ["gan.pt"] + 2 * ["latents"] + [
         "text.pt",
         "unet.pt",
         "vae.pt",
@@ -429,6 +431,18 @@ def test_a_second_run_finds_everything_and_other_settings_are_refused(trained, c
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             pretrain(build_pipeline(seed=0), tiny_arguments(work_dir, **changed))
+
+
+def test_a_trained_vae_can_be_given_and_stays_as_it_is(trained, tmp_path):
+    for path in trained[1].glob("frames-*"):
+        (tmp_path / path.name).symlink_to(path)
+    none_but_vae = {f"{stage}_train_steps": 0 for stage in STAGES[1:]}
+    pipeline, given = build_pipeline(seed=0), str(BASE_MODEL / "vae")
+    pretrain(pipeline, tiny_arguments(tmp_path, pretrained_vae_model_name_or_path=given, **none_but_vae))
+    assert torch.equal(pipeline.vae.encoder.conv_in.weight, load(BASE_MODEL).vae.encoder.conv_in.weight)
+    assert not (tmp_path / "vae.pt").exists()
+    with pytest.raises(UserError, match="--pretrained_vae_model_name_or_path nowhere: "):
+        pretrain(pipeline, tiny_arguments(tmp_path, pretrained_vae_model_name_or_path="nowhere"))
 
 
 def test_a_damaged_checkpoint_is_one_clear_line(trained, tmp_path):

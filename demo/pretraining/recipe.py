@@ -6,21 +6,22 @@ import argparse
 import functools
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline
+from diffusers import AutoencoderKL, ModelMixin, StableDiffusionInstructPix2PixPipeline
 from torch.utils.tensorboard import SummaryWriter
 
 from data.layout import UserError, one_line
 from demo.pretraining.clips import RESOLUTIONS, rendered_clips
 from demo.pretraining.text_encoder import train_text_encoder
-from demo.pretraining.unet import train_unet
+from demo.pretraining.unet import finish_unet, train_unet
 from demo.pretraining.vae import encoded_clips, latent_scaling_factor, train_vae
 from demo.pretraining.validation import held_out_pairs, vae_ceiling, validate
+from pecn.adversarial import DISCRIMINATOR
 
 
-def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Namespace) -> None:
+def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Namespace) -> dict[str, ModelMixin]:
     """Trains the pipeline's models in place, as demo.make_model's options say; a stage of 0 steps is left out.
 
-    What the work folder holds already is not done again.
+    Returns what is saved beside them. What the work folder holds already is not done again.
     """
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
@@ -37,8 +38,12 @@ def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Na
             print(f"text encoder: {share:.0%} of a batch read correctly", flush=True)
         latents = [encoded_clips(pipeline.vae, of_size, args) for of_size in frames]
         pipeline.vae.register_to_config(scaling_factor=latent_scaling_factor(latents))
+        check = functools.partial(validate, pipeline, pairs, args, logs)
         if args.unet_train_steps:
-            train_unet(pipeline, latents, args, logs, functools.partial(validate, pipeline, pairs, args, logs))
+            train_unet(pipeline, latents, args, logs, functools.partial(check, "unet"))
+        if not args.gan_train_steps:
+            return {}
+        return {DISCRIMINATOR: finish_unet(pipeline, latents, args, logs, functools.partial(check, "gan"))}
 
 
 def load_vae(folder: str, device: torch.device) -> AutoencoderKL:
