@@ -33,6 +33,7 @@ from data.layout import CommandParser, UserError, number, run_command
 NUM_PAIRS = 16  # pictures and prompts that the steps draw from
 SEED = 42
 CHECKED_BATCHES = 2
+PREPARED_BATCHES = 20
 CHECKED_LOSS_SCALE = 1024  # so that gradients neither vanish nor overflow in fp16; a power of 2, so exact
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}  # relative, of losses and gradient norms
 PARTS = ("encoding", "forward", "backward", "clip", "optimizer", "other")
@@ -298,6 +299,15 @@ def describe_experiment(results: dict[str, Measured], samples_per_step: int) -> 
     )
 
 
+def describe_preparation(batches: TrainingBatches) -> str:
+    """What a batch costs before the UNet sees it."""
+    started = time.process_time()
+    for index in range(PREPARED_BATCHES):
+        batches[index]
+    milliseconds = (time.process_time() - started) / PREPARED_BATCHES * 1000
+    return f"a batch of {batches.train_batch_size} is prepared in {milliseconds:.2f} ms of processor time"
+
+
 # The run.
 
 
@@ -370,6 +380,7 @@ def benchmark(model_name: str, args: argparse.Namespace, accelerator: Accelerato
         print(format_table(results, samples_per_step))
         if device.type == "cuda":
             print(describe_experiment(results, samples_per_step))
+        print(describe_preparation(next(iter(alternatives.steps.values())).batches))
         print(f"{agreement}\n", flush=True)
 
 

@@ -38,6 +38,7 @@ def test_quick_run_compares_all_steps():
     assert encoding[0] > 0 and encoding[1] > 0 and encoding[2] == 0  # ours encodes nothing in a step
     assert re.search(r"the same work: losses \(0\.\d+, 0\.\d+\) differ by (0\.0e\+00|\d\.\de-0[5-9])", printed)
     assert "batch 2 x 1" in printed and "128x128" in printed
+    assert re.search(r"a batch of 2 is prepared in \d+\.\d\d ms", printed)
 
 
 def test_passes_of_a_step_are_counted():
