@@ -48,7 +48,7 @@ echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 
 rm -rf "$TEST_OUTPUT/model"  # of an earlier quick test
 env DATA_DIR="$DATA_DIR" PRETRAINED_MODEL="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/model" \
-  GRADIENT_ACCUM="${GRADIENT_ACCUM:-1}" bash train_instruct_pix2pix.sh
+  BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruct_pix2pix.sh
 
 env MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" NUM_SAMPLES="$NUM_SAMPLES" \
   FRAMES_DIR="$DATA_DIR/frames_${RESOLUTION}x${RESOLUTION}" \

@@ -99,8 +99,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--use_ema", action="store_true", help="keep a moving average of the weights and save that")
 
     add = parser.add_argument_group("speed and memory").add_argument
-    precisions = ["no", "fp16", "bf16"]
-    add("--mixed_precision", choices=precisions, help="fp16 becomes no on a CPU (what accelerate is configured for)")
+    precisions = ["auto", "no", "fp16", "bf16"]
+    precision_help = "auto: bf16 where the GPU has it, else fp16; both become no on a CPU"
+    add("--mixed_precision", choices=precisions, help=f"{precision_help} (what accelerate is configured for)")
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
     add("--compile", action="store_true", help="torch.compile the UNet: slow first step, faster ones after")
@@ -133,7 +134,6 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, ModelMixin, StableDiffusionInstructPix2PixPipeline
-from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from pecn import checkpoints, optimization
@@ -244,7 +244,7 @@ def train(
         eps=args.adam_epsilon,
     )
     lr_scheduler = optimization.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
-    ema = EMAModel(unet.parameters()) if args.use_ema else None
+    ema = optimization.MovingAverage(unet.parameters()) if args.use_ema else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
     loss_of_batch, companions = choose_loss(args, accelerator, pipeline, base_model, noise_scheduler)
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))

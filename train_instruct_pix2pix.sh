@@ -12,15 +12,15 @@ RESOLUTION=${RESOLUTION:-128}
 INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20}
 TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21}
 PROGRESS=${PROGRESS:-False}                # True: prompts say how much of the action is done
-BATCH_SIZE=${BATCH_SIZE:-8}                # per process
-GRADIENT_ACCUM=${GRADIENT_ACCUM:-2}        # with 8 above, 16 samples a step on each GPU
+BATCH_SIZE=${BATCH_SIZE:-16}               # samples a step on each GPU
+GRADIENT_ACCUM=${GRADIENT_ACCUM:-1}        # passes a step: 2 with BATCH_SIZE=8 are 16 samples too, in less memory
 EPOCHS=${EPOCHS:-20}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-}       # overrides EPOCHS
 LEARNING_RATE=${LEARNING_RATE:-5e-6}
 LR_SCHEDULER=${LR_SCHEDULER:-constant}
 LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-0}      # every schedule honors it
 SEED=${SEED:-42}
-MIXED_PRECISION=${MIXED_PRECISION:-fp16}   # no, fp16 (which becomes no without a GPU) or bf16
+MIXED_PRECISION=${MIXED_PRECISION:-auto}   # bf16, fp16 or no; auto: bf16 if the GPU has it, else fp16, on a CPU no
 NUM_PROCESSES=${NUM_PROCESSES:-1}          # GPUs to use
 CHECKPOINTING_STEPS=${CHECKPOINTING_STEPS:-500}
 CHECKPOINTS_TOTAL_LIMIT=${CHECKPOINTS_TOTAL_LIMIT:-2}  # each holds the UNet and two moments for every weight
@@ -63,11 +63,11 @@ if [[ -n $ACCELERATE_CONFIG ]]; then
   launch=(accelerate launch --config_file "$ACCELERATE_CONFIG")
 elif (( NUM_PROCESSES > 1 )); then
   launch=(accelerate launch --multi_gpu --num_machines 1 --num_processes "$NUM_PROCESSES" --dynamo_backend no)
-  launch+=(--mixed_precision "$MIXED_PRECISION")
+  launch+=(--mixed_precision no)  # of the launcher's own, which the flag below overrides
 else
   launch=(python)
-  arguments+=(--mixed_precision "$MIXED_PRECISION")
 fi
+if [[ -z $ACCELERATE_CONFIG ]]; then arguments+=(--mixed_precision "$MIXED_PRECISION"); fi
 
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub} PYTHONUNBUFFERED=1
 # Seconds that torch's launcher leaves its processes after a signal, for saving a checkpoint.

@@ -395,6 +395,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("plain_memory_kept alone is for a CPU: name another alternative")
     datasets.disable_progress_bars()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.benchmark = True  # for all alternatives
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision
     )

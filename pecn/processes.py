@@ -29,9 +29,11 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if mixed_precision == "fp16" and on_cpu:
+    if mixed_precision in ("auto", "fp16") and on_cpu:
         mixed_precision = "no"
         state.print("no GPU found: training on the CPU without mixed precision")
+    elif mixed_precision == "auto":
+        mixed_precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     accelerator = Accelerator(
         cpu=on_cpu,
         # Given like this, it is not overridden by what accelerate is configured for.
@@ -52,6 +54,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolutions are found once
     return accelerator
 
 

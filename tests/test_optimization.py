@@ -1,5 +1,8 @@
 """The optimizer's schedule, its steps in fp16, and the moving average."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,7 +10,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
 from pecn.diffusion import diffusion_loss
-from pecn.optimization import averaged_weights, create_lr_scheduler, create_optimizer, optimizer_step
+from pecn.optimization import MovingAverage, averaged_weights, create_lr_scheduler, create_optimizer, optimizer_step
+from pecn.processes import create_accelerator
 from tests.conftest import make_tiny_pipeline
 
 
@@ -35,6 +39,40 @@ def test_average_leaves_the_weights_as_they_were_even_after_an_error():
         assert all(torch.equal(now, old) for now, old in zip(model.parameters(), before))
         raise RuntimeError
     assert all(torch.equal(now, old + 1) for now, old in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0.9, "use_ema_warmup": True, "power": 0.75}])
+def test_moving_average_is_diffusers_own(options):
+    model = make_tiny_pipeline().unet
+    ours, theirs = MovingAverage(model.parameters(), **options), EMAModel(model.parameters(), **options)
+    for _ in range(12):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        ours.step(model.parameters())
+        theirs.step(model.parameters())
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(ours.shadow_params, theirs.shadow_params)
+
+
+@pytest.mark.parametrize(("bf16_supported", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_precision_follows_the_gpu(monkeypatch, bf16_supported, expected):
+    """Accelerator is replaced by what it was given: there is no GPU here."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16_supported)
+    monkeypatch.setattr("pecn.processes.PartialState", lambda **_: None)
+    given = {}
+
+    def accelerator(**options: object) -> SimpleNamespace:
+        given.update(options)
+        return SimpleNamespace(distributed_type="NO", state=SimpleNamespace(deepspeed_plugin=None))
+
+    monkeypatch.setattr("pecn.processes.Accelerator", accelerator)
+    options = {"mixed_precision": "auto", "gradient_accumulation_steps": 1, "report_to": "none"}
+    options |= {"output_dir": Path("run"), "logging_dir": "logs", "use_ema": False, "allow_tf32": False}
+    create_accelerator(SimpleNamespace(**options))
+    assert given["mixed_precision"] == expected
 
 
 def test_fp16s_scaler_skips_what_is_not_finite_and_changes_no_other_step(monkeypatch):

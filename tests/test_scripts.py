@@ -32,8 +32,8 @@ def test_defaults_of_the_scripts_are_the_documented_ones():
         return dict(re.findall(r"^([A-Z_0-9]+)=\$\{\1:-([^}]*)\}", (PROJECT / script).read_text(), flags=re.MULTILINE))
 
     training = defaults("train_instruct_pix2pix.sh")
-    expected = {"RESOLUTION": "128", "BATCH_SIZE": "8", "GRADIENT_ACCUM": "2", "EPOCHS": "20", "LEARNING_RATE": "5e-6"}
-    expected |= {"MIXED_PRECISION": "fp16", "PROGRESS": "False", "INPUT_FRAME_IDX": "20", "TARGET_FRAME_IDX": "21"}
+    expected = {"RESOLUTION": "128", "BATCH_SIZE": "16", "GRADIENT_ACCUM": "1", "EPOCHS": "20", "LEARNING_RATE": "5e-6"}
+    expected |= {"MIXED_PRECISION": "auto", "PROGRESS": "False", "INPUT_FRAME_IDX": "20", "TARGET_FRAME_IDX": "21"}
     expected |= {"OUTPUT_DIR": "outputs/instruct_pix2pix_128", "VALIDATION_EPOCHS": "5", "NUM_PROCESSES": "1"}
     assert {name: training[name] for name in expected} == expected
     sampling = defaults("sample_from_pix2pix.sh")
@@ -71,7 +71,8 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
     log = (tmp_path / "model" / "train.log").read_text()
     assert "training on 6 frame pairs" in log and "the trained pipeline is in" in log
     arguments = json.loads((tmp_path / "model" / "training_config.json").read_text())["arguments"]
-    assert (arguments["add_progress"], arguments["gradient_accumulation_steps"]) == (True, 2)
+    assert (arguments["add_progress"], arguments["global_batch_size"]) == (True, 16)
+    assert arguments["mixed_precision"] == "no"  # what auto has become
     assert arguments["learning_rate"] == 5e-6
     assert (arguments["num_inference_steps"], arguments["residual"]) == (1, False)  # of the validation
     assert re.search("NUM_INFERENCE_STEPS=1 RESIDUAL=False .*bash sample_from_pix2pix.sh", log)
@@ -131,7 +132,8 @@ def test_quick_tests_options_follow_the_model_not_the_data(tmp_path):
 
     demo = shown(DATA_DIR="data/demo")
     assert "--learning_rate 3e-4" in demo and "--max_train_steps 400" in demo and "--num_inference_steps 1 " in demo
-    assert "--num_predictions 8 " in demo
+    assert "--num_predictions 8 " in demo and "--train_batch_size 8 --gradient_accumulation_steps 1 " in demo
+    assert "--mixed_precision auto" in shown(NUM_PROCESSES=2).partition("train_instruct_pix2pix.py")[2]
     for variables in ({"DATA_DIR": "data/sthv2"}, {"PRETRAINED_MODEL": "timbrooks/instruct-pix2pix"}):
         other = shown(**variables)
         assert "--pretrained_model_name_or_path timbrooks/instruct-pix2pix" in other

@@ -15,13 +15,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.layout import UserError, one_line, whole_or_absent
 from data.sthv2_dataset_hf import derive_seed
-from pecn.optimization import averaged_weights, create_lr_scheduler, create_optimizer
+from pecn.optimization import MovingAverage, averaged_weights, create_lr_scheduler, create_optimizer
 
 BETAS, MAX_GRAD_NORM, EMA_DECAY = (0.9, 0.99), 1.0, 0.999
 LOG_EVERY = 10  # steps; reading a loss waits for the device
@@ -54,7 +53,7 @@ def train_stage(
     parameters = list(model.parameters())
     optimizer = create_optimizer(model, learning_rate, betas=BETAS, weight_decay=weight_decay)
     schedule = create_lr_scheduler("cosine", optimizer, min(warmup_steps, steps // 10), steps)
-    average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    average = MovingAverage(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     parts = {**parts, "model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
     first = load_checkpoint(path, parts, settings) if path.is_file() else 0
     average.to(parameters[0].device)
