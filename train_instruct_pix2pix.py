@@ -278,7 +278,7 @@ def train(
         f" {accelerator.num_processes} x {accelerator.device.type}, mixed precision {accelerator.mixed_precision}"
     )
 
-    model = optimization.compile_unet(unet) if args.compile else unet
+    model = optimization.compile_unet(unet, accelerator) if args.compile else unet
     loader = load_batches(batches, steps_done, accelerator.device, args.dataloader_num_workers)
     step_log = optimization.StepLog(accelerator, batches.global_batch_size)
     progress_bar = tqdm(

@@ -338,7 +338,7 @@ def prepare(
         ours = OurStep(accelerator, noise_scheduler, batches, args.use_8bit_adam)
         both.append({name: plain if name.startswith("plain") else ours for name in args.alternatives})
     torch._dynamo.reset()  # what was compiled for another batch size
-    models = {name: compile_unet(unet) if name == "compiled" else unet for name in args.alternatives}
+    models = {name: compile_unet(unet, accelerator) if name == "compiled" else unet for name in args.alternatives}
     return Alternatives(accelerator, models, *both)
 
 

@@ -48,12 +48,22 @@ def create_lr_scheduler(
     return get_scheduler(name, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=max_train_steps)
 
 
-def compile_unet(unet: torch.nn.Module) -> torch.nn.Module:
-    """The UNet compiled for the one shape that training has. Its weights are the UNet's own."""
-    # On the CPU torch 2.13's C++ backend fuses loops of compatible ranges wrongly: an upsampling's gradient is zero.
-    # The layout optimization leads there by choosing channels-last.
-    options = {"layout_optimization": False} if next(unet.parameters()).device.type == "cpu" else None
-    return torch.compile(unet, dynamic=False, options=options)
+def compile_unet(unet: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """The UNet compiled for the one shape that training has. Its weights are the UNet's own.
+
+    What is chosen for GPUs has not been run on one yet; `python -m benchmarks.train_step` compares its losses and
+    gradients with those of the UNet as it is.
+    """
+    if accelerator.device.type == "cpu":
+        # torch 2.13's C++ backend fuses loops of compatible ranges wrongly: an upsampling's gradient is zero.
+        # The layout optimization leads there by choosing channels-last.
+        return torch.compile(unet, dynamic=False, options={"layout_optimization": False})
+    # CUDA graphs reuse the memory of gradients: right only where a step is one pass, without other processes.
+    one_pass = accelerator.gradient_accumulation_steps == accelerator.num_processes == 1
+    mode = torch._inductor.list_mode_options("max-autotune" if one_pass else "max-autotune-no-cudagraphs")
+    # Convolutions are channels-last inside the compiled UNet: its weights keep the order that DistributedDataParallel,
+    # fused AdamW's moments and checkpoints rely on. By itself torch would not do so, for the last one's few outputs.
+    return torch.compile(unet, dynamic=False, options=mode | {"force_layout_optimization": True})
 
 
 def optimizer_step(

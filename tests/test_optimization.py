@@ -10,7 +10,14 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
 from pecn.diffusion import diffusion_loss
-from pecn.optimization import MovingAverage, averaged_weights, create_lr_scheduler, create_optimizer, optimizer_step
+from pecn.optimization import (
+    MovingAverage,
+    averaged_weights,
+    compile_unet,
+    create_lr_scheduler,
+    create_optimizer,
+    optimizer_step,
+)
 from pecn.processes import create_accelerator
 from tests.conftest import make_tiny_pipeline
 
@@ -73,6 +80,23 @@ def test_auto_precision_follows_the_gpu(monkeypatch, bf16_supported, expected):
     options |= {"output_dir": Path("run"), "logging_dir": "logs", "use_ema": False, "allow_tf32": False}
     create_accelerator(SimpleNamespace(**options))
     assert given["mixed_precision"] == expected
+
+
+@pytest.mark.parametrize(("passes", "processes", "graphs"), [(1, 1, True), (2, 1, False), (1, 2, False)])
+def test_on_a_gpu_there_are_cuda_graphs_where_a_step_is_one_pass(monkeypatch, passes, processes, graphs):
+    """torch refuses unknown options, so that these are known; nothing is compiled before the first call."""
+    used = {}
+
+    def torch_compile(model: torch.nn.Module, dynamic: bool, options: dict[str, bool]) -> None:
+        compile_with_torch(model, dynamic=dynamic, options=options)
+        used.update(options)
+
+    compile_with_torch = torch.compile
+    monkeypatch.setattr("torch.compile", torch_compile)
+    gpus = {"device": torch.device("cuda"), "gradient_accumulation_steps": passes, "num_processes": processes}
+    compile_unet(torch.nn.Linear(2, 2), SimpleNamespace(**gpus))
+    assert used.get("triton.cudagraphs", False) == graphs
+    assert used["max_autotune"] and used["force_layout_optimization"]
 
 
 def test_fp16s_scaler_skips_what_is_not_finite_and_changes_no_other_step(monkeypatch):
