@@ -12,8 +12,9 @@ import contextlib
 import json
 import platform
 import shutil
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,38 @@ HOW_TO_RESUME = "RESUME=latest (--resume_from_checkpoint latest)"
 
 
 # Saving.
+
+
+class CheckpointTimes:
+    """When a checkpoint is due: every `every_steps` steps, or, where that is None, so that saving costs under 2%.
+
+    Then the time since the last one is at least SPACING times what saving takes: the estimate for `num_weights`
+    weights at first, then what it took the last time. `clock` tells seconds.
+    """
+
+    SPACING = 50
+    BYTES_PER_WEIGHT, BYTES_PER_SECOND = 12, 400e6  # float32 and AdamW's two moments; a plain disk
+
+    def __init__(
+        self, every_steps: int | None, num_weights: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.every_steps, self.clock = every_steps, clock
+        self.saving_takes = num_weights * self.BYTES_PER_WEIGHT / self.BYTES_PER_SECOND
+        self.last_saved = clock()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after this step (counted from 1)."""
+        if self.every_steps:
+            return step % self.every_steps == 0
+        return self.clock() - self.last_saved >= self.SPACING * self.saving_takes
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measures what is done in it: a checkpoint being saved."""
+        started = self.clock()
+        yield
+        self.last_saved = self.clock()
+        self.saving_takes = self.last_saved - started
 
 
 def save_checkpoint(

@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """Receives SIGINT and SIGTERM for the process that makes it.
 
-    A signal raises `Interrupted` at once, except inside `deferred()`, where it is noted for `agreed()` to tell. A
+    A signal raises `Interrupted` at once, except inside `deferred()`, where it is noted for `agree()` to tell. A
     second SIGINT then ends the process on the spot, with nothing more saved. A further SIGTERM does not: launchers
     pass on as SIGTERM what the terminal has sent to all processes already.
     """
@@ -64,15 +64,16 @@ class StopRequest:
         finally:
             self.is_deferred = False
 
-    def agreed(self) -> int:
-        """The signal that any process has received, the same answer on all of them; 0 where there was none."""
+    def agree(self, save: bool) -> tuple[int, bool]:
+        """The signal that any process has received (0: none) and whether any wants to `save`: the same on all."""
         if self.launcher is not None and os.getppid() != self.launcher:
             self.signal_number = self.signal_number or signal.SIGTERM
         if self.group is None:
-            return self.signal_number
-        number = torch.tensor([self.signal_number])
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
-        return int(number)
+            return self.signal_number, save
+        wishes = torch.tensor([self.signal_number, save])
+        torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX, group=self.group)
+        number, save = wishes.tolist()
+        return number, bool(save)
 
 
 def write_error_line(text: str) -> None:

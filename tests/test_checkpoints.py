@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.layout import UserError
-from pecn.checkpoints import checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
+from pecn.checkpoints import CheckpointTimes, checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
 
 
 def test_interrupted_checkpoint_outlives_a_damaged_newer_one(tmp_path):
@@ -26,6 +26,22 @@ def test_a_run_that_goes_on_elsewhere_is_checked_like_a_fresh_one(tmp_path):
     (tmp_path / "other" / "checkpoint-5").mkdir()
     with pytest.raises(UserError, match="other holds checkpoints of an earlier run"):
         find_checkpoint(tmp_path / "other", str(checkpoint))
+
+
+def test_saving_takes_less_than_a_fiftieth_of_the_time():
+    """A step takes 10 seconds; saving 100 million weights is estimated to take 3, and takes 2, then 40."""
+    now = 0.0
+    times = CheckpointTimes(None, 100_000_000, clock=lambda: now)
+    saved_after = []
+    for step in range(1, 60):
+        now += 10
+        if times.is_due(step):
+            with times.saving():
+                now += 40 if saved_after else 2
+            saved_after.append(step)
+    assert saved_after == [15, 25]  # 150 s = 50 x 3 s; 100 s = 50 x 2 s; the next one 2,000 s later
+    every_seven = CheckpointTimes(7, 100_000_000, clock=lambda: 0.0)
+    assert [step for step in range(1, 22) if every_seven.is_due(step)] == [7, 14, 21]
 
 
 class FilesOnly:
