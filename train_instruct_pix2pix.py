@@ -38,7 +38,7 @@ FROZEN_FOR_RESUME = (
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
     " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
     " schedule_length timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion"
-    " lambda_gan lambda_l1 prediction_type hash_of_model_frames_and_prompts"
+    " use_lora lora_rank lambda_gan lambda_l1 prediction_type hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -52,6 +52,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", default=base_model, help="hub id or directory (%(default)s)")
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="variant of the model's weight files, such as fp16")
+    add("--use_lora", **layout.SWITCH, help="train an adapter of the attention layers in place of all weights")
+    add("--lora_rank", type=count, default=64, help="of the adapter (%(default)s)")
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
@@ -141,6 +143,7 @@ from pecn.adversarial import DISCRIMINATOR, AdversarialLoss, load_discriminator
 from pecn.diffusion import add_image_channels, diffusion_loss, timestep_weights
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
 from pecn.interruption import Interrupted, StopRequest
+from pecn.lora import add_adapter
 from pecn.model import create_hub_repository, find_model, load_pipeline, upload
 from pecn.processes import create_accelerator, is_first_process, is_out_of_memory, on_main_process
 from pecn.validation import validate_or_warn
@@ -167,6 +170,8 @@ def load_base_model(args: argparse.Namespace, folder: Path) -> StableDiffusionIn
     pipeline = load_pipeline(folder, variant=args.variant)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
         add_image_channels(pipeline.unet)
+    if args.use_lora:
+        add_adapter(pipeline.unet, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     pipeline.unet.train()
@@ -244,7 +249,7 @@ def train(
         eps=args.adam_epsilon,
     )
     lr_scheduler = optimization.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
-    ema = optimization.MovingAverage(unet.parameters()) if args.use_ema else None
+    ema = optimization.MovingAverage(optimization.trained_weights(unet)) if args.use_ema else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
     loss_of_batch, companions = choose_loss(args, accelerator, pipeline, base_model, noise_scheduler)
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
@@ -294,7 +299,7 @@ def train(
             if updated:
                 lr_scheduler.step()
                 if ema:
-                    ema.step(unet.parameters())
+                    ema.step(optimization.trained_weights(unet))
             progress_bar.update()
 
             is_last = step == max_train_steps

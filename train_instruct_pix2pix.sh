@@ -16,7 +16,8 @@ BATCH_SIZE=${BATCH_SIZE:-16}               # samples a step on each GPU
 GRADIENT_ACCUM=${GRADIENT_ACCUM:-1}        # passes a step: 2 with BATCH_SIZE=8 are 16 samples too, in less memory
 EPOCHS=${EPOCHS:-20}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-}       # overrides EPOCHS
-LEARNING_RATE=${LEARNING_RATE:-5e-6}
+LEARNING_RATE=${LEARNING_RATE:-5e-6}       # with LORA=True about 1e-4
+LORA=${LORA:-False}                        # True: an adapter is trained, in much less memory, and merged when saved
 LR_SCHEDULER=${LR_SCHEDULER:-constant}
 LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-0}      # every schedule honors it
 SEED=${SEED:-42}
@@ -40,6 +41,7 @@ arguments=(
   --input_frame_idx "$INPUT_FRAME_IDX"
   --target_frame_idx "$TARGET_FRAME_IDX"
   --add_progress "$PROGRESS"
+  --use_lora "$LORA"
   --train_batch_size "$BATCH_SIZE"
   --gradient_accumulation_steps "$GRADIENT_ACCUM"
   --num_train_epochs "$EPOCHS"

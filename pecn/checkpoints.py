@@ -28,6 +28,7 @@ from accelerate.utils import gather_object
 from diffusers import ModelMixin, StableDiffusionInstructPix2PixPipeline
 
 from data.layout import UserError, one_line, partial_path, parts_replaced_together, warn, whole_or_absent, write_file
+from pecn import lora
 from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG
 
 MANIFEST = "manifest.json"
@@ -106,11 +107,16 @@ def save_pipeline(
     """Puts the whole pipeline and its training config into the output directory, beside the checkpoints.
 
     `companions` are models that are no part of it, each saved as a folder of its name.
+    Where its UNet has an adapter, an ordinary UNet that the adapter is part of takes its place, and is saved; and the
+    adapter alone beside it.
     """
     with (
         failure_in_one_line(f"the pipeline in {output_dir}", output_dir),
         parts_replaced_together(output_dir, last=PIPELINE_INDEX) as folder,
     ):
+        if lora.has_adapter(pipeline.unet):
+            lora.save_adapter(pipeline.unet, folder)
+            pipeline.unet = lora.merged(pipeline.unet)
         pipeline.save_pretrained(folder, safe_serialization=True)
         for name, model in companions.items():
             model.save_pretrained(folder / name)

@@ -28,15 +28,20 @@ HOW_TO_KEEP_FINITE = (
 WHY_SKIPPED = "gradients are not finite in fp16; use MIXED_PRECISION=bf16, or no"
 
 
+def trained_weights(unet: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The weights that training changes: all of them, or with LoRA a few."""
+    return [weight for weight in unet.parameters() if weight.requires_grad]
+
+
 def create_optimizer(
     unet: torch.nn.Module, learning_rate: float, use_8bit_adam: bool = False, **options: Any
 ) -> torch.optim.Optimizer:
     """AdamW; `options` are its `betas`, `weight_decay` and `eps`. `use_8bit_adam` needs the package bitsandbytes."""
     if not use_8bit_adam:
-        return torch.optim.AdamW(unet.parameters(), lr=learning_rate, fused=True, **options)
+        return torch.optim.AdamW(trained_weights(unet), lr=learning_rate, fused=True, **options)
     import bitsandbytes  # optional, and only for GPUs
 
-    return bitsandbytes.optim.AdamW8bit(unet.parameters(), lr=learning_rate, **options)
+    return bitsandbytes.optim.AdamW8bit(trained_weights(unet), lr=learning_rate, **options)
 
 
 def create_lr_scheduler(
@@ -126,12 +131,13 @@ def averaged_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[No
     if ema is None:
         yield
         return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
+    weights = trained_weights(unet)
+    ema.store(weights)
+    ema.copy_to(weights)
     try:
         yield
     finally:
-        ema.restore(unet.parameters())
+        ema.restore(weights)
 
 
 def gather_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DConditionModel:

@@ -43,10 +43,11 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
     )
-    if args.use_ema and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(
-            "--use_ema needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
-        )
+    for option in ("use_ema", "use_lora"):
+        if getattr(args, option) and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise UserError(
+                f"--{option} needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
+            )
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed takes the first two from the DataLoader that is prepared, which ours is not, and clips by itself.
         config = accelerator.state.deepspeed_plugin.deepspeed_config

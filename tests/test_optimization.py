@@ -77,7 +77,13 @@ def test_auto_precision_follows_the_gpu(monkeypatch, bf16_supported, expected):
 
     monkeypatch.setattr("pecn.processes.Accelerator", accelerator)
     options = {"mixed_precision": "auto", "gradient_accumulation_steps": 1, "report_to": "none"}
-    options |= {"output_dir": Path("run"), "logging_dir": "logs", "use_ema": False, "allow_tf32": False}
+    options |= {
+        "output_dir": Path("run"),
+        "logging_dir": "logs",
+        "use_ema": False,
+        "use_lora": False,
+        "allow_tf32": False,
+    }
     create_accelerator(SimpleNamespace(**options))
     assert given["mixed_precision"] == expected
 

@@ -180,6 +180,31 @@ def test_two_processes_give_the_losses_and_the_average_of_one(trained, data_dir,
     assert largest_mean_difference(tmp_path / "one", trained[0]) > 1e-4  # the average is not the last
 
 
+def test_lora_resumes_and_is_saved_merged_with_the_adapter_beside(data_dir, tiny_model, tmp_path):
+    """Its average with one process, resumed, and with two."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    options = ("--use_lora", "--lora_rank", 4, "--use_ema", "--num_validation_images", 1, "--validation_epochs", 4)
+    one, resumed, two = (tmp_path / name for name in ("one", "resumed", "two"))
+    train(data_dir, tiny_model, one, *options)
+    train(data_dir, tiny_model, resumed, *options, "--resume_from_checkpoint", one / "checkpoint-3")
+    train(data_dir, tiny_model, two, *options, processes=2)
+    assert final_weights(one) == final_weights(resumed)
+    assert largest_mean_difference(one, two) < 1e-5
+    assert len(list((one / "validation").iterdir())) == 2
+
+    base, trained = (load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in (tiny_model, one))
+    changed = {name for name, weight in base.items() if not torch.equal(weight, trained[name])}
+    assert {name for name in changed if "attn" not in name} == {"conv_in.weight", "conv_in.bias"}
+    assert sum(".attn" in name for name in changed) > 8 and trained.keys() == base.keys()
+    with_adapter = StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_model)
+    with_adapter.load_lora_weights(one, weight_name="pytorch_lora_weights.safetensors")
+    with_adapter.fuse_lora()
+    with_adapter.unload_lora_weights()
+    fused, attention = with_adapter.unet.state_dict(), [name for name in changed if "attn" in name]
+    assert max((fused[name] - trained[name]).abs().max() for name in attention) < 1e-6
+
+
 @pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_processes_that_share_out_the_weights_end_near_one(trained, data_dir, tiny_model, tmp_path, state_dict_type):
     """FSDP 2: it trains, validates, saves and resumes. (FSDP 1 refuses to start where there is no GPU.)"""
