@@ -38,7 +38,8 @@ FROZEN_FOR_RESUME = (
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
     " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
     " schedule_length timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion"
-    " use_lora lora_rank lambda_gan lambda_l1 prediction_type hash_of_model_frames_and_prompts"
+    " use_lora lora_rank lambda_gan lambda_l1 prediction_type rescale_betas_zero_snr"
+    " hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -52,6 +53,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", default=base_model, help="hub id or directory (%(default)s)")
     add("--revision", help="revision of a model on the hub")
     add("--variant", help="variant of the model's weight files, such as fp16")
+    kinds = ["epsilon", "v_prediction"]
+    add("--prediction_type", choices=kinds, help="v_prediction turns a model of the noise into one of the velocity")
+    add("--rescale_betas_zero_snr", action="store_true", help="noise without any signal at the last timestep")
     add("--use_lora", **layout.SWITCH, help="train an adapter of the attention layers in place of all weights")
     add("--lora_rank", type=count, default=64, help="of the adapter (%(default)s)")
 
@@ -140,7 +144,7 @@ from tqdm import tqdm
 
 from pecn import checkpoints, optimization
 from pecn.adversarial import DISCRIMINATOR, AdversarialLoss, load_discriminator
-from pecn.diffusion import add_image_channels, diffusion_loss, timestep_weights
+from pecn.diffusion import add_image_channels, changed_scheduler, diffusion_loss, timestep_weights
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
 from pecn.interruption import Interrupted, StopRequest
 from pecn.lora import add_adapter
@@ -168,6 +172,7 @@ def find_pairs(args: argparse.Namespace, split: str, most: int | None) -> list[F
 def load_base_model(args: argparse.Namespace, folder: Path) -> StableDiffusionInstructPix2PixPipeline:
     """The model to start from, its UNet ready for training, with the input frame's channels where it lacks them."""
     pipeline = load_pipeline(folder, variant=args.variant)
+    pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
         add_image_channels(pipeline.unet)
     if args.use_lora:

@@ -31,7 +31,10 @@ NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-4}  # the same entries each time,
 # For several machines, DeepSpeed or FSDP: a file made by `accelerate config --config_file accelerate.yaml`, whose
 # launch settings are taken in place of those here.
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-}
-EXTRA_ARGS=${EXTRA_ARGS:-}                 # any other flags of train_instruct_pix2pix.py: "--use_ema --random_flip"
+# Any other flags of train_instruct_pix2pix.py: "--use_ema --random_flip". A model that predicts the noise, which
+# timbrooks/instruct-pix2pix does, cannot draw a frame in one step; "--prediction_type v_prediction
+# --rescale_betas_zero_snr" makes it one of the velocity, which can (NUM_INFERENCE_STEPS=1 when sampling).
+EXTRA_ARGS=${EXTRA_ARGS:-}
 
 arguments=(
   --pretrained_model_name_or_path "$PRETRAINED_MODEL"

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
+
+from data.layout import UserError
 
 
 def diffusion_loss(
@@ -32,6 +34,23 @@ def diffusion_loss(
     snr = compute_snr(noise_scheduler, timesteps)
     weights = snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
     return (F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
+
+
+def changed_scheduler(scheduler: Any, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Any:
+    """A pipeline's scheduler with what is to be predicted, and whether nothing is left of the signal in the end.
+
+    A prediction of the noise cannot give the frame in one step: at the last timestep its error is multiplied by 14.6,
+    and where no signal is left it says nothing. A prediction of the velocity can. Nothing asked for changes nothing.
+    """
+    changes = {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescale_betas_zero_snr}
+    changes = {name: value for name, value in changes.items() if value}
+    if not changes:
+        return scheduler
+    # InstructPix2Pix's own, since not every scheduler knows these; "trailing" begins at the last timestep.
+    changed = EulerAncestralDiscreteScheduler.from_config(scheduler.config, timestep_spacing="trailing", **changes)
+    if changed.config.rescale_betas_zero_snr and changed.config.prediction_type == "epsilon":
+        raise UserError("--rescale_betas_zero_snr needs a velocity model: add --prediction_type v_prediction")
+    return changed
 
 
 def timestep_weights(num_train_timesteps: int, strategy: str, portion: float, multiplier: float) -> torch.Tensor | None:

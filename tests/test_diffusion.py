@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, PNDMScheduler
 
-from pecn.diffusion import add_image_channels, diffusion_loss, draw_timesteps, timestep_weights
+from data.layout import UserError
+from pecn.diffusion import add_image_channels, changed_scheduler, diffusion_loss, draw_timesteps, timestep_weights
 from tests.conftest import make_tiny_pipeline
 
 
@@ -68,6 +69,18 @@ def test_added_image_channels_change_nothing_at_first():
         add_image_channels(unet)
         after = unet(torch.cat([noisy, torch.randn(2, 4, 4, 4)], dim=1), 10, embeds).sample
     torch.testing.assert_close(before, after)
+
+
+def test_schedulers_are_changed_as_asked():
+    """Stable Diffusion's own, PNDM, does not know of zero SNR."""
+    base = PNDMScheduler(beta_schedule="scaled_linear")
+    assert changed_scheduler(base, None, False) is base
+    changed = changed_scheduler(base, "v_prediction", True)
+    training = DDPMScheduler.from_config(changed.config)
+    assert (training.config.prediction_type, training.alphas_cumprod[-1]) == ("v_prediction", 0)
+    assert changed.config.timestep_spacing == "trailing" and changed.config.beta_schedule == "scaled_linear"
+    with pytest.raises(UserError, match="add --prediction_type v_prediction"):
+        changed_scheduler(base, None, True)
 
 
 @pytest.mark.parametrize(("strategy", "expected"), [("none", 0.1), ("later", 0.5)])

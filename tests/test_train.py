@@ -16,7 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data.layout import UserError, filtered_annotations_path, frames_dir
-from pecn.model import create_hub_repository, upload
+from data.sthv2_dataset_hf import load_frame_pairs
+from pecn.model import create_hub_repository, encode_pictures, encode_prompts, load_pipeline, upload
+from pecn.sampling import denoise
+from pecn.sampling_options import SamplingOptions
 from tests.conftest import PROJECT, SIDE, make_tiny_pipeline, run, scalars
 
 STEPS = 8
@@ -221,6 +224,34 @@ def test_processes_that_share_out_the_weights_end_near_one(trained, data_dir, ti
     assert largest_mean_difference(tmp_path, trained[0]) < 1e-4
     pictures = sorted(path.name[:11] for path in (tmp_path / "validation").iterdir())
     assert pictures == ["step-000003", "step-000006", "step-000008"]
+
+
+def one_step_error(model: Path, data_dir: Path) -> float:
+    """Root mean square error of the scaled latents that one step gives, over the validation pairs."""
+    pairs = load_frame_pairs(data_dir, "val", SIDE, 20, 21)[0]
+    pipeline, generators = load_pipeline(model), [torch.Generator().manual_seed(seed) for seed in range(len(pairs))]
+    with torch.no_grad():
+        inputs, targets = (
+            encode_pictures(pipeline, [Image.open(getattr(pair, name)) for pair in pairs]).mode()
+            for name in ("input_image", "edited_image")
+        )
+        prompts = encode_prompts(pipeline, [pair.edit_prompt for pair in pairs])
+        options = SamplingOptions(num_inference_steps=1, image_guidance_scale=1.0)
+        errors = denoise(pipeline, inputs, prompts, generators, options) - targets
+    return pipeline.vae.config.scaling_factor * errors.square().mean().sqrt().item()
+
+
+def test_a_noise_model_becomes_a_velocity_model_that_predicts_in_one_step(data_dir, tiny_model, tmp_path):
+    options = ("--num_validation_images", 0, "--max_train_steps", 40, "--checkpointing_steps", 100)
+    velocity = ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr")
+    train(data_dir, tiny_model, tmp_path / "noise", *options)
+    train(data_dir, tiny_model, tmp_path / "velocity", *options, *velocity)
+    before, after = (one_step_error(tmp_path / name, data_dir) for name in ("noise", "velocity"))
+    assert before > 3 and after < 1
+    scheduler = json.loads((tmp_path / "velocity/scheduler/scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "EulerAncestralDiscreteScheduler"
+    assert scheduler["prediction_type"] == "v_prediction" and scheduler["rescale_betas_zero_snr"]
+    assert scheduler["timestep_spacing"] == "trailing"
 
 
 def test_options_work_together(data_dir, tmp_path):
