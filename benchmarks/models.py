@@ -11,16 +11,26 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from demo.pretraining import untrained
 from demo.pretraining.tokenizer import build_tokenizer
-from demo.pretraining.untrained import assemble_pipeline, build_pipeline
 
 
 def build_model(name: str) -> StableDiffusionInstructPix2PixPipeline:
     """The pipeline called "demo" or "sd15" (float32, CPU), the same weights each time."""
     if name == "demo":
-        return build_pipeline(seed=0)
+        return untrained.build_pipeline(seed=0)
     torch.manual_seed(0)
     return build_stable_diffusion()
+
+
+def build_unet(name: str) -> tuple[UNet2DConditionModel, int]:
+    """The UNet alone of the pipeline called "demo" or "sd15", and how many pixels wide one of its latents is."""
+    if name == "demo":
+        return untrained.build_unet(), 4
+    unet = UNet2DConditionModel(
+        sample_size=64, in_channels=8, out_channels=4, cross_attention_dim=768, attention_head_dim=8
+    )
+    return unet, 8
 
 
 def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
@@ -43,10 +53,8 @@ def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
         layers_per_block=2,
         sample_size=512,
     )
-    unet = UNet2DConditionModel(
-        sample_size=64, in_channels=8, out_channels=4, cross_attention_dim=768, attention_head_dim=8
-    )
+    unet, _ = build_unet("sd15")
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
-    return assemble_pipeline(vae, CLIPTextModel(text_config), tokenizer, unet, scheduler)
+    return untrained.assemble_pipeline(vae, CLIPTextModel(text_config), tokenizer, unet, scheduler)
