@@ -98,8 +98,9 @@ def describe_scores(scores: dict[str, Any]) -> list[str]:
         name = "a frame" if moving["is_frame"][way] else "not a frame"
         gain = describe_gain(moving["psnr"][way] - moving["psnr"]["copy"])
         lines.append(f"{way}: {name}, sharpness {moving['sharpness'][way]:.2f}, {_describe(way, moving)}, {gain}.")
-    lines.append(f"copy: {_describe('copy', moving)}; VAE ceiling: {_describe('vae_ceiling', moving)}.")
-    return lines
+    others = {"copy": "copy", "vae_ceiling": "VAE ceiling"}
+    words = [f"{name}: {_describe(way, moving)}" for way, name in others.items() if way in whole]
+    return [*lines, f"{'; '.join(words)}."]
 
 
 def _describe(way: str, moving: dict[str, Any]) -> str:

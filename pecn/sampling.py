@@ -42,7 +42,7 @@ class Prediction(PredictedFrame):
     edit_prompt: str
     input: np.ndarray
     target: np.ndarray | None  # None where the video lacks the frame
-    vae_ceiling: np.ndarray | None  # the target after one trip through the VAE: as good as decoding alone can be
+    vae_ceiling: np.ndarray | None  # the target after one trip through the VAE; None where either is missing
 
 
 def create_scheduler(name: str, config: dict[str, Any], num_inference_steps: int) -> Any:

@@ -116,6 +116,8 @@ def test_words_tell_what_is_a_frame_and_what_beats_the_copy():
     assert sample.startswith("sample: a frame, sharpness 1.00, SSIM 1.000, PSNR 100.0 dB, ")
     assert expected.startswith("expected: not a frame, sharpness ") and expected.endswith(" dB better than copying.")
     assert others.startswith("copy: SSIM ") and "; VAE ceiling: SSIM " in others
+    without_ceiling = describe_scores(score_prediction(replace(pair, vae_ceiling=None)))
+    assert without_ceiling == [title, sample, expected, f"{others.split(';')[0]}."]
     worse = replace(result(several=False), sample=np.zeros((SIDE, SIDE, 3), np.uint8))
     title, sample, others = describe_scores(score_prediction(worse))
     assert "not a frame" in sample and "worse than copying" in sample
