@@ -10,7 +10,7 @@ frame, colored noise is neither.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import cv2
@@ -217,15 +217,15 @@ def summarize_group(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def compare(rows: Sequence[dict[str, float]], lower_is_better: bool = False) -> dict[str, dict[str, Any]]:
     """One metric's values {way: value} for each pair, summed up for each way.
 
-    Each has its `mean`, `median` and `interval` (95% bootstrap, [low, high]), its `gain` (mean difference to the copy,
-    pair by pair) with its `gain_interval`, and its `better` (part of the pairs, 0..1, that score better than the copy)
-    with its `better_interval`. An interval is None for one pair.
+    Each has its `mean`, `median` and `interval` (95% bootstrap, [low, high]), its `gain` (mean difference to `base_of`
+    the ways, pair by pair) with its `gain_interval`, and its `better` (part of the pairs, 0..1, that score better than
+    that) with its `better_interval`. An interval is None for one pair.
     """
     if not rows:
         return {}
     ways = list(rows[0])
     table = np.array([[row[way] for way in ways] for row in rows])
-    gains = table - table[:, [ways.index("copy")]]
+    gains = table - table[:, [ways.index(base_of(ways))]]
     intervals = bootstrap_intervals(np.column_stack([table, gains]))
     better = gains < 0 if lower_is_better else gains > 0
     return {
@@ -241,11 +241,43 @@ def compare(rows: Sequence[dict[str, float]], lower_is_better: bool = False) -> 
     }
 
 
+def base_of(ways: Iterable[str]) -> str:
+    """The way that the others are compared with: the copy, or another system's sample (`paired_difference`)."""
+    return "copy" if "copy" in ways else "other"
+
+
+def paired_difference(scores: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Compares two systems on the videos of both: `summarize`'s summary of the ways "sample" and "other".
+
+    Both lists are as metrics.json's `samples`; `others` gives the samples called "other". The summary also has
+    `unpaired`: the videos that only one of the two has scores of. Raises UserError where they have no video in common,
+    or where copying scores differently in them, which means other frames.
+    """
+    ours, theirs = ({row["video_id"]: row for row in rows if row["psnr"] is not None} for rows in (scores, others))
+    pairs = [(row, theirs[video_id]) for video_id, row in ours.items() if video_id in theirs]
+    if not pairs:
+        raise UserError("the two have scores of no video in common; predict the same videos with both")
+    for one, two in pairs:
+        if not math.isclose(one["psnr"]["copy"], two["psnr"]["copy"], abs_tol=0.01):
+            raise UserError(f"video {one['video_id']} was scored on other frames in the two; use the same for both")
+    rows = []
+    for one, two in pairs:
+        rows.append({"task": one["task"], **_side_by_side(one, two, METRICS), "moving": None})
+        if one["moving"] and two["moving"]:
+            of_region = _side_by_side(one["moving"], two["moving"], (*MOVING_METRICS, "is_frame"))
+            rows[-1]["moving"] = {"share": one["moving"]["share"], **of_region}
+    return summarize(rows) | {"unpaired": sorted(ours.keys() ^ theirs.keys())}
+
+
+def _side_by_side(one: dict[str, Any], two: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    return {metric: {"sample": one[metric]["sample"], "other": two[metric]["sample"]} for metric in metrics}
+
+
 # In words.
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """One sentence on whether a sample is better than a copy where something moves, and how sure that is."""
+def verdict(summary: dict[str, Any], base: str = "copying") -> str:
+    """One sentence on whether a sample is better than `base` where something moves, and how sure that is."""
     pairs, moving = f"{summary['num_samples']} pairs", summary["moving"]
     count = moving["num_samples"]
     if not count:
@@ -255,7 +287,7 @@ def verdict(summary: dict[str, Any]) -> str:
     low, high = interval or (-math.inf, math.inf)
     clearly = "is worse than" if high < 0 else "is better than" if low > 0 else "is not clearly better than"
     return (
-        f"{pairs}: where something moves the prediction {clearly} copying, by {gain:+.1f}"
+        f"{pairs}: where something moves the prediction {clearly} {base}, by {gain:+.1f}"
         f"{_half_width(gain, interval, '.1f')} dB, on {round(of_sample['better'] * count)} of {count} pairs;"
         f" {frames:.0%} deserve the name of a frame"
     )
@@ -274,13 +306,14 @@ def format_table(summary: dict[str, Any]) -> str:
         lines.append(f"{task}: {group['num_samples']} pairs, something moves in {group['moving']['num_samples']}")
         names = {way: way.replace("vae_", "VAE ") for way in group["psnr"]}
         lines += [ROW.format(f"  {name}", *_cells(group, way)) for way, name in names.items()]
-        lines += [ROW.format(f"  {way} - copy", *_cells(group, way, True)) for way in names if way in PREDICTED]
+        base = base_of(names)
+        lines += [ROW.format(f"  {way} - {base}", *_cells(group, way, True)) for way in names if way in PREDICTED]
         if lpips := group["moving"].get("lpips"):
             means = ", ".join(f"{name} {lpips[way]['mean']:.3f}" for way, name in names.items())
             lines.append(f"  LPIPS where something moves, lower is better: {means}")
     lines += [
         f"sharpness: gradients over the target's, median; frames: pairs with {SHARP_ENOUGH} to {TOO_SHARP} of it and",
-        "an SSIM above the copy's; better: pairs with a PSNR above the copy's; MAE: mean absolute error of 255 levels;",
+        "an SSIM above the copy's; better: pairs with the higher PSNR; MAE: mean absolute error of 255 levels;",
         "±: the 95% interval's wider half",
     ]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from pecn.scores import (
     gradient_energy,
     load_lpips,
     moving_region,
+    paired_difference,
     psnr,
     psnr_gain,
     score_prediction,
@@ -322,6 +323,40 @@ def test_verdict_is_as_sure_as_the_interval(gains, said):
 
 def test_verdict_without_motion():
     assert "nothing moves" in verdict(summarize([record("a", 30, 28, moving=False)]))
+
+
+def records(*psnrs, copy=20, **changes):
+    """Pairs named "0", "1", …, the PSNR of whose samples is given."""
+    return [record("a", psnr, copy, **changes) | {"video_id": str(number)} for number, psnr in enumerate(psnrs)]
+
+
+def test_two_systems_are_compared_pair_by_pair():
+    """The pairs differ by far more than the systems do; the third has no counterpart."""
+    ours, theirs = records(22, 31, 25), records(21, 29)
+    difference = paired_difference(ours, theirs[::-1])  # the order does not matter
+    assert (difference["num_samples"], difference["unpaired"]) == (2, ["2"])
+    for group in (difference, difference["moving"]):
+        of_sample = group["psnr"]["sample"]
+        assert (of_sample["gain"], of_sample["better"]) == (1.5, 1)
+        assert 1 <= of_sample["gain_interval"][0] <= of_sample["gain_interval"][1] <= 2
+    assert means(difference["psnr"]) == {"sample": 26.5, "other": 25}
+    assert difference["moving"]["mae"]["sample"]["better"] == 1  # where lower is better
+    table = format_table(difference)
+    assert "a: 2 pairs, something moves in 2" in table and "  other  " in table and "copy  " not in table
+    assert "+1.50 ± 0.50" in next(line for line in table.splitlines() if line.startswith("  sample - other"))
+    assert "the prediction is better than theirs, by +1.5 ± 0.5 dB, on 2 of 2 pairs" in verdict(difference, "theirs")
+    assert "the prediction is worse than ours, by -1.5" in verdict(paired_difference(theirs, ours), "ours")
+
+
+def test_systems_without_common_frames_are_not_compared():
+    unscored = [UNSCORED | {"video_id": "0"}]
+    for others in ([], unscored):
+        with pytest.raises(UserError, match="no video in common"):
+            paired_difference(records(22), others)
+    with pytest.raises(UserError, match="video 1 was scored on other frames"):
+        paired_difference(records(22, 31), records(22) + records(22, 31, copy=21)[1:])
+    still = paired_difference(records(22, moving=False), records(21, moving=False))
+    assert still["moving"]["num_samples"] == 0 and "+1.00" in format_table(still)
 
 
 # LPIPS, with a stand-in for its package.
