@@ -91,14 +91,21 @@ def read_picture(path: Path | str, resolution: int) -> np.ndarray:
 
     It is turned as its EXIF data say. Raises UserError if Pillow cannot read it.
     """
+    frame = av.VideoFrame.from_ndarray(load_picture(path), format="rgb24")
+    return make_resizer(resolution)(frame)[..., ::-1].copy()
+
+
+def load_picture(path: Path | str) -> np.ndarray:
+    """A picture of any format in its own size, turned as its EXIF data say: uint8 RGB (H, W, 3).
+
+    Raises UserError if Pillow cannot read it.
+    """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow has no one kind of error for what a file may hold
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{path} cannot be read as a picture ({reason}); name a JPEG or PNG file") from None
-    frame = av.VideoFrame.from_ndarray(np.asarray(upright), format="rgb24")
-    return make_resizer(resolution)(frame)[..., ::-1].copy()
 
 
 def make_resizer(resolution: int) -> Callable[[av.VideoFrame], np.ndarray]:
