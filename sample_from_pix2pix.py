@@ -6,7 +6,8 @@ or what follows a picture of your own, which nothing can be compared with:
 
     python sample_from_pix2pix.py --model_dir outputs/instruct_pix2pix_128 --image photo.jpg --prompt "pushing a cup"
 
-Training predicts its validation pictures with the same functions (pecn/sampling.py).
+What the command leaves out is as the model was trained and validated (its training_config.json); DEFAULTS are for a
+model that does not say. Training predicts its validation pictures with the same functions (pecn/sampling.py).
 """
 
 from __future__ import annotations
@@ -29,28 +30,38 @@ from data.sthv2_dataset_hf import (
     find_frame_pairs,
     verify_frames,
 )
-from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
+from pecn.sampling_options import DEFAULT_OPTIONS, add_sampling_options, number_of_samples, sampling_options
 
-DEFAULT_RESOLUTION = 128  # of one picture, for a model that does not say what it was trained on
+DEFAULTS = {  # for a model that does not say how it was trained and validated, such as those on the hub
+    "train_data_dir": layout.DEFAULT_DATA_DIR,
+    "resolution": 128,
+    "input_frame_idx": DEFAULT_INPUT_FRAME_IDX,
+    "target_frame_idx": DEFAULT_TARGET_FRAME_IDX,
+    "add_progress": False,
+    **vars(DEFAULT_OPTIONS),
+}
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = layout.CommandParser(
         usage="%(prog)s [options]",
-        description="Predict frames of validation videos, save pictures and scores; or predict what follows a picture.",
+        description="Predict frames of validation videos, save pictures and scores; or predict what follows a picture."
+        " What is left out is as the model was trained and validated; in parentheses: where the model does not say.",
     )
     add, index = parser.add_argument, number(at_least=0)
-    frames_dir = layout.frames_dir(layout.DEFAULT_DATA_DIR, 128)
-    annotations = layout.filtered_annotations_path(layout.DEFAULT_DATA_DIR, "val")
+    frames_dir = layout.frames_dir(DEFAULTS["train_data_dir"], DEFAULTS["resolution"])
+    annotations = layout.filtered_annotations_path(DEFAULTS["train_data_dir"], "val")
     add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
-    add("--frames_dir", type=Path, default=frames_dir, help="of the model's resolution (%(default)s)")
-    add("--val_annotations", type=Path, default=annotations, help="(%(default)s)")
+    add("--settings_of", help="take what is left out from this model in place of --model_dir's, to compare the two")
+    add("--frames_dir", type=Path, help=f"of the model's resolution ({frames_dir})")
+    add("--val_annotations", type=Path, help=f"entries to choose from ({annotations})")
     add("--output_dir", type=Path, default=Path("test_result/baseline"), help="(%(default)s)")
-    add("--input_frame_idx", type=index, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
-    add("--target_frame_idx", type=index, default=DEFAULT_TARGET_FRAME_IDX, help="frame to predict (%(default)s)")
-    add("--num_samples", type=number_of_samples, default=3, help="how many pairs to predict, or 'all' (%(default)s)")
+    add("--input_frame_idx", type=index, help=f"frame that is given ({DEFAULT_INPUT_FRAME_IDX})")
+    add("--target_frame_idx", type=index, help=f"frame to predict ({DEFAULT_TARGET_FRAME_IDX})")
+    add("--num_samples", type=number_of_samples, default=8, help="how many pairs to predict, or 'all' (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
     add_sampling_options(parser)
+    parser.set_defaults(**dict.fromkeys(vars(DEFAULT_OPTIONS)))  # so that what is left out is known
     add("--batch_size", type=number(at_least=1), default=8, help="pictures predicted at once (%(default)s)")
     add("--lpips", **SWITCH, help="score LPIPS too; needs the package lpips (%(default)s)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
@@ -62,7 +73,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     percent, side = number(at_least=0, at_most=90, multiple_of=10), number(at_least=8, at_most=4096, multiple_of=8)
     add("--progress", type=percent, help="how much of it is done, in percent, for a model with progress prompts")
     add("--horizon", type=number(at_least=1), help="how many frames later, for a model whose prompts say it")
-    add("--resolution", type=side, help=f"of the prediction, in pixels (the model's, or {DEFAULT_RESOLUTION})")
+    add("--resolution", type=side, help=f"of the prediction, in pixels ({DEFAULTS['resolution']})")
     args = parser.parse_args(arguments)
     if (args.image is None) != (args.prompt is None):
         parser.error("--image and --prompt need each other")
@@ -88,24 +99,37 @@ from pecn.scores import format_table, load_lpips, score_prediction, verdict
 
 
 def main() -> None:
-    if ARGS.image is None:
-        predict_validation_videos(ARGS)
+    model = find_model(ARGS.model_dir, revision=ARGS.revision, variant=ARGS.variant)
+    trained = read_training_config(model)
+    args = as_trained(ARGS, read_training_config(find_model(ARGS.settings_of)) if ARGS.settings_of else trained)
+    if args.image is None:
+        predict_validation_videos(args, model, trained)
     else:
-        predict_from_picture(ARGS)
+        predict_from_picture(args, model, trained)
 
 
-def predict_validation_videos(args: argparse.Namespace) -> None:
+def as_trained(args: argparse.Namespace, trained: dict[str, Any]) -> argparse.Namespace:
+    """The options, with what the command leaves out as a model's training config `trained` or DEFAULTS have it."""
+    known = DEFAULTS | {name: trained[name] for name in DEFAULTS if name in trained}
+    known["frames_dir"] = layout.frames_dir(known["train_data_dir"], known["resolution"])
+    known["val_annotations"] = layout.filtered_annotations_path(known["train_data_dir"], "val")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**vars(args) | known | given)
+
+
+def predict_validation_videos(args: argparse.Namespace, model: Path, trained: dict[str, Any]) -> None:
     """Predicts a frame of each chosen video, and saves the pictures and their scores."""
     if not args.val_annotations.is_file():
-        raise UserError(f"there is no file {args.val_annotations}; make it with: python -m data.dataset")
-    model = find_model(args.model_dir, revision=args.revision, variant=args.variant)
-    trained = read_training_config(model)
+        raise UserError(
+            f"there is no file {args.val_annotations}: set VAL_ANNOTATIONS and FRAMES_DIR, or make it with: python -m"
+            " data.dataset"
+        )
     pairs, left_out = find_frame_pairs(
         layout.read_annotations(args.val_annotations),
         args.frames_dir,
         args.input_frame_idx,
         args.target_frame_idx,
-        add_progress=trained.get("add_progress", False),
+        add_progress=args.add_progress,
         target_required=False,
     )
     if left_out:
@@ -116,6 +140,11 @@ def predict_validation_videos(args: argparse.Namespace) -> None:
             f" one data directory, and extract its frames with: {layout.extraction_command(args.frames_dir)}"
         )
     pairs = choose_pairs(pairs, args.num_samples, args.seed)
+    if not any(pair.edited_image for pair in pairs):
+        raise UserError(
+            f"none of the {len(pairs)} videos chosen has frame {args.target_frame_idx} in {args.frames_dir}: choose an"
+            " earlier TARGET_FRAME_IDX"
+        )
     check_frames(pairs, args, trained)
     lpips_map = load_lpips() if args.lpips else None
     check_output_dir(args.output_dir)
@@ -132,13 +161,11 @@ def predict_validation_videos(args: argparse.Namespace) -> None:
     print(f"frame {args.input_frame_idx} to {args.target_frame_idx}, {verdict(summary)}")
 
 
-def predict_from_picture(args: argparse.Namespace) -> None:
+def predict_from_picture(args: argparse.Namespace, model: Path, trained: dict[str, Any]) -> None:
     """Predicts what follows one picture, and saves the pictures."""
     if args.image.resolve().parent == args.output_dir.resolve():
         raise UserError(f"{args.image} is in OUTPUT_DIR, where pictures are replaced; choose another OUTPUT_DIR")
-    model = find_model(args.model_dir, revision=args.revision, variant=args.variant)
-    trained = read_training_config(model)
-    picture = read_picture(args.image, args.resolution or trained.get("resolution", DEFAULT_RESOLUTION))
+    picture = read_picture(args.image, args.resolution)
     has_progress = args.progress is not None
     if trained.get("add_progress", has_progress) != has_progress:
         layout.warn(f"{args.model_dir} was trained with{'out' if has_progress else ''} progress prompts (--progress)")

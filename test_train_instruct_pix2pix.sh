@@ -13,7 +13,6 @@ NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-400}
 NUM_VAL_CLIPS=${NUM_VAL_CLIPS:-60}
 TEST_OUTPUT=${TEST_OUTPUT:-test_output}
 RESOLUTION=${RESOLUTION:-96}
-NUM_SAMPLES=${NUM_SAMPLES:-8}
 SEED=${SEED:-42}
 export INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20} TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21} RESOLUTION SEED
 
@@ -50,9 +49,7 @@ rm -rf "$TEST_OUTPUT/model"  # of an earlier quick test
 env DATA_DIR="$DATA_DIR" PRETRAINED_MODEL="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/model" \
   BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruct_pix2pix.sh
 
-env MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" NUM_SAMPLES="$NUM_SAMPLES" \
-  FRAMES_DIR="$DATA_DIR/frames_${RESOLUTION}x${RESOLUTION}" \
-  VAL_ANNOTATIONS="$DATA_DIR/annotations/val_filtered.json" bash sample_from_pix2pix.sh
+env MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" bash sample_from_pix2pix.sh
 
 echo "the quick test is done; look at $TEST_OUTPUT/samples/overview.png and $TEST_OUTPUT/model/validation/, and run:"
 echo "  tensorboard --logdir=$TEST_OUTPUT/ --port 6007"

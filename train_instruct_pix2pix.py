@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ from data.sthv2_dataset_hf import (
     load_frame_pairs,
     verify_frames,
 )
-from pecn.sampling_options import add_sampling_options, sampling_command
+from pecn.sampling_options import add_sampling_options
 
 PROJECT_NAME = "instruct_pix2pix"
 NOT_UPLOADED = ("checkpoint-*/**", "encoded_cache/**", "train.log", ".*")
@@ -339,7 +340,8 @@ def train(
                 checkpoints.save_pipeline(pipeline, args.output_dir, config, companions)
         if validation_pairs:
             validate_or_warn(pipeline, unet, ema, validation_pairs, args, accelerator, max_train_steps)
-    accelerator.print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling_command(args)}")
+    sampling = f"MODEL_DIR={shlex.quote(str(args.output_dir))} bash sample_from_pix2pix.sh"
+    accelerator.print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling}")
     if args.push_to_hub and accelerator.is_main_process:
         upload(args.output_dir, repository, args.hub_token, [*NOT_UPLOADED, f"{args.logging_dir}/**"])
         print(f"uploaded to {repository}")

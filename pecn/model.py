@@ -7,6 +7,7 @@ silently start from random numbers or an empty vocabulary. Only safetensors are 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
 from data.layout import UserError, one_line
+from pecn.sampling_options import DEFAULT_OPTIONS
 
 TRAINING_CONFIG = "training_config.json"  # what train_instruct_pix2pix.py was called with, beside the trained pipeline
 PIPELINE_INDEX = "model_index.json"  # names a pipeline's parts; the last file of one to be written
@@ -53,6 +55,9 @@ def find_model(name: str, revision: str | None = None, variant: str | None = Non
     """
     if os.path.isdir(name):
         return Path(name)
+    missing = f"there is no directory {name} (the nearest is {nearest_directory(Path(name))})"
+    if name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir()):  # no hub id, then
+        raise UserError(f"{missing}: name one that holds a model")
     options = {"revision": revision, "variant": variant, "use_safetensors": True, "safety_checker": None}
     download = functools.partial(StableDiffusionInstructPix2PixPipeline.download, name, **options)
     with contextlib.suppress(Exception):  # not in the cache, or not all of it
@@ -67,10 +72,17 @@ def find_model(name: str, revision: str | None = None, variant: str | None = Non
         return folder
     except Exception as error:  # the network, the hub, its libraries: the list of what they raise is long
         raise UserError(
-            f"there is no directory {name}, and no such model could be fetched from"
+            f"{missing}, and no such model could be fetched from"
             f" {os.environ.get('HF_ENDPOINT', 'the hub')} ({one_line(error)}): set HF_ENDPOINT to a mirror you can"
             " reach, or name a directory that holds a model"
         ) from error
+
+
+def nearest_directory(path: Path) -> Path:
+    """The existing directory whose path is most like `path`, which does not exist; else the one to hold it."""
+    parent = path.parent if path.parent.is_dir() else nearest_directory(path.parent)
+    names = [folder.name for folder in parent.iterdir() if folder.is_dir()]
+    return parent / next(iter(difflib.get_close_matches(path.name, names, n=1)), "")
 
 
 def read_training_config(folder: Path) -> dict[str, Any]:
@@ -79,6 +91,7 @@ def read_training_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     types = {"resolution": int, "input_frame_idx": int, "target_frame_idx": int, "add_progress": bool}
+    types |= {"train_data_dir": str} | {name: type(value) for name, value in vars(DEFAULT_OPTIONS).items()}
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
         for name, kind in types.items():

@@ -6,10 +6,9 @@ Apart from pecn/sampling.py, since a command reads its options before it loads t
 from __future__ import annotations
 
 import argparse
-import shlex
 from dataclasses import dataclass, fields
 
-from data.layout import SWITCH, filtered_annotations_path, frames_dir, number
+from data.layout import SWITCH, number
 
 SCHEDULERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
@@ -40,18 +39,20 @@ DEFAULT_OPTIONS = SamplingOptions()
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The flags that `sampling_options` reads."""
-    add = parser.add_argument_group("how frames are predicted").add_argument
+    """The flags that `sampling_options` reads; their help names DEFAULT_OPTIONS, whatever the parser's defaults are."""
+    add, standard = parser.add_argument_group("how frames are predicted").add_argument, DEFAULT_OPTIONS
     count, scale, share = number(at_least=1), number(float, at_least=1), number(float, above=0, at_most=1)
-    add("--num_inference_steps", type=count, help="denoising steps (%(default)s)")
-    add("--guidance_scale", type=scale, help="of the text; 1 is none (%(default)s)")
-    add("--image_guidance_scale", type=scale, help="of the input frame; 1 is none (%(default)s)")
-    add("--scheduler", choices=list(SCHEDULERS), help="(%(default)s)")
-    strength_help = "share of the steps to make, from the noised input frame; 1 starts from noise alone (%(default)s)"
-    add("--strength", type=share, help=strength_help)
-    add("--num_predictions", type=count, help="of each frame; their mean and spread are shown too (%(default)s)")
-    add("--residual", **SWITCH, help="keep the input frame where the model changes nothing (%(default)s)")
-    parser.set_defaults(**{field.name: field.default for field in fields(SamplingOptions)})
+    add("--num_inference_steps", type=count, help=f"denoising steps ({standard.num_inference_steps})")
+    add("--guidance_scale", type=scale, help=f"of the text; 1 is none ({standard.guidance_scale})")
+    image_help = f"of the input frame; 1 is none ({standard.image_guidance_scale})"
+    add("--image_guidance_scale", type=scale, help=image_help)
+    add("--scheduler", choices=list(SCHEDULERS), help=f"({standard.scheduler})")
+    strength_help = "share of the steps to make, from the noised input frame; 1 starts from noise alone"
+    add("--strength", type=share, help=f"{strength_help} ({standard.strength})")
+    count_help = f"of each frame; their mean and spread are shown too ({standard.num_predictions})"
+    add("--num_predictions", type=count, help=count_help)
+    add("--residual", **SWITCH, help=f"keep the input frame where the model changes nothing ({standard.residual})")
+    parser.set_defaults(**vars(standard))
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
@@ -62,19 +63,3 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
 def number_of_samples(text: str) -> int | None:
     """An argparse type: a count of at least 1, or None for "all"."""
     return None if text == "all" else number(at_least=1)(text)
-
-
-def sampling_command(args: argparse.Namespace) -> str:
-    """The shell command that samples from the trained model on the validation videos of its training data."""
-    variables = {
-        "MODEL_DIR": args.output_dir,
-        "FRAMES_DIR": frames_dir(args.train_data_dir, args.resolution),
-        "VAL_ANNOTATIONS": filtered_annotations_path(args.train_data_dir, "val"),
-        "INPUT_FRAME_IDX": args.input_frame_idx,
-        "TARGET_FRAME_IDX": args.target_frame_idx,
-    }
-    for option in fields(SamplingOptions):
-        if (value := getattr(args, option.name)) != option.default:
-            variables[option.name.upper()] = value
-    words = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
-    return " ".join([*words, "bash sample_from_pix2pix.sh"])

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from data.layout import UserError, filtered_annotations_path, frames_dir
-from pecn.model import PARTS, load_pipeline, read_training_config
+from pecn.model import PARTS, find_model, load_pipeline, read_training_config
 from tests.conftest import PROJECT, SIDE, run
 
 WEIGHTS = {
@@ -171,6 +171,20 @@ def test_commands_end_in_one_line(command, data_dir, model, tmp_path):
     assert line.startswith(f"error: the model {model} cannot be loaded: unet/ holds no *.safetensors, only pickles")
     assert "Traceback" not in done.stderr
     assert not trap.exists() and not list((tmp_path / "output").rglob("model*"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "nearest"),
+    [("outputs/small_69", "outputs/small_96"), ("output/large", "outputs/large"), ("outputs/xyz", "outputs")],
+)
+def test_a_misspelled_directory_is_named_with_the_nearest(missing, nearest, tmp_path):
+    for name in ("large", "small_96"):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+    (tmp_path / "outputs" / "small_69.txt").touch()
+    with pytest.raises(UserError) as refusal:
+        find_model(str(tmp_path / missing))
+    wanted = f"there is no directory {tmp_path / missing} (the nearest is {tmp_path / nearest})"
+    assert str(refusal.value).startswith(wanted) and "hub" not in str(refusal.value)
 
 
 # The hub.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.layout import SPLITS, filtered_annotations_path, find_video, frames_dir, read_filtered_annotations
+from data.layout import SPLITS, filtered_annotations_path, find_video, read_filtered_annotations
 from tests.conftest import SIDE, run
 from tests.test_video_loader import write_video
 
@@ -75,9 +75,8 @@ def test_csv_becomes_a_data_directory_to_train_on_and_sample_from(prepare, video
     options = ["--resolution", SIDE, "--max_train_steps", 1, "--num_validation_images", 1, "--num_inference_steps", 1]
     command = ["python", "train_instruct_pix2pix.py", "--pretrained_model_name_or_path", tiny_model]
     run(*command, "--train_data_dir", data_dir, "--output_dir", tmp_path / "model", "--add_progress", *options)
-    command = ["python", "sample_from_pix2pix.py", "--model_dir", tmp_path / "model", "--num_inference_steps", 1]
-    command += ["--val_annotations", filtered_annotations_path(data_dir, "val"), "--num_samples", "all"]
-    done = run(*command, "--frames_dir", frames_dir(data_dir, SIDE), "--output_dir", tmp_path / "samples")
+    command = ["python", "sample_from_pix2pix.py", "--model_dir", tmp_path / "model"]
+    done = run(*command, "--output_dir", tmp_path / "samples")
     assert "open: 1 pairs" in done.stdout and "unknown: 1 pairs" in done.stdout
     samples = json.loads((tmp_path / "samples" / "metrics.json").read_text())["samples"]
     [prompt] = [row["edit_prompt"] for row in samples if row["video_id"] == entries["shut.avi"]["id"]]

@@ -94,7 +94,34 @@ def test_other_frames_than_trained_work_with_a_warning(data_dir, model_with_conf
     assert "completed" not in json.loads((tmp_path / "metrics.json").read_text())["samples"][0]["edit_prompt"]
 
 
-def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tmp_path, tmp_path_factory):
+def test_what_is_left_out_is_as_the_model_was_trained_and_validated(data_dir, tiny_model, tmp_path):
+    arguments = {"train_data_dir": str(data_dir), "resolution": SIDE, "input_frame_idx": 19, "target_frame_idx": 22}
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "image_guidance_scale": 1.25, "scheduler": "ddim"}
+    options |= {"strength": 0.5, "num_predictions": 2, "residual": False}
+
+    def sampled(model, **flags):
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        run("python", "sample_from_pix2pix.py", "--model_dir", model, "--output_dir", tmp_path / "out", *words)
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())["samples"]
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.dumps({"arguments": arguments | options | {"add_progress": True}})
+    (model / "training_config.json").write_text(config)
+    left_out = sampled(model)
+    assert len(left_out) == 4 and left_out[0]["edit_prompt"].endswith("completed.")
+    assert sampled(tiny_model, settings_of=model) == left_out
+    assert sampled(model, num_predictions=1) != left_out
+
+    (model / "training_config.json").write_text(json.dumps({"arguments": {"add_progress": True}}))
+    frames, annotations = frames_dir(data_dir, SIDE), filtered_annotations_path(data_dir, "val")
+    flags = {"input_frame_idx": 19, "target_frame_idx": 22, **options}
+    assert sampled(model, frames_dir=frames, val_annotations=annotations, **flags) == left_out
+
+
+def test_mistakes_get_one_line_and_leave_former_results(
+    data_dir, tiny_model, model_with_config, tmp_path, tmp_path_factory
+):
     (tmp_path / "metrics.json").write_text("former")
     strangers = tmp_path_factory.mktemp("strangers") / "val.json"
     write_annotations(strangers, [{"id": "stranger", "label": "moving a cup", "template": "Moving [something]"}])
@@ -110,6 +137,7 @@ def test_mistakes_get_one_line_and_leave_former_results(data_dir, tiny_model, tm
     for flags in (("--input_frame_idx", 70), ("--frames_dir", data_dir), ("--val_annotations", strangers)):
         line = message(*flags)
         assert "no video of" in line and "from one data directory" in line and "python -m data.video_loader" in line
+    assert "none of the 4 videos chosen has frame 80 in " in message("--target_frame_idx", 80, model=model_with_config)
     assert "choose a later target" in message("--input_frame_idx", 20, "--target_frame_idx", 20)
     assert "there is no file" in message("--val_annotations", data_dir)
     assert "metrics.json cannot be made (it is a file)" in message("--output_dir", tmp_path / "metrics.json")

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.layout import UserError, filtered_annotations_path, frames_dir
+from data.layout import UserError
 from data.sthv2_dataset_hf import load_frame_pairs
 from pecn.model import create_hub_repository, encode_pictures, encode_prompts, load_pipeline, upload
 from pecn.sampling import denoise
@@ -73,11 +72,7 @@ def test_result_is_a_pipeline_that_stock_diffusers_loads(trained, tiny_model):
     assert torch.equal(pipeline.vae.encoder.conv_in.weight, before.vae.encoder.conv_in.weight)
     image = Image.new("RGB", (SIDE, SIDE), "gray")
     assert pipeline("a cup", image=image, num_inference_steps=2).images[0].size == (SIDE, SIDE)
-    sampling = (
-        rf"MODEL_DIR={output_dir} FRAMES_DIR=\S+/frames_{SIDE}x{SIDE} .*TARGET_FRAME_IDX=21 NUM_INFERENCE_STEPS=2"
-        " bash sample_from_pix2pix.sh"
-    )
-    assert re.search(sampling, printed)
+    assert f"  MODEL_DIR={output_dir} bash sample_from_pix2pix.sh\n" in printed
     assert not list(output_dir.rglob("*.bin.index*")) and not list(output_dir.glob(".*"))
 
 
@@ -395,11 +390,5 @@ def test_a_model_of_16_latent_channels_is_trained_and_sampled_from(data_dir, tmp
     options = ("--max_train_steps", 2, "--random_flip", "--num_validation_images", 1)
     train(data_dir, model, output_dir, *options)
     command = ("python", "sample_from_pix2pix.py", "--model_dir", output_dir, "--output_dir", results)
-    places = (
-        "--frames_dir",
-        frames_dir(data_dir, SIDE),
-        "--val_annotations",
-        filtered_annotations_path(data_dir, "val"),
-    )
-    run(*command, *places, "--num_inference_steps", 2, "--num_predictions", 2, "--num_samples", 2)
+    run(*command, "--num_predictions", 2, "--num_samples", 2)
     assert json.loads((results / "metrics.json").read_text())["summary"]["num_samples"] == 2
