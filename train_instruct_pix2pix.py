@@ -151,7 +151,7 @@ from pecn.interruption import Interrupted, StopRequest
 from pecn.lora import add_adapter
 from pecn.model import create_hub_repository, find_model, load_pipeline, upload
 from pecn.processes import create_accelerator, is_first_process, is_out_of_memory, on_main_process
-from pecn.validation import validate_or_warn
+from pecn.validation import start_trackers, validate_or_warn
 
 
 def find_pairs(args: argparse.Namespace, split: str, most: int | None) -> list[FramePair]:
@@ -281,7 +281,7 @@ def train(
     if ema:
         ema.to(accelerator.device)  # after the checkpoint, which is loaded to the CPU
     if args.report_to != "none":
-        accelerator.init_trackers(PROJECT_NAME, {name: str(value) for name, value in config["arguments"].items()})
+        start_trackers(accelerator, PROJECT_NAME, config["arguments"])
     accelerator.print(
         f"training on {batches.num_samples} frame pairs ({args.input_frame_idx} -> {args.target_frame_idx},"
         f" {args.resolution}x{args.resolution}) for {max_train_steps} steps of {batches.global_batch_size} samples,"
@@ -291,7 +291,7 @@ def train(
 
     model = optimization.compile_unet(unet, accelerator) if args.compile else unet
     loader = load_batches(batches, steps_done, accelerator.device, args.dataloader_num_workers)
-    step_log = optimization.StepLog(accelerator, batches.global_batch_size)
+    step_log = optimization.StepLog(accelerator, batches.global_batch_size, batches.num_samples)
     progress_bar = tqdm(
         total=max_train_steps, initial=steps_done, desc="Training", disable=not accelerator.is_main_process
     )

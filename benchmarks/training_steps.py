@@ -130,7 +130,7 @@ class OurStep:
             optimization.create_optimizer(model, LEARNING_RATE, self.use_8bit_adam)
         )
         self.loader = load_batches(self.batches, 0, self.accelerator.device)
-        self.log = optimization.StepLog(self.accelerator, self.batches.global_batch_size)
+        self.log = optimization.StepLog(self.accelerator, self.batches.global_batch_size, self.batches.num_samples)
         timed = [(self, "loss_of_batch", "forward"), (optimization, "clip_gradients", "clip")]
         return [*timed, (self.accelerator, "backward", "backward"), (self.optimizer, "step", "optimizer")]
 

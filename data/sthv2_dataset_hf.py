@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_INPUT_FRAME_IDX = 20
 DEFAULT_TARGET_FRAME_IDX = 21
+TASK_OF_ALL_PROMPTS = "Generate a future frame of this action: "
 MOST_NAMED = 5  # videos that one line of a message names
 
 
@@ -45,7 +46,7 @@ class FramePair:
 
 def build_prompt(label: str, progress: int | None = None, horizon: int | None = None) -> str:
     """The sentence the model reads; `progress` is in percent, `horizon` in frames, None leaves either out."""
-    action = f"Generate a future frame of this action: {label}"
+    action = f"{TASK_OF_ALL_PROMPTS}{label}"
     done = "" if progress is None else f" And {progress}% of the action has been completed."
     later = "" if horizon is None else f" The frame is {horizon} frame{'' if horizon == 1 else 's'} later."
     return f"{action}.{done}{later}" if done or later else action

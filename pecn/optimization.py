@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -176,12 +177,14 @@ def current_unet(
 class StepLog:
     """Collects each step's figures and hands them to the trackers every few steps.
 
-    Losses stay on the device until then, since reading one waits for all work before it. Raises UserError where
-    a loss is not finite; warns where fp16's scaler skips many steps in a row.
+    Losses stay on the device until then, since reading one waits for all work before it. Beside each stands the mean of
+    the last epoch's (after resuming: of those since), as the timesteps drawn make single ones jump. Raises UserError
+    where a loss is not finite; warns where fp16's scaler skips many steps in a row.
     """
 
-    def __init__(self, accelerator: Accelerator, samples_per_step: int) -> None:
+    def __init__(self, accelerator: Accelerator, samples_per_step: int, samples_per_epoch: int) -> None:
         self.accelerator, self.samples_per_step = accelerator, samples_per_step
+        self.losses_of_epoch: deque[float] = deque(maxlen=math.ceil(samples_per_epoch / samples_per_step))
         self.pending: list[tuple[int, torch.Tensor, torch.Tensor | float | None, float, dict[str, float]]] = []
         self.skipped = 0  # steps in a row, up to the last one
         self.restart_clock()
@@ -208,8 +211,10 @@ class StepLog:
         grad_norms = [math.nan if norm is None else float(norm) for _, _, norm, *_ in self.pending]
         samples_per_second = len(self.pending) * self.samples_per_step / (time.perf_counter() - self.started)
         for (step, _, _, learning_rate, scale), loss, grad_norm in zip(self.pending, losses, grad_norms):
+            self.losses_of_epoch.append(loss)
             figures = {
                 "train/loss": loss,
+                "train/loss_epoch_mean": sum(self.losses_of_epoch) / len(self.losses_of_epoch),
                 "train/learning_rate": learning_rate,
                 "train/grad_norm": grad_norm,
                 "train/samples_per_second": samples_per_second,

@@ -134,18 +134,19 @@ def choose_for_overview(gains: Sequence[float | None]) -> list[tuple[int, str]]:
 
 
 def titled(picture: np.ndarray, title: str) -> np.ndarray:
-    """A uint8 RGB picture below a dark bar with a title."""
+    """A uint8 RGB picture below a dark bar with a title, shortened to its width."""
+    title = textwrap.shorten(title, picture.shape[1] // CHARACTER_WIDTH, placeholder=" …")
     bar = Image.new("RGB", (picture.shape[1], LINE_HEIGHT + GAP), (60, 60, 60))
     ImageDraw.Draw(bar).text((GAP, GAP // 2), title, fill="white", font=FONT)
     return np.concatenate([np.asarray(bar), picture])
 
 
-def strip_of_frames(folder: Path, title: str) -> np.ndarray:
-    """A sample's frames side by side, twice their size, below its title: input, prediction, expected frame, target."""
-    paths = [folder / f"{name}.png" for name in ("input", "prediction", "expected", "target")]
-    strip = np.concatenate([np.asarray(Image.open(path)) for path in paths if path.is_file()], axis=1)
+def strip_of_frames(prediction: Prediction) -> np.ndarray:
+    """Input, sample, expected frame and target side by side, those that there are, twice their size; uint8 RGB."""
+    frames = (prediction.input, prediction.sample, prediction.expected, prediction.target)
+    strip = np.concatenate([frame for frame in frames if frame is not None], axis=1)
     strip = Image.fromarray(strip).resize((2 * strip.shape[1], 2 * strip.shape[0]), Image.Resampling.BICUBIC)
-    return titled(np.asarray(strip), textwrap.shorten(title, strip.width // CHARACTER_WIDTH, placeholder=" …"))
+    return np.asarray(strip)
 
 
 def sheet_of_strips(strips: Sequence[np.ndarray]) -> np.ndarray:
@@ -222,12 +223,12 @@ def save_results(
     """Writes samples/<video id>/*.png, the other pictures and metrics.json; returns metrics.json's summary.
 
     overview.png shows the best, median and worst pairs, random_pairs.png the first ones: whoever chose the pairs drew
-    them at random. The predictions may be a generator: only their scores are kept. A sample's folder holds
+    them at random. The predictions may be a generator: few are kept beyond their scores. A sample's folder holds
     comparison.png, the frames input.png, prediction.png (the sample), expected.png and target.png as they are, and
     uncertainty.png with 16 bits: 256 times the standard deviation. A run that is interrupted, or that the disk stops
     (UserError), leaves former results whole.
     """
-    records = []
+    records, strips = [], []
     try:
         with parts_replaced_together(output_dir, last=METRICS_FILE) as new:
             for prediction in predictions:
@@ -236,13 +237,14 @@ def save_results(
                 records.append(record | scores)
                 comparison = comparison_picture(prediction, scores, note)
                 save_prediction(new / SAMPLES / prediction.video_id, prediction, comparison)
+                if len(strips) < RANDOM_PAIRS:
+                    strips.append(titled(strip_of_frames(prediction), prediction.edit_prompt))
             overview = []
             for index, title in choose_for_overview([psnr_gain(record) for record in records]):
                 comparison = new / SAMPLES / records[index]["video_id"] / "comparison.png"
                 overview.append(titled(np.asarray(Image.open(comparison)), title))
             save_picture(new / "overview.png", np.concatenate(overview))
-            drawn = [(new / SAMPLES / record["video_id"], record["edit_prompt"]) for record in records[:RANDOM_PAIRS]]
-            save_picture(new / "random_pairs.png", sheet_of_strips([strip_of_frames(*sample) for sample in drawn]))
+            save_picture(new / "random_pairs.png", sheet_of_strips(strips))
             save_scores_plot(new / "scores.png", records, note)
             metrics = {"summary": summarize(records), "samples": records}
             text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)

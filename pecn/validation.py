@@ -1,22 +1,50 @@
-"""Predictions of a few validation pairs while training goes on."""
+"""Predictions of a few validation pairs while training goes on, and how TensorBoard or wandb shows them."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 
 from data.layout import one_line, warn
-from data.sthv2_dataset_hf import FramePair
+from data.sthv2_dataset_hf import TASK_OF_ALL_PROMPTS, FramePair
 from pecn.optimization import current_unet
-from pecn.pictures import comparison_picture, save_picture
-from pecn.sampling import predict_pairs
+from pecn.pictures import comparison_picture, save_picture, strip_of_frames
+from pecn.sampling import Prediction, predict_pairs
 from pecn.sampling_options import sampling_options
-from pecn.scores import MOVING_METRICS, score_prediction, summarize_group, verdict
+from pecn.scores import METRICS, MOVING_METRICS, score_prediction, summarize_group, verdict
+
+SHARE_OF_FRAMES = "share_of_frames"
+
+
+def where_something_moves(metric: str) -> str:
+    return f"{metric}_where_something_moves"
+
+
+def start_trackers(accelerator: Accelerator, project: str, arguments: dict[str, Any]) -> None:
+    """Starts the trackers and records the arguments; in TensorBoard all of a training is one run.
+
+    Its custom scalars show each metric's lines (the sample's, the copy's, …) in one chart.
+    """
+    arguments = {name: str(value) for name, value in arguments.items()}
+    accelerator.init_trackers(project)
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":
+            tracker.store_init_configuration(arguments)
+        elif accelerator.is_main_process:
+            from torch.utils.tensorboard.summary import hparams  # only where it is asked for
+
+            for summary in hparams(arguments, {}):  # accelerate's own way makes two more runs
+                tracker.writer.file_writer.add_summary(summary)
+            metrics = [SHARE_OF_FRAMES, *map(where_something_moves, MOVING_METRICS), *METRICS]
+            charts = {metric: ["Multiline", [f"^validation_{metric}/"]] for metric in metrics}
+            tracker.writer.add_custom_scalars({"validation": charts})
 
 
 def validate_or_warn(
@@ -61,21 +89,35 @@ def validate(
 
     folder = args.output_dir / "validation"
     folder.mkdir(exist_ok=True)
-    pictures, scores = {}, [score_prediction(prediction) for prediction in predictions]
+    scores = [score_prediction(prediction) for prediction in predictions]
     for prediction, its_scores in zip(predictions, scores):
         picture = comparison_picture(prediction, its_scores, f"step {step}")
         save_picture(folder / f"step-{step:06}_{prediction.video_id}.png", picture)
-        pictures[f"validation/{prediction.video_id}"] = picture[None]
     summary = summarize_group(scores)
-    moving = summary["moving"]
-    # A dictionary becomes several lines in one chart, so that the sample is seen to pass the copy.
-    means = {"psnr": summary["psnr"], "ssim": summary["ssim"]}
-    means |= {f"{metric}_where_something_moves": moving[metric] for metric in MOVING_METRICS}
-    charts = {name: {way: figures["mean"] for way, figures in of.items()} for name, of in means.items()}
-    charts["share_of_frames"] = {way: figures["share"] for way, figures in moving["frames"].items()}
-    for name, lines in charts.items():
-        accelerator.log({f"validation/{name}": lines}, step)
+    accelerator.log(scalars_of(summary), step)
+    pictures = pictures_by_sentence(predictions)
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images(pictures, step=step, **layout)
     accelerator.print(f"step {step}, {verdict(summary)}; pictures in {folder}")
+
+
+def scalars_of(summary: dict[str, Any]) -> dict[str, float]:
+    """What `summarize_group` returned as {"validation_<metric>/<way>": mean over the pairs}."""
+    moving = summary["moving"]
+    means = {metric: summary[metric] for metric in METRICS}
+    means |= {where_something_moves(metric): moving[metric] for metric in MOVING_METRICS}
+    scalars = {f"validation_{name}/{way}": figures["mean"] for name, of in means.items() for way, figures in of.items()}
+    shares = {way: figures["share"] for way, figures in moving["frames"].items()}
+    return scalars | {f"validation_{SHARE_OF_FRAMES}/{way}": share for way, share in shares.items()}
+
+
+def pictures_by_sentence(predictions: Sequence[Prediction]) -> dict[str, np.ndarray]:
+    """Each prediction's strip of frames (1, H, W, 3) by task and sentence, and by id where these repeat."""
+    pictures = {}
+    for prediction in predictions:
+        tag = f"validation_{prediction.task}/{prediction.edit_prompt.removeprefix(TASK_OF_ALL_PROMPTS)}"
+        if tag in pictures:
+            tag = f"{tag} ({prediction.video_id})"
+        pictures[tag] = strip_of_frames(prediction)[None]
+    return pictures

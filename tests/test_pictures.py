@@ -25,6 +25,7 @@ from pecn.pictures import (
 )
 from pecn.sampling import Prediction
 from pecn.scores import score_prediction, summarize
+from pecn.validation import pictures_by_sentence
 
 SIDE = 32
 PANEL = 256
@@ -205,6 +206,14 @@ def test_sheet_shows_the_first_pairs_two_in_a_row(tmp_path):
             # Enlarged side by side, neighbors mix at the edges alone.
             inner = slice(4, -4), slice(4, -4)
             assert np.array_equal(strip[:, place * side : (place + 1) * side][inner], np.asarray(enlarged)[inner])
+
+
+def test_pairs_of_one_sentence_have_each_their_picture_while_training():
+    first, other = result(0), replace(result(1), task=TASKS[0], edit_prompt=result(0).edit_prompt)
+    pictures = pictures_by_sentence([first, other])
+    tag = "validation_move_object/moving thing 0 from left to right"
+    assert list(pictures) == [tag, f"{tag} (video1)"]
+    assert not np.array_equal(*pictures.values())
 
 
 def test_results_may_come_one_by_one(tmp_path, monkeypatch):

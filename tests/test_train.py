@@ -1,8 +1,10 @@
 """Training, through the command users run; the loss and its parts as functions."""
 
 import argparse
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from data.sthv2_dataset_hf import load_frame_pairs
 from pecn.model import create_hub_repository, encode_pictures, encode_prompts, load_pipeline, upload
 from pecn.sampling import denoise
 from pecn.sampling_options import SamplingOptions
-from tests.conftest import PROJECT, SIDE, make_tiny_pipeline, run, scalars
+from tests.conftest import LABELS, PROJECT, SIDE, make_tiny_pipeline, run, scalars
 
 STEPS = 8
 
@@ -87,27 +89,42 @@ def test_config_records_arguments_and_versions(trained):
 
 def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
     logs = trained[0] / "logs"
     for name in ("loss", "learning_rate", "grad_norm", "samples_per_second"):
         assert sorted(scalars(logs, f"train/{name}")) == list(range(1, STEPS + 1)), name
     assert list(scalars(logs, "train/learning_rate").values()) == pytest.approx([1e-3] * STEPS)
-    where_something_moves = [f"{metric}_where_something_moves" for metric in ("psnr", "ssim", "sharpness")]
-    for metric in ("psnr", "ssim", *where_something_moves, "share_of_frames"):
-        for name in ("sample", "copy", "vae_ceiling"):
-            # 6 samples, 4 a step: two epochs end with step 3, four with step 6.
-            # One chart a metric: TensorBoard lays its lines, each a run of its own, over each other.
-            [line] = logs.rglob(f"validation_{metric}_{name}")
-            assert sorted(scalars(line, f"validation/{metric}")) == [3, 6, 8]
-    [copy_line], [sample_line] = logs.rglob("validation_psnr_copy"), logs.rglob("validation_psnr_sample")
-    copies = scalars(copy_line, "validation/psnr")
-    assert copies[3] == copies[8] != scalars(sample_line, "validation/psnr")[8]
-    assert not list(logs.rglob("validation_*_expected"))  # of a single prediction
-    [event_file] = logs.glob("*/events*")
+    losses = list(scalars(logs, "train/loss").values())
+    means = [sum(losses[max(0, end - 2) : end]) / min(end, 2) for end in range(1, STEPS + 1)]  # an epoch: 1.5 steps
+    assert list(scalars(logs, "train/loss_epoch_mean").values()) == pytest.approx(means)
+
+    [event_file] = logs.rglob("events*")  # one run, of one file
     events = EventAccumulator(str(event_file), size_guidance={"images": 0})
     events.Reload()
-    assert sorted(events.Tags()["images"]) == [f"validation/val{number}" for number in range(3)]
-    assert [event.step for event in events.Images("validation/val0")] == [3, 6, 8]
+    where_something_moves = [f"{metric}_where_something_moves" for metric in ("psnr", "ssim", "mae", "sharpness")]
+    metrics = ["share_of_frames", *where_something_moves, "psnr", "ssim"]
+    lines = {metric: [f"validation_{metric}/{way}" for way in ("copy", "sample", "vae_ceiling")] for metric in metrics}
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("validation")]
+    assert sorted(tags) == sorted(itertools.chain(*lines.values()))  # no mean of a single prediction
+    # 6 samples, 4 a step: two epochs end with step 3, four with step 6.
+    assert all(sorted(scalars(logs, tag)) == [3, 6, 8] for tag in tags)
+    copies = scalars(logs, "validation_psnr/copy")
+    assert copies[3] == copies[8] != scalars(logs, "validation_psnr/sample")[8]
+
+    [layout] = events.Tensors("custom_scalars__config__")
+    [category] = Layout.FromString(layout.tensor_proto.string_val[0]).category
+    charts = {chart.title: chart.multiline.tag for chart in category.chart}
+    assert {title: sorted(tag for tag in tags if re.search(regex, tag)) for title, [regex] in charts.items()} == lines
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+
+    sentences = [
+        f"validation_{task}/{label}. And 50% of the action has been completed." for task, label in LABELS.items()
+    ]
+    assert sorted(events.Tags()["images"]) == sorted(sentences)
+    assert [event.step for event in events.Images(sentences[0])] == [3, 6, 8]
+    first = events.Images(sentences[0])[0]
+    assert (first.width, first.height) == (3 * 2 * SIDE, 2 * SIDE)  # input, sample, target
 
 
 def test_validation_pictures_are_saved(trained):
