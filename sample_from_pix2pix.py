@@ -63,6 +63,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser)
     parser.set_defaults(**dict.fromkeys(vars(DEFAULT_OPTIONS)))  # so that what is left out is known
     add("--batch_size", type=number(at_least=1), default=8, help="pictures predicted at once (%(default)s)")
+    add("--against", type=Path, help="output directory of an earlier run, to compare with on the videos of both")
     add("--lpips", **SWITCH, help="score LPIPS too; needs the package lpips (%(default)s)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model (fp16 on a GPU, else no)")
     add("--revision", help="revision of a model on the hub")
@@ -93,9 +94,9 @@ from PIL import Image
 
 from data.video_decoder import read_picture
 from pecn.model import find_model, load_pipeline, read_training_config
-from pecn.pictures import check_output_dir, comparison_picture, save_prediction, save_results
+from pecn.pictures import check_output_dir, comparison_picture, read_scores, save_prediction, save_results
 from pecn.sampling import Prediction, predict_frames, predict_pairs
-from pecn.scores import format_table, load_lpips, score_prediction, verdict
+from pecn.scores import format_table, load_lpips, paired_difference, score_prediction, verdict
 
 
 def main() -> None:
@@ -147,6 +148,8 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
         )
     check_frames(pairs, args, trained)
     lpips_map = load_lpips() if args.lpips else None
+    if args.against:
+        read_scores(args.against)  # to fail early
     check_output_dir(args.output_dir)
     with layout.only_one(args.output_dir, "sampling"):
         pipeline = load_model(args, model)
@@ -159,6 +162,9 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
     pictures = "overview.png, random_pairs.png, scores.png, samples/"
     print(f"{args.output_dir} holds the pictures ({pictures}) and the scores (metrics.json)")
     print(f"frame {args.input_frame_idx} to {args.target_frame_idx}, {verdict(summary)}")
+    if args.against:
+        difference = paired_difference(read_scores(args.output_dir), read_scores(args.against))
+        print(f"the same, {verdict(difference, str(args.against))}")
 
 
 def predict_from_picture(args: argparse.Namespace, model: Path, trained: dict[str, Any]) -> None:

@@ -38,9 +38,7 @@ FROZEN_FOR_RESUME = (
     "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
     " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
     " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
-    " schedule_length timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion"
-    " use_lora lora_rank lambda_gan lambda_l1 prediction_type rescale_betas_zero_snr"
-    " hash_of_model_frames_and_prompts"
+    " schedule_length use_lora lora_rank prediction_type rescale_betas_zero_snr hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -80,16 +78,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     third = number(float, at_least=0, at_most=1 / 3)
     add("--conditioning_dropout_prob", type=third, default=0.05, help="for text, image, and both (%(default)s)")
     add("--snr_gamma", type=positive, help="min-SNR weighting of the loss (Hang et al., 2023), 5.0 is usual")
-    kinds = ["none", "later"]
-    add("--timestep_bias_strategy", choices=kinds, default="none", help="later favors noisy timesteps (%(default)s)")
-    add("--timestep_bias_multiplier", type=positive, default=1.0, help="how much more often (%(default)s)")
-    share = number(float, above=0, at_most=1)
-    add("--timestep_bias_portion", type=share, default=0.25, help="the share of timesteps meant (%(default)s)")
-
-    gan_help = "above 0: predict in one step, and weigh a discriminator of the decoded picture like this (%(default)s)"
-    add("--lambda_gan", type=not_negative, default=0.0, help=gan_help)
-    l1_help = "with --lambda_gan, the weight of the picture's mean absolute error (%(default)s)"
-    add("--lambda_l1", type=not_negative, default=30.0, help=l1_help)
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=not_negative, default=5e-6, help="(%(default)s)")
@@ -138,14 +126,12 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
 
-import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, ModelMixin, StableDiffusionInstructPix2PixPipeline
+from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
 from tqdm import tqdm
 
 from pecn import checkpoints, optimization
-from pecn.adversarial import DISCRIMINATOR, AdversarialLoss, load_discriminator
-from pecn.diffusion import add_image_channels, changed_scheduler, diffusion_loss, timestep_weights
+from pecn.diffusion import add_image_channels, changed_scheduler
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
 from pecn.interruption import Interrupted, StopRequest
 from pecn.lora import add_adapter
@@ -170,8 +156,9 @@ def find_pairs(args: argparse.Namespace, split: str, most: int | None) -> list[F
     return pairs if most is None else choose_pairs(pairs, most, args.seed)
 
 
-def load_base_model(args: argparse.Namespace, folder: Path) -> StableDiffusionInstructPix2PixPipeline:
+def load_base_model(args: argparse.Namespace) -> StableDiffusionInstructPix2PixPipeline:
     """The model to start from, its UNet ready for training, with the input frame's channels where it lacks them."""
+    folder = find_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     pipeline = load_pipeline(folder, variant=args.variant)
     pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
@@ -182,26 +169,6 @@ def load_base_model(args: argparse.Namespace, folder: Path) -> StableDiffusionIn
         pipeline.unet.enable_gradient_checkpointing()
     pipeline.unet.train()
     return pipeline
-
-
-def choose_loss(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    base_model: Path,
-    noise_scheduler: DDPMScheduler,
-) -> tuple[optimization.LossOfBatch, dict[str, ModelMixin]]:
-    """The loss that the options ask for, and what is saved beside the pipeline because of it."""
-    if args.lambda_gan:
-        discriminator = load_discriminator(base_model, args.seed)
-        weights = (args.lambda_gan, args.lambda_l1)
-        loss = AdversarialLoss(accelerator, discriminator, pipeline.vae, noise_scheduler, *weights)
-        return loss, {DISCRIMINATOR: discriminator}
-
-    def loss_of_batch(unet: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return diffusion_loss(unet, noise_scheduler, batch, args.snr_gamma)
-
-    return loss_of_batch, {}
 
 
 def train(
@@ -219,8 +186,7 @@ def train(
     frames_hash = on_main_process(accelerator, verify_frames, train_pairs, args.resolution)
     on_main_process(accelerator, verify_frames, validation_pairs, args.resolution)
 
-    base_model = find_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
-    pipeline = load_base_model(args, base_model)
+    pipeline = load_base_model(args)
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     cache_dir = args.train_data_dir / "encoded_cache"
     if not os.access(cache_dir if cache_dir.is_dir() else args.train_data_dir, os.W_OK):
@@ -229,7 +195,6 @@ def train(
     encoded = encode_once(pipeline, train_pairs, frames_hash, args.random_flip, cache_dir, accelerator)
 
     num_timesteps = noise_scheduler.config.num_train_timesteps
-    bias = (args.timestep_bias_strategy, args.timestep_bias_portion, args.timestep_bias_multiplier)
     batches = TrainingBatches(
         encoded=encoded,
         seed=args.seed,
@@ -239,7 +204,6 @@ def train(
         max_train_steps=args.max_train_steps,
         scaling_factor=pipeline.vae.config.scaling_factor,
         num_train_timesteps=num_timesteps,
-        weights_of_timesteps=timestep_weights(num_timesteps, *bias),
         conditioning_dropout_prob=args.conditioning_dropout_prob,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
@@ -257,7 +221,6 @@ def train(
     lr_scheduler = optimization.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
     ema = optimization.MovingAverage(optimization.trained_weights(unet)) if args.use_ema else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    loss_of_batch, companions = choose_loss(args, accelerator, pipeline, base_model, noise_scheduler)
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
     config = checkpoints.training_config(
         args,
@@ -299,7 +262,7 @@ def train(
     with stop.deferred(), progress_bar:
         for step in range(steps_done + 1, max_train_steps + 1):
             loss, grad_norm, updated = optimization.optimizer_step(
-                accelerator, model, optimizer, loss_of_batch, loader, args.max_grad_norm
+                accelerator, model, optimizer, noise_scheduler, loader, args.max_grad_norm, args.snr_gamma
             )
             step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0], updated)
             if updated:
@@ -337,7 +300,7 @@ def train(
     with stop.deferred():
         with optimization.current_unet(pipeline, accelerator, unet, ema):
             if accelerator.is_main_process:
-                checkpoints.save_pipeline(pipeline, args.output_dir, config, companions)
+                checkpoints.save_pipeline(pipeline, args.output_dir, config)
         if validation_pairs:
             validate_or_warn(pipeline, unet, ema, validation_pairs, args, accelerator, max_train_steps)
     sampling = f"MODEL_DIR={shlex.quote(str(args.output_dir))} bash sample_from_pix2pix.sh"

@@ -52,8 +52,7 @@ SPLIT_SEED = 0  # of filtering, and of choosing held-out pairs
 ENOUGH_PAIRS = 200
 # For the demo's base model, which predicts velocity: late timesteps, the mean of 4, a single step without guidance.
 DEMO_OPTIONS = {
-    "training_options": "--lr_scheduler cosine --timestep_bias_strategy later --timestep_bias_portion 0.05"
-    " --timestep_bias_multiplier 40",
+    "training_options": "--lr_scheduler cosine",
     "num_inference_steps": 1,
     "image_guidance_scale": 1.0,
     "num_predictions": 4,

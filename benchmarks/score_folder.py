@@ -54,7 +54,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from data.video_decoder import load_picture
-from pecn.pictures import METRICS_FILE, check_output_dir, save_results
+from pecn.pictures import METRICS_FILE, check_output_dir, read_scores, save_results
 from pecn.sampling import Prediction
 from pecn.scores import format_table, paired_difference, score_prediction, verdict
 
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
     with layout.only_one(args.output_dir, "scoring"):
         summary = save_results(found[0], args.output_dir, str(args.predictions))
-        scores = json.loads((args.output_dir / METRICS_FILE).read_bytes())["samples"]
+        scores = read_scores(args.output_dir)
     print(format_table(summary))
     print(f"{args.output_dir} holds the pictures (overview.png, samples/, …) and the scores ({METRICS_FILE})")
     print(f"{args.predictions}, {verdict(summary)}")

@@ -131,24 +131,21 @@ class OurStep:
         )
         self.loader = load_batches(self.batches, 0, self.accelerator.device)
         self.log = optimization.StepLog(self.accelerator, self.batches.global_batch_size, self.batches.num_samples)
-        timed = [(self, "loss_of_batch", "forward"), (optimization, "clip_gradients", "clip")]
+        timed = [(optimization, "diffusion_loss", "forward"), (optimization, "clip_gradients", "clip")]
         return [*timed, (self.accelerator, "backward", "backward"), (self.optimizer, "step", "optimizer")]
 
     def take(self) -> None:
         loss, norm, updated = optimization.optimizer_step(
-            self.accelerator, self.model, self.optimizer, self.loss_of_batch, self.loader, MAX_GRAD_NORM
+            self.accelerator, self.model, self.optimizer, self.noise_scheduler, self.loader, MAX_GRAD_NORM
         )
         self.log.add(len(self.log.pending) + 1, loss, norm, LEARNING_RATE, updated)
         if len(self.log.pending) == optimization.LOG_EVERY:
             self.log.flush()
 
-    def loss_of_batch(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return diffusion_loss(model, self.noise_scheduler, batch)
-
     def loss(self, step: int) -> torch.Tensor:
         """The loss of a step of one pass."""
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in self.batches[step].items()}
-        return self.loss_of_batch(self.model, batch)
+        return diffusion_loss(self.model, self.noise_scheduler, batch)
 
     def stop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

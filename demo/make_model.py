@@ -5,16 +5,14 @@
 writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet, a VAE, a
 CLIP text encoder with its tokenizer, and a scheduler, together under 15 million parameters. It stands in for
 `timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`, and is trained on such clips: the VAE, the text
-encoder, then the UNet, in the end against a discriminator, which is saved too. What takes long is kept in `--work_dir`
-(rendered frames, latents, checkpoints): the same command goes on where it was stopped. With 0 steps of all stages the
-weights come from `--seed` alone and take seconds.
+encoder, then the UNet. What takes long is kept in `--work_dir` (rendered frames, latents, checkpoints): the same
+command goes on where it was stopped. With 0 steps of all three the weights come from `--seed` alone and take seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +28,7 @@ from data.layout import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin, StableDiffusionInstructPix2PixPipeline
-
-
-GAN_HELP = "of the UNet against a discriminator, for prediction in one step (%(default)s)"
+    from diffusers import StableDiffusionInstructPix2PixPipeline
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -44,12 +39,8 @@ def check_output_dir(output_dir: Path) -> None:
         raise UserError(f"{output_dir} exists and is no model directory; name another one with --output_dir")
 
 
-def save_pipeline(
-    pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, companions: Mapping[str, ModelMixin]
-) -> None:
+def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path) -> None:
     """Write the pipeline (safetensors, float16) so that `output_dir` is whole or untouched.
-
-    `companions` are models that are no part of it, each saved as a folder of its name.
 
     float16 halves the size and is exact enough; `from_pretrained` gives float32, as the configurations say.
     `vocab.json` and `merges.txt` lie beside `tokenizer.json` for versions of transformers that read those.
@@ -61,8 +52,6 @@ def save_pipeline(
     make_folder(output_dir.parent)
     with whole_or_absent(output_dir) as partial:
         pipeline.save_pretrained(partial)
-        for name, model in companions.items():
-            model.save_pretrained(partial / name)
         for weights_path in sorted(partial.rglob("*.safetensors")):
             weights = {name: tensor.half() for name, tensor in load_file(weights_path).items()}
             save_file(weights, weights_path, metadata={"format": "pt"})
@@ -84,14 +73,14 @@ def parse_args() -> argparse.Namespace:
     add("--num_clips", type=count, default=3000, help="clips to train on (%(default)s)")
     seed_help = "of the weights and of training, not of the clips (%(default)s)"
     add("--seed", type=number(at_least=0, at_most=2**63), default=0, help=seed_help)
-    add("--pretrained_vae_model_name_or_path", help="folder of a trained VAE to use; none is trained then")
+    start_help = "folder of a model to go on from; a part with 0 steps stays as it is (none: random weights)"
+    add("--pretrained_model_name_or_path", type=Path, help=start_help)
     for stage, model, default_steps, batch_size in (
         ("vae", "VAE", 5000, 8),
         ("text", "text encoder", 500, 32),
         ("unet", "UNet", 60_000, 16),
-        ("gan", "UNet", 6_000, 16),
     ):
-        steps_help = f"0 leaves the {model} untrained (%(default)s)" if stage != "gan" else GAN_HELP
+        steps_help = f"0 leaves the {model} as it is (%(default)s)"
         add(f"--{stage}_train_steps", type=steps, default=default_steps, help=steps_help)
         add(f"--{stage}_batch_size", type=count, default=batch_size, help="(%(default)s)")
     add("--checkpointing_steps", type=count, default=1000, help="steps between checkpoints (%(default)s)")
@@ -104,17 +93,19 @@ def main() -> None:
     check_output_dir(args.output_dir)
 
     from demo.pretraining.untrained import build_pipeline, count_parameters
+    from pecn.model import load_pipeline
 
-    pipeline, companions = build_pipeline(args.seed), {}
-    if args.vae_train_steps or args.text_train_steps or args.unet_train_steps or args.gan_train_steps:
+    start = args.pretrained_model_name_or_path
+    pipeline = load_pipeline(start) if start else build_pipeline(args.seed)
+    if args.vae_train_steps or args.text_train_steps or args.unet_train_steps:
         from demo.pretraining.recipe import pretrain
 
         make_folder(args.work_dir)
         with only_one(args.work_dir, "pre-training"):
             remove_leftovers(args.work_dir)
-            companions = pretrain(pipeline, args)
+            pretrain(pipeline, args)
         pipeline.to("cpu")
-    save_pipeline(pipeline, args.output_dir, companions)
+    save_pipeline(pipeline, args.output_dir)
     print(f"wrote {args.output_dir}: {count_parameters(pipeline) / 1e6:.1f} M parameters")
 
 

@@ -25,7 +25,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import ModelMixin, StableDiffusionInstructPix2PixPipeline
+from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from data.layout import UserError, one_line, partial_path, parts_replaced_together, warn, whole_or_absent, write_file
 from pecn import lora
@@ -98,15 +98,9 @@ def save_checkpoint(
     return final
 
 
-def save_pipeline(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    output_dir: Path,
-    config: dict[str, Any],
-    companions: Mapping[str, ModelMixin],
-) -> None:
+def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path, config: dict[str, Any]) -> None:
     """Puts the whole pipeline and its training config into the output directory, beside the checkpoints.
 
-    `companions` are models that are no part of it, each saved as a folder of its name.
     Where its UNet has an adapter, an ordinary UNet that the adapter is part of takes its place, and is saved; and the
     adapter alone beside it.
     """
@@ -118,8 +112,6 @@ def save_pipeline(
             lora.save_adapter(pipeline.unet, folder)
             pipeline.unet = lora.merged(pipeline.unet)
         pipeline.save_pretrained(folder, safe_serialization=True)
-        for name, model in companions.items():
-            model.save_pretrained(folder / name)
         write_json(folder / TRAINING_CONFIG, config)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -51,27 +50,6 @@ def changed_scheduler(scheduler: Any, prediction_type: str | None, rescale_betas
     if changed.config.rescale_betas_zero_snr and changed.config.prediction_type == "epsilon":
         raise UserError("--rescale_betas_zero_snr needs a velocity model: add --prediction_type v_prediction")
     return changed
-
-
-def timestep_weights(num_train_timesteps: int, strategy: str, portion: float, multiplier: float) -> torch.Tensor | None:
-    """How often each timestep is drawn: with "later" the last `portion` of them `multiplier` times as often.
-
-    None for "none": all equally often.
-    """
-    if strategy == "none":
-        return None
-    weights = torch.ones(num_train_timesteps)
-    weights[-math.ceil(portion * num_train_timesteps) :] = multiplier
-    return weights
-
-
-def draw_timesteps(
-    count: int, num_train_timesteps: int, weights: torch.Tensor | None, generator: torch.Generator
-) -> torch.Tensor:
-    """Timesteps (count,) in [0, num_train_timesteps), as often as their `weights` say; None: all equally often."""
-    if weights is None:
-        return torch.randint(num_train_timesteps, (count,), generator=generator)
-    return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def conditioning_dropout(uniform: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:

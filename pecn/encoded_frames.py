@@ -22,7 +22,7 @@ from PIL import ImageOps
 
 from data.layout import UserError
 from data.sthv2_dataset_hf import FramePair, derive_seed, frame_pairs_dataset, swap_left_and_right
-from pecn.diffusion import conditioning_dropout, draw_timesteps
+from pecn.diffusion import conditioning_dropout
 from pecn.model import encode_pictures, encode_prompts, tokenize
 
 CACHE_FORMAT = b"3"  # raise it when what the cache stores changes
@@ -165,7 +165,6 @@ class TrainingBatches(torch.utils.data.Dataset):
     max_train_steps: int | None  # overrides num_train_epochs
     scaling_factor: float  # the VAE's, for target latents
     num_train_timesteps: int
-    weights_of_timesteps: torch.Tensor | None = None
     conditioning_dropout_prob: float = 0.0
     num_processes: int = 1
     process_index: int = 0
@@ -201,7 +200,7 @@ class TrainingBatches(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", step))
         noise = torch.randn(shape, generator=generator)[share]
         posterior_noise = torch.randn(shape, generator=generator)[share]
-        timesteps = draw_timesteps(shape[0], self.num_train_timesteps, self.weights_of_timesteps, generator)[share]
+        timesteps = torch.randint(self.num_train_timesteps, shape[:1], generator=generator)[share]
         dropout = torch.rand(shape[:1], generator=generator)[share]
         flip = torch.rand(shape[:1], generator=generator)[share] < 0.5
 

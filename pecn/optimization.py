@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 
 from data.layout import UserError, warn
-
-LossOfBatch = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]  # given the UNet too
+from pecn.diffusion import diffusion_loss
 
 LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
 MANY_SKIPPED = 20  # steps in a row: halving in each, fp16's scale has come from 65,536 to below 1
@@ -76,11 +75,12 @@ def optimizer_step(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss_of_batch: LossOfBatch,
+    noise_scheduler: Any,
     batches: Iterator[dict[str, torch.Tensor]],
     max_grad_norm: float,
+    snr_gamma: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | float | None, bool]:
-    """One update of the weights from all its passes, each of a batch whose loss `loss_of_batch(model, batch)` gives.
+    """One update of the weights from all its passes.
 
     Returns this process's mean loss, the gradient's norm (a number or None under DeepSpeed), and whether the weights
     were updated: fp16's scaler skips a step whose gradients overflow, and lowers its scale.
@@ -89,7 +89,7 @@ def optimizer_step(
     scale = scaler.get_scale() if scaler else 1.0  # a fused optimizer skips by itself, which accelerate cannot see
     for batch in itertools.islice(batches, accelerator.gradient_accumulation_steps):
         with accelerator.accumulate(model):
-            loss = loss_of_batch(model, batch)
+            loss = diffusion_loss(model, noise_scheduler, batch, snr_gamma)
             accelerator.backward(loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:

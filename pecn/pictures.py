@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from data.layout import UserError, make_folder, parts_replaced_together
+from data.layout import UserError, make_folder, one_line, parts_replaced_together
 from pecn.sampling import Prediction
 from pecn.scores import PREDICTED, SHARP_ENOUGH, TOO_SHARP, LpipsMap, psnr_gain, score_prediction, summarize
 
@@ -252,6 +252,16 @@ def save_results(
     except OSError as error:
         raise UserError(f"cannot write the results to {output_dir}: {error.strerror or error}") from error
     return metrics["summary"]
+
+
+def read_scores(output_dir: Path) -> list[dict[str, Any]]:
+    """The scores of each pair that an earlier run left. Raises UserError where there are none."""
+    try:
+        return json.loads((output_dir / METRICS_FILE).read_bytes())["samples"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{output_dir} holds no scores of an earlier run ({METRICS_FILE}): {one_line(error)}"
+        ) from error
 
 
 def check_output_dir(output_dir: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, PNDMScheduler
 
 from data.layout import UserError
-from pecn.diffusion import add_image_channels, changed_scheduler, diffusion_loss, draw_timesteps, timestep_weights
+from pecn.diffusion import add_image_channels, changed_scheduler, diffusion_loss
 from tests.conftest import make_tiny_pipeline
 
 
@@ -81,15 +81,3 @@ def test_schedulers_are_changed_as_asked():
     assert changed.config.timestep_spacing == "trailing" and changed.config.beta_schedule == "scaled_linear"
     with pytest.raises(UserError, match="add --prediction_type v_prediction"):
         changed_scheduler(base, None, True)
-
-
-@pytest.mark.parametrize(("strategy", "expected"), [("none", 0.1), ("later", 0.5)])
-def test_late_timesteps_are_drawn_as_often_as_asked(strategy, expected):
-    """A tenth of the timesteps, each nine times as likely as one of the others, makes half of the draws."""
-    weights = timestep_weights(1000, strategy, portion=0.1, multiplier=9.0)
-    timesteps = draw_timesteps(20_000, 1000, weights, torch.Generator().manual_seed(0))
-    assert timesteps.min() >= 0 and timesteps.max() <= 999
-    assert (timesteps >= 900).float().mean().item() == pytest.approx(expected, abs=0.02)
-    for part in (timesteps[timesteps < 900], timesteps[timesteps >= 900]):  # within each part evenly
-        low, high = (0, 900) if part.max() < 900 else (900, 1000)
-        assert part.float().mean().item() == pytest.approx((low + high - 1) / 2, rel=0.02)

@@ -277,7 +277,6 @@ def test_options_work_together(data_dir, tmp_path):
         " --snr_gamma 5 --gradient_checkpointing --scale_lr --mixed_precision bf16 --allow_tf32 --max_train_samples 3"
     )
     options += (
-        " --timestep_bias_strategy later --timestep_bias_multiplier 5 --timestep_bias_portion 0.2"
         " --dataloader_num_workers 1 --num_validation_images 1 --learning_rate 1e-4 --use_ema --hub_token hf_secret"
     )
     output_dir = tmp_path / "output"

@@ -6,49 +6,34 @@ import argparse
 import functools
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, StableDiffusionInstructPix2PixPipeline
+from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch.utils.tensorboard import SummaryWriter
 
-from data.layout import UserError, one_line
 from demo.pretraining.clips import RESOLUTIONS, rendered_clips
 from demo.pretraining.text_encoder import train_text_encoder
-from demo.pretraining.unet import finish_unet, train_unet
+from demo.pretraining.unet import train_unet
 from demo.pretraining.vae import encoded_clips, latent_scaling_factor, train_vae
 from demo.pretraining.validation import held_out_pairs, vae_ceiling, validate
-from pecn.adversarial import DISCRIMINATOR
 
 
-def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Namespace) -> dict[str, ModelMixin]:
+def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Namespace) -> None:
     """Trains the pipeline's models in place, as demo.make_model's options say; a stage of 0 steps is left out.
 
-    Returns what is saved beside them. What the work folder holds already is not done again.
+    What the work folder holds already is not done again.
     """
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     frames = [rendered_clips(args.work_dir, args.num_clips, side) for side in RESOLUTIONS]
     pairs = held_out_pairs(frames[0])
     with SummaryWriter(str(args.work_dir / "logs")) as logs:
-        if args.pretrained_vae_model_name_or_path:
-            pipeline.register_modules(vae=load_vae(args.pretrained_vae_model_name_or_path, pipeline.device))
-        elif args.vae_train_steps:
+        if args.vae_train_steps:
             train_vae(pipeline.vae, frames, args, logs)
         print(f"VAE, the best that a prediction could be: {vae_ceiling(pipeline, pairs)}", flush=True)
         if args.text_train_steps:
             share = train_text_encoder(pipeline, args, logs)
             print(f"text encoder: {share:.0%} of a batch read correctly", flush=True)
         latents = [encoded_clips(pipeline.vae, of_size, args) for of_size in frames]
-        pipeline.vae.register_to_config(scaling_factor=latent_scaling_factor(latents))
-        check = functools.partial(validate, pipeline, pairs, args, logs)
+        if args.vae_train_steps or not args.pretrained_model_name_or_path:  # a given UNet knows the factor of its VAE
+            pipeline.vae.register_to_config(scaling_factor=latent_scaling_factor(latents))
         if args.unet_train_steps:
-            train_unet(pipeline, latents, args, logs, functools.partial(check, "unet"))
-        if not args.gan_train_steps:
-            return {}
-        return {DISCRIMINATOR: finish_unet(pipeline, latents, args, logs, functools.partial(check, "gan"))}
-
-
-def load_vae(folder: str, device: torch.device) -> AutoencoderKL:
-    """A trained VAE in float32. Raises UserError where the folder holds none."""
-    try:
-        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--pretrained_vae_model_name_or_path {folder}: {one_line(error)}") from error
+            train_unet(pipeline, latents, args, logs, functools.partial(validate, pipeline, pairs, args, logs))

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,14 +36,12 @@ def train_stage(
     weight_decay: float,
     warmup_steps: int,
     depends_on: tuple[str, ...] = (),
-    parts: Mapping[str, Any] = MappingProxyType({}),
     validate: Callable[[int], None] | None = None,
 ) -> None:
     """Trains a model in place (AdamW, cosine schedule) and leaves the moving average of its weights.
 
-    `name` is "vae", "text", "unet" or "gan": that of its options in `args` and of its checkpoint, <work_dir>/<name>.pt.
-    `depends_on` names the stages before it whose models it uses; `parts` are kept in the checkpoint too. `validate`
-    gets the number of steps done.
+    `name` is "vae", "text" or "unet": that of its options in `args` and of its checkpoint, <work_dir>/<name>.pt.
+    `depends_on` names the stages before it whose models it uses. `validate` gets the number of steps done.
     """
     steps, path = getattr(args, f"{name}_train_steps"), args.work_dir / f"{name}.pt"
     of_stages = [f"{stage}_{what}" for stage in (*depends_on, name) for what in ("train_steps", "batch_size")]
@@ -54,7 +51,7 @@ def train_stage(
     optimizer = create_optimizer(model, learning_rate, betas=BETAS, weight_decay=weight_decay)
     schedule = create_lr_scheduler("cosine", optimizer, min(warmup_steps, steps // 10), steps)
     average = MovingAverage(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
-    parts = {**parts, "model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
     first = load_checkpoint(path, parts, settings) if path.is_file() else 0
     average.to(parameters[0].device)
     with tqdm(total=steps, initial=first, desc=f"training: {name}", unit="step") as bar:

@@ -1,4 +1,4 @@
-"""Pre-training of the demo's UNet on the latents of frame pairs: by diffusion, then against a discriminator."""
+"""Pre-training of the demo's UNet on the latents of frame pairs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.utils.tensorboard import SummaryWriter
@@ -16,13 +15,11 @@ from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
 from demo.pretraining.clips import Clip, StoredClips, pick_size
 from demo.pretraining.stages import autocast, step_generator, train_stage
 from demo.pretraining.text_encoder import MAX_HORIZON, TOLD
-from pecn.adversarial import AdversarialLoss, PatchDiscriminator, new_discriminator
-from pecn.diffusion import conditioning_dropout, diffusion_loss, draw_timesteps
+from pecn.diffusion import conditioning_dropout, diffusion_loss
 from pecn.model import encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
 LAST_TIMESTEP = 0.8  # share of the samples that are all noise, where motion is decided; the others have any timestep
-LAMBDA_GAN, LAMBDA_L1 = 1.0, 30.0
 
 
 def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[str]]:
@@ -56,7 +53,7 @@ def noised_batch(
     posterior_noise, noise = torch.randn(2, *posterior.mean.shape, generator=generator)
     drop_text, drop_image = conditioning_dropout(torch.rand(len(prompts), generator=generator), dropout)
     num_timesteps = pipeline.scheduler.config.num_train_timesteps
-    timesteps = draw_timesteps(len(prompts), num_timesteps, None, generator)
+    timesteps = torch.randint(num_timesteps, (len(prompts),), generator=generator)
     timesteps[torch.rand(len(prompts), generator=generator) < last_timestep] = num_timesteps - 1
     latents = {
         "target_latents": (posterior.mean + posterior.std * posterior_noise) * pipeline.vae.config.scaling_factor,
@@ -76,14 +73,13 @@ def unet_batch(
     step: int,
     seed: int,
     batch_size: int,
-    dropout: float = CONDITIONING_DROPOUT,
 ) -> dict[str, torch.Tensor]:
     """The batch of a step, of latents of one size; a pure function of seed and step."""
     rng = np.random.default_rng(derive_seed(seed, "pairs", step))
     latents = pick_size(sizes, rng)
     inputs, targets, prompts = draw_pairs(latents.training, batch_size, rng)
     moments = [torch.from_numpy(latents.rows[rows].astype(np.float32)) for rows in (inputs, targets)]
-    return noised_batch(pipeline, *moments, prompts, step_generator(seed, "unet", step), dropout)
+    return noised_batch(pipeline, *moments, prompts, step_generator(seed, "unet", step))
 
 
 def train_unet(
@@ -113,36 +109,3 @@ def train_unet(
         depends_on=("vae", "text"),
         validate=validate,
     )
-
-
-def finish_unet(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    sizes: Sequence[StoredClips],
-    args: argparse.Namespace,
-    logs: SummaryWriter,
-    validate: Callable[[int], None],
-) -> PatchDiscriminator:
-    """Trains the UNet in place for prediction in one step, with a discriminator of the decoded pictures."""
-    unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
-    accelerator = Accelerator(cpu=unet.device.type == "cpu")
-    discriminator = new_discriminator(derive_seed(args.seed, "discriminator"))
-    loss = AdversarialLoss(accelerator, discriminator, pipeline.vae, scheduler, LAMBDA_GAN, LAMBDA_L1)
-
-    def loss_of_step(step: int) -> torch.Tensor:
-        seed = derive_seed(args.seed, "adversarial")  # other pairs and noise than before
-        return loss(unet, unet_batch(pipeline, sizes, step, seed, args.gan_batch_size, dropout=0))
-
-    train_stage(
-        "gan",
-        unet,
-        loss_of_step,
-        args,
-        logs,
-        learning_rate=1e-4,
-        weight_decay=1e-3,
-        warmup_steps=50,
-        depends_on=("vae", "text", "unet"),
-        parts={"discriminator": discriminator, "discriminator_optimizer": loss.optimizer},
-        validate=validate,
-    )
-    return discriminator

@@ -21,7 +21,7 @@ from pecn.scores import score_prediction, summarize_group
 
 INPUT_FRAME, TARGET_FRAME = 20, 25
 # No guidance, and the input frame is put back nowhere: what the model itself draws.
-NUM_INFERENCE_STEPS = {"unet": 20, "gan": 1}  # after each stage
+OPTIONS = SamplingOptions(20, guidance_scale=1, image_guidance_scale=1, scheduler="euler", residual=False)
 PAIRS_IN_A_ROW, GAP = 3, 4  # of the picture; pixels
 
 
@@ -77,21 +77,19 @@ def validate(
     pairs: HeldOutPairs,
     args: argparse.Namespace,
     logs: SummaryWriter,
-    stage: str,
     step: int,
 ) -> None:
     """Draws one sample of each pair, and logs, prints and saves what came of it; the noise is the same each time."""
     seeds = [derive_seed(args.seed, "validation", index) for index in range(len(pairs.inputs))]
-    options = SamplingOptions(NUM_INFERENCE_STEPS[stage], 1, 1, scheduler="euler", residual=False)
-    samples = [frame.sample for frame in predict_frames(pipeline, pairs.inputs, pairs.prompts, seeds, options)]
+    samples = [frame.sample for frame in predict_frames(pipeline, pairs.inputs, pairs.prompts, seeds, OPTIONS)]
     scores = score_samples(pairs, samples)
     for name, value in scores.items():
-        logs.add_scalar(f"{stage}_validation/{name}", value, step)
+        logs.add_scalar(f"validation/{name}", value, step)
     picture = comparison(pairs, samples)
-    logs.add_image(f"{stage}_validation/input_sample_target", picture, step, dataformats="HWC")
+    logs.add_image("validation/input_sample_target", picture, step, dataformats="HWC")
     make_folder(args.work_dir / "validation")
-    save_picture(args.work_dir / "validation" / f"{stage}-{step:06}.png", picture)
-    print(f"{stage}, step {step}: {scores_in_words(scores)}", flush=True)
+    save_picture(args.work_dir / "validation" / f"step-{step:06}.png", picture)
+    print(f"UNet, step {step}: {scores_in_words(scores)}", flush=True)
 
 
 def comparison(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> np.ndarray:
