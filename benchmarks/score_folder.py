@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
