@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
 DEFAULT_DATA_DIR = Path("data/sthv2")
 SPLITS = ("train", "val")
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv")
@@ -58,6 +56,8 @@ def available_cores() -> int:
 
 
 def warn(message: str) -> None:
+    from tqdm import tqdm  # here, since a command's --help loads no library
+
     tqdm.write(f"warning: {message}", file=sys.stderr)  # on a line of its own even where there is a progress bar
 
 

@@ -69,7 +69,7 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
         "MAX_TRAIN_STEPS": 2,
         "NUM_VALIDATION_IMAGES": 1,
         "NUM_INFERENCE_STEPS": 1,
-        "NUM_PREDICTIONS": 2,
+        "NUM_PREDICTIONS": 3,  # two would be equally near to their mean
         "RESIDUAL": "False",
         "PROGRESS": "True",
     }
@@ -138,7 +138,8 @@ def test_quick_tests_options_follow_the_model_not_the_data(tmp_path):
         ).stdout
 
     demo = shown(DATA_DIR="data/demo")
-    assert "--learning_rate 3e-4" in demo and "--max_train_steps 400" in demo and "--num_inference_steps 1 " in demo
+    assert "--learning_rate 3e-4" in demo and "--max_train_steps 400" in demo and "--num_inference_steps 5 " in demo
+    assert f"--settings_of {tmp_path}/out/model" in demo and f"--against {tmp_path}/out/base_samples" in demo
     assert "--num_predictions 8 " in demo and "--train_batch_size 8 --gradient_accumulation_steps 1 " in demo
     assert "--mixed_precision auto" in shown(NUM_PROCESSES=2).partition("train_instruct_pix2pix.py")[2]
     for variables in ({"DATA_DIR": "data/sthv2"}, {"PRETRAINED_MODEL": "timbrooks/instruct-pix2pix"}):
