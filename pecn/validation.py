@@ -119,5 +119,8 @@ def pictures_by_sentence(predictions: Sequence[Prediction]) -> dict[str, np.ndar
         tag = f"validation_{prediction.task}/{prediction.edit_prompt.removeprefix(TASK_OF_ALL_PROMPTS)}"
         if tag in pictures:
             tag = f"{tag} ({prediction.video_id})"
-        pictures[tag] = strip_of_frames(prediction)[None]
+        strip = strip_of_frames(prediction)
+        if prediction.expected is not None:  # four frames: on a card they are larger in two rows
+            strip = np.concatenate(np.split(strip, 2, axis=1))
+        pictures[tag] = strip[None]
     return pictures
