@@ -148,8 +148,7 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
         )
     check_frames(pairs, args, trained)
     lpips_map = load_lpips() if args.lpips else None
-    if args.against:
-        read_scores(args.against)  # to fail early
+    others = read_scores(args.against) if args.against else None
     check_output_dir(args.output_dir)
     with layout.only_one(args.output_dir, "sampling"):
         pipeline = load_model(args, model)
@@ -162,8 +161,8 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
     pictures = "overview.png, random_pairs.png, scores.png, samples/"
     print(f"{args.output_dir} holds the pictures ({pictures}) and the scores (metrics.json)")
     print(f"frame {args.input_frame_idx} to {args.target_frame_idx}, {verdict(summary)}")
-    if args.against:
-        difference = paired_difference(read_scores(args.output_dir), read_scores(args.against))
+    if others is not None:
+        difference = paired_difference(read_scores(args.output_dir), others)
         print(f"the same, {verdict(difference, str(args.against))}")
 
 

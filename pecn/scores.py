@@ -273,7 +273,7 @@ def _side_by_side(one: dict[str, Any], two: dict[str, Any], metrics: Sequence[st
     return {metric: {"sample": one[metric]["sample"], "other": two[metric]["sample"]} for metric in metrics}
 
 
-# In words.
+# In one sentence, and as a table.
 
 
 def verdict(summary: dict[str, Any], base: str = "copying") -> str:

@@ -58,11 +58,16 @@ def tree_hash(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def make_model(**options: object) -> str:
+    """What the command prints with these options."""
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return run("python", "-m", "demo.make_model", *words).stdout
+
+
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "untrained"
-    steps = [word for stage in STAGES for word in (f"--{stage}_train_steps", 0)]
-    run("python", "-m", "demo.make_model", "--output_dir", directory, *steps)
+    make_model(output_dir=directory, **{f"{stage}_train_steps": 0 for stage in STAGES})
     return directory
 
 
@@ -70,10 +75,8 @@ def untrained(tmp_path_factory) -> Path:
 def trained(tmp_path_factory):
     """An undisturbed run of 3 steps of each stage, on 8 clips: its model, its work folder, what it printed."""
     folder = tmp_path_factory.mktemp("trained")
-    options = [word for name, value in TINY.items() for word in (f"--{name}", value)]
-    paths = ("--output_dir", folder / "model", "--work_dir", folder / "work")
-    done = run("python", "-m", "demo.make_model", *paths, *options)
-    return folder / "model", folder / "work", done.stdout
+    printed = make_model(output_dir=folder / "model", work_dir=folder / "work", **TINY)
+    return folder / "model", folder / "work", printed
 
 
 @pytest.fixture(scope="module")
@@ -436,14 +439,8 @@ def test_training_goes_on_from_a_model_whose_other_parts_stay_as_they_are(traine
     (tmp_path / "work").mkdir()
     for path in trained[1].glob("frames-*"):
         (tmp_path / "work" / path.name).symlink_to(path)
-    options = [
-        word
-        for name, value in (TINY | {"vae_train_steps": 0, "text_train_steps": 0}).items()
-        for word in (f"--{name}", value)
-    ]
-    start = ("--pretrained_model_name_or_path", trained[0])
-    paths = ("--output_dir", tmp_path / "model", "--work_dir", tmp_path / "work")
-    run("python", "-m", "demo.make_model", *paths, *options, *start)
+    start, only_unet = {"pretrained_model_name_or_path": trained[0]}, {"vae_train_steps": 0, "text_train_steps": 0}
+    make_model(output_dir=tmp_path / "model", work_dir=tmp_path / "work", **(TINY | only_unet | start))
     before, after = tree_hash(trained[0]), tree_hash(tmp_path / "model")
     changed = {name for name in before if after[name] != before[name] and name.endswith(".safetensors")}
     assert changed == {"unet/diffusion_pytorch_model.safetensors"}

@@ -45,7 +45,7 @@ def noised_batch(
     dropout: float = CONDITIONING_DROPOUT,
     last_timestep: float = LAST_TIMESTEP,
 ) -> dict[str, torch.Tensor]:
-    """What a loss takes, on the UNet's device, from moments (B, 2 C, h, w) and B prompts.
+    """What `diffusion_loss` takes, on the UNet's device, from moments (B, 2 C, h, w) and B prompts.
 
     Latents, noise, timesteps and what is dropped are drawn from `generator`.
     """

@@ -49,7 +49,7 @@ def build_vae() -> AutoencoderKL:
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=1,  # the start needs it: more groups lose the picture's mean color
         mid_block_add_attention=False,  # convolutions alone: what is learned on crops holds for any size
-        sample_size=248,
+        sample_size=128,
         scaling_factor=1.0,
     )
     start_as_resizing(vae)
