@@ -1,0 +1,49 @@
+"""The tokenizer of the demo's base model."""
+
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.dataset import TASK_TEMPLATES, plain_template
+from data.sthv2_dataset_hf import build_prompt
+from demo.pretraining.tokenizer import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+
+
+def expected_text(text: str) -> str:
+    """`text` by CLIP's own rule: normal form, lower case; white space separates words and is not kept."""
+    return re.sub(r"\s", "", TOKENIZER.backend_tokenizer.normalizer.normalize_str(text))
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=40))
+def test_any_text_can_be_read_back_from_its_tokens(text):
+    for word in ("<|startoftext|>", "<|endoftext|>", "</w>"):
+        text = text.replace(word, "")
+    ids = TOKENIZER(text).input_ids
+    assert ids[0] == TOKENIZER.bos_token_id and ids[-1] == TOKENIZER.eos_token_id
+    assert TOKENIZER.unk_token_id not in ids[1:-1]
+    decoded = TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert re.sub(r"\s", "", decoded) == expected_text(text)
+
+
+def test_words_of_a_prompt_in_another_order_or_another_percentage_are_other_tokens():
+    prompts = [
+        build_prompt(f"pushing a cup from {one} to {other}", progress, horizon)
+        for one, other in (("left", "right"), ("right", "left"))
+        for progress in (None, 50, 60)
+        for horizon in (None, *range(1, 11))
+    ]
+    assert len({tuple(TOKENIZER(prompt).input_ids) for prompt in prompts}) == len(prompts)
+
+
+def test_every_template_in_a_prompt_stays_far_below_77_tokens():
+    labels = [
+        plain_template(template).lower().replace("something", "a light blue piece of paper")
+        for templates in TASK_TEMPLATES.values()
+        for template in templates
+    ]
+    lengths = {label: len(TOKENIZER(build_prompt(label, 60, 10)).input_ids) for label in labels}
+    assert max(lengths.values()) <= 66, max(lengths, key=lengths.get)
