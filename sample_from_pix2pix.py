@@ -19,10 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from data import layout
-from data.layout import SWITCH, UserError, number
-from data.sthv2_dataset_hf import (
+from data.frame_choice import (
+    ANY,
     DEFAULT_INPUT_FRAME_IDX,
     DEFAULT_TARGET_FRAME_IDX,
+    FrameChoice,
+    add_frame_options,
+    frame_choice,
+    horizons_of,
+    tells_horizon,
+)
+from data.layout import SWITCH, UserError, number
+from data.sthv2_dataset_hf import (
     FramePair,
     build_prompt,
     choose_pairs,
@@ -37,6 +45,7 @@ DEFAULTS = {  # for a model that does not say how it was trained and validated, 
     "resolution": 128,
     "input_frame_idx": DEFAULT_INPUT_FRAME_IDX,
     "target_frame_idx": DEFAULT_TARGET_FRAME_IDX,
+    "horizon": None,
     "add_progress": False,
     **vars(DEFAULT_OPTIONS),
 }
@@ -48,7 +57,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Predict frames of validation videos, save pictures and scores; or predict what follows a picture."
         " What is left out is as the model was trained and validated; in parentheses: where the model does not say.",
     )
-    add, index = parser.add_argument, number(at_least=0)
+    add = parser.add_argument
     frames_dir = layout.frames_dir(DEFAULTS["train_data_dir"], DEFAULTS["resolution"])
     annotations = layout.filtered_annotations_path(DEFAULTS["train_data_dir"], "val")
     add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
@@ -56,8 +65,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--frames_dir", type=Path, help=f"of the model's resolution ({frames_dir})")
     add("--val_annotations", type=Path, help=f"entries to choose from ({annotations})")
     add("--output_dir", type=Path, default=Path("test_result/baseline"), help="(%(default)s)")
-    add("--input_frame_idx", type=index, help=f"frame that is given ({DEFAULT_INPUT_FRAME_IDX})")
-    add("--target_frame_idx", type=index, help=f"frame to predict ({DEFAULT_TARGET_FRAME_IDX})")
+    add_frame_options(parser, defaults=False)
     add("--num_samples", type=number_of_samples, default=8, help="how many pairs to predict, or 'all' (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
     add_sampling_options(parser)
@@ -73,13 +81,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="what is done in it, as in 'pushing a cup from left to right'")
     percent, side = number(at_least=0, at_most=90, multiple_of=10), number(at_least=8, at_most=4096, multiple_of=8)
     add("--progress", type=percent, help="how much of it is done, in percent, for a model with progress prompts")
-    add("--horizon", type=number(at_least=1), help="how many frames later, for a model whose prompts say it")
     add("--resolution", type=side, help=f"of the prediction, in pixels ({DEFAULTS['resolution']})")
     args = parser.parse_args(arguments)
     if (args.image is None) != (args.prompt is None):
         parser.error("--image and --prompt need each other")
-    if args.image is None and any(value is not None for value in (args.progress, args.horizon, args.resolution)):
-        parser.error("--progress, --horizon and --resolution need --image and --prompt")
+    if args.image is None and any(value is not None for value in (args.progress, args.resolution)):
+        parser.error("--progress and --resolution need --image and --prompt")
+    if args.image is not None and args.horizon is not None and len(horizons_of(args.horizon)) > 1:
+        parser.error("--image is followed by one prediction: give --horizon one number")
     return args
 
 
@@ -110,11 +119,19 @@ def main() -> None:
 
 
 def as_trained(args: argparse.Namespace, trained: dict[str, Any]) -> argparse.Namespace:
-    """The options, with what the command leaves out as a model's training config `trained` or DEFAULTS have it."""
+    """The options, with what the command leaves out as a model's training config `trained` or DEFAULTS have it.
+
+    `tell_horizon` is added: whether prompts tell the horizon, as the model's do, or as asked for one picture.
+    """
     known = DEFAULTS | {name: trained[name] for name in DEFAULTS if name in trained}
     known["frames_dir"] = layout.frames_dir(known["train_data_dir"], known["resolution"])
     known["val_annotations"] = layout.filtered_annotations_path(known["train_data_dir"], "val")
+    known["tell_horizon"] = tells_horizon(known["horizon"]) or (args.image is not None and args.horizon is not None)
     given = {name: value for name, value in vars(args).items() if value is not None}
+    if "target_frame_idx" in given and "horizon" not in given:  # a target in place of the horizons
+        known["horizon"] = None
+        if known["input_frame_idx"] == ANY and "input_frame_idx" not in given:
+            known["input_frame_idx"] = DEFAULT_INPUT_FRAME_IDX
     return argparse.Namespace(**vars(args) | known | given)
 
 
@@ -125,42 +142,38 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
             f"there is no file {args.val_annotations}: set VAL_ANNOTATIONS and FRAMES_DIR, or make it with: python -m"
             " data.dataset"
         )
-    pairs, left_out = find_frame_pairs(
-        layout.read_annotations(args.val_annotations),
-        args.frames_dir,
-        args.input_frame_idx,
-        args.target_frame_idx,
-        add_progress=args.add_progress,
-        target_required=False,
+    choice = frame_choice(
+        args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress, args.tell_horizon
     )
+    entries = layout.read_annotations(args.val_annotations)
+    pairs, left_out = find_frame_pairs(entries, args.frames_dir, choice, target_required=False, seed=args.seed)
     if left_out:
         print(describe_left_out(left_out))
     if not pairs:
         raise UserError(
-            f"no video of {args.val_annotations} has frame {args.input_frame_idx} in {args.frames_dir}: name both from"
+            f"no video of {args.val_annotations} has what is asked for ({choice}) in {args.frames_dir}: name both from"
             f" one data directory, and extract its frames with: {layout.extraction_command(args.frames_dir)}"
         )
     pairs = choose_pairs(pairs, args.num_samples, args.seed)
     if not any(pair.edited_image for pair in pairs):
         raise UserError(
-            f"none of the {len(pairs)} videos chosen has frame {args.target_frame_idx} in {args.frames_dir}: choose an"
+            f"none of the {len(pairs)} videos chosen has both frames ({choice}) in {args.frames_dir}: choose an"
             " earlier TARGET_FRAME_IDX"
         )
-    check_frames(pairs, args, trained)
+    check_frames(pairs, choice, args.model_dir, trained)
     lpips_map = load_lpips() if args.lpips else None
     others = read_scores(args.against) if args.against else None
     check_output_dir(args.output_dir)
     with layout.only_one(args.output_dir, "sampling"):
         pipeline = load_model(args, model)
         predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
-        note = f"{args.model_dir}, frame {args.input_frame_idx} to {args.target_frame_idx}"
-        summary = save_results(predictions, args.output_dir, note, lpips_map)
+        summary = save_results(predictions, args.output_dir, f"{args.model_dir}, {choice}", lpips_map)
     print(format_table(summary))
     if summary["num_without_target"]:
-        print(f"{summary['num_without_target']} samples have no frame {args.target_frame_idx}: predicted, not scored")
+        print(f"{summary['num_without_target']} samples have no frame to predict ({choice}): predicted, not scored")
     pictures = "overview.png, random_pairs.png, scores.png, samples/"
     print(f"{args.output_dir} holds the pictures ({pictures}) and the scores (metrics.json)")
-    print(f"frame {args.input_frame_idx} to {args.target_frame_idx}, {verdict(summary)}")
+    print(f"{choice}, {verdict(summary)}")
     if others is not None:
         difference = paired_difference(read_scores(args.output_dir), others)
         print(f"the same, {verdict(difference, str(args.against))}")
@@ -174,7 +187,10 @@ def predict_from_picture(args: argparse.Namespace, model: Path, trained: dict[st
     has_progress = args.progress is not None
     if trained.get("add_progress", has_progress) != has_progress:
         layout.warn(f"{args.model_dir} was trained with{'out' if has_progress else ''} progress prompts (--progress)")
-    edit_prompt = build_prompt(args.prompt, args.progress, args.horizon)
+    if args.tell_horizon and len(horizons_of(args.horizon)) > 1:
+        raise UserError(f"{args.model_dir} predicts {args.horizon} frames ahead: choose one number with --horizon")
+    horizon = horizons_of(args.horizon)[0] if args.tell_horizon else None
+    edit_prompt = build_prompt(args.prompt, args.progress, horizon)
     layout.make_folder(args.output_dir)
     with layout.only_one(args.output_dir, "sampling"):
         pipeline = load_model(args, model)
@@ -189,7 +205,7 @@ def predict_from_picture(args: argparse.Namespace, model: Path, trained: dict[st
     print(f"{args.output_dir} holds the prediction (prediction.png), input.png, and both side by side (comparison.png)")
 
 
-def check_frames(pairs: Sequence[FramePair], args: argparse.Namespace, trained: dict[str, Any]) -> None:
+def check_frames(pairs: Sequence[FramePair], choice: FrameChoice, model_dir: str, trained: dict[str, Any]) -> None:
     """Warns where frames are not as the model was trained on them; raises UserError where they fit no model."""
     try:
         with Image.open(pairs[0].input_image) as image:
@@ -199,10 +215,12 @@ def check_frames(pairs: Sequence[FramePair], args: argparse.Namespace, trained: 
     verify_frames(pairs, side)
     if side % 8:
         raise UserError(f"{pairs[0].input_image} is {side} pixels wide; the model needs a multiple of 8")
-    asked = {"input_frame_idx": args.input_frame_idx, "target_frame_idx": args.target_frame_idx, "resolution": side}
-    for name, value in asked.items():
-        if trained.get(name, value) != value:
-            layout.warn(f"{name} is {value}, but {args.model_dir} was trained with {trained[name]}")
+    if trained.get("resolution", side) != side:
+        layout.warn(f"the frames' resolution is {side}, but {model_dir} was trained with {trained['resolution']}")
+    if "input_frame_idx" in trained:
+        learned = frame_choice(trained["input_frame_idx"], trained["target_frame_idx"], trained.get("horizon"))
+        if learned.start not in (None, choice.start) or not set(choice.horizons) <= set(learned.horizons):
+            layout.warn(f"predicting {choice}, but {model_dir} was trained with {learned}")
 
 
 def load_model(args: argparse.Namespace, model: Path) -> StableDiffusionInstructPix2PixPipeline:

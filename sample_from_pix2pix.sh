@@ -18,8 +18,9 @@ PROMPT=${PROMPT:-}                                    # what is done in it
 # Empty: as the model was trained and validated. In parentheses: for a model that does not say, such as the hub's.
 FRAMES_DIR=${FRAMES_DIR:-}                      # of the model's resolution (data/sthv2/frames_128x128)
 VAL_ANNOTATIONS=${VAL_ANNOTATIONS:-}            # entries to choose from (data/sthv2/annotations/val_filtered.json)
-INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-}            # the frame that is given (20)
+INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-}            # the frame that is given, or any: one drawn for each video (20)
 TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-}          # the frame to predict (21)
+HORIZON=${HORIZON:-}                            # in place of the target: predict so many frames later
 NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-}    # denoising steps (20)
 IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-}  # how closely to follow the input frame; 1, the least, is none (1.5)
 GUIDANCE_SCALE=${GUIDANCE_SCALE:-}              # how closely to follow the sentence; 1, the least, is none (1)
@@ -35,7 +36,7 @@ export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 
 arguments=()
 for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED LPIPS BATCH_SIZE IMAGE PROMPT FRAMES_DIR VAL_ANNOTATIONS \
-  INPUT_FRAME_IDX TARGET_FRAME_IDX NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH \
+  INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH \
   NUM_PREDICTIONS RESIDUAL; do
   if [[ -n ${!name} ]]; then arguments+=("--${name,,}" "${!name}"); fi
 done

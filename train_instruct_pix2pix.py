@@ -19,13 +19,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import layout
+from data.frame_choice import FrameChoice, add_frame_options, frame_choice
 from data.layout import UserError, number
 from data.sthv2_dataset_hf import (
-    DEFAULT_INPUT_FRAME_IDX,
-    DEFAULT_TARGET_FRAME_IDX,
+    Clip,
     FramePair,
+    Sample,
     choose_pairs,
     describe_left_out,
+    load_clips,
     load_frame_pairs,
     verify_frames,
 )
@@ -35,10 +37,11 @@ PROJECT_NAME = "instruct_pix2pix"
 NOT_UPLOADED = ("checkpoint-*/**", "encoded_cache/**", "train.log", ".*")
 # A run resumes only with the same of these, which shape its result.
 FROZEN_FOR_RESUME = (
-    "resolution input_frame_idx target_frame_idx add_progress max_train_samples random_flip learning_rate scale_lr"
-    " lr_scheduler lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_beta1 adam_beta2"
-    " adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma global_batch_size"
-    " schedule_length use_lora lora_rank prediction_type rescale_betas_zero_snr hash_of_model_frames_and_prompts"
+    "resolution input_frame_idx target_frame_idx horizon frames_per_video add_progress max_train_samples random_flip"
+    " learning_rate scale_lr lr_scheduler lr_warmup_steps conditioning_dropout_prob input_noise use_8bit_adam use_ema"
+    " adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma"
+    " global_batch_size schedule_length use_lora lora_rank prediction_type rescale_betas_zero_snr"
+    " hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -58,14 +61,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--use_lora", **layout.SWITCH, help="train an adapter of the attention layers in place of all weights")
     add("--lora_rank", type=count, default=64, help="of the adapter (%(default)s)")
 
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    add = data.add_argument
     add("--train_data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
     side = number(at_least=8, multiple_of=8)
     add("--resolution", type=side, default=128, help="side of the frames, uses frames_<R>x<R> (%(default)s)")
-    add("--input_frame_idx", type=index, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
-    add("--target_frame_idx", type=index, default=DEFAULT_TARGET_FRAME_IDX, help="frame to predict (%(default)s)")
+    add_frame_options(data)
+    spread_help = "with several pairs in a video: encode this many of its frames, spread, in place of all"
+    add("--frames_per_video", type=number(at_least=2), help=spread_help)
     add("--add_progress", **layout.SWITCH, help="prompts say how much of the action is done")
-    add("--max_train_samples", type=count, help="train on this many frame pairs, spread over the tasks")
+    add("--max_train_samples", type=count, help="train on this many videos, spread over the tasks")
     add("--random_flip", action="store_true", help="mirror half of the pairs, swapping left and right in the prompt")
     add("--dataloader_num_workers", type=index, default=0, help="processes that prepare batches (%(default)s)")
 
@@ -77,6 +82,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="order, noise, timesteps and dropout follow from it (%(default)s)")
     third = number(float, at_least=0, at_most=1 / 3)
     add("--conditioning_dropout_prob", type=third, default=0.05, help="for text, image, and both (%(default)s)")
+    noise_help = "most noise in the input frame, against drift when predictions are chained, 0.5 for example"
+    add("--input_noise", type=not_negative, default=0.0, help=f"{noise_help} (%(default)s)")
     add("--snr_gamma", type=positive, help="min-SNR weighting of the loss (Hang et al., 2023), 5.0 is usual")
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -140,20 +147,24 @@ from pecn.processes import create_accelerator, is_first_process, is_out_of_memor
 from pecn.validation import start_trackers, validate_or_warn
 
 
-def find_pairs(args: argparse.Namespace, split: str, most: int | None) -> list[FramePair]:
-    """At most `most` frame pairs (None: all) of a split, "train" or "val"; names the videos that are left out."""
-    pairs, left_out = load_frame_pairs(
-        args.train_data_dir, split, args.resolution, args.input_frame_idx, args.target_frame_idx, args.add_progress
-    )
+def find_samples(args: argparse.Namespace, choice: FrameChoice, split: str, most: int | None) -> list[Sample]:
+    """The clips of split "train", or a frame pair of each of "val": at most `most` (None: all), spread over the tasks.
+
+    Names the videos that are left out.
+    """
+    if split == "train":
+        found, left_out = load_clips(args.train_data_dir, split, args.resolution, choice, args.frames_per_video)
+    else:
+        found, left_out = load_frame_pairs(args.train_data_dir, split, args.resolution, choice, args.seed)
     if left_out and is_first_process():
         print(f"{split}: {describe_left_out(left_out)}")
-    if not pairs:
+    if not found:
         raise UserError(
-            f"no video of {layout.filtered_annotations_path(args.train_data_dir, split)} has both frames"
-            f" {args.input_frame_idx} and {args.target_frame_idx}: choose others, or look at the list with: python -m"
-            f" data.sthv2_dataset_hf --data_dir {args.train_data_dir} --resolution {args.resolution}"
+            f"no video of {layout.filtered_annotations_path(args.train_data_dir, split)} has both frames ({choice}):"
+            " choose others, or look at the list with: python -m data.sthv2_dataset_hf --data_dir"
+            f" {args.train_data_dir} --resolution {args.resolution}"
         )
-    return pairs if most is None else choose_pairs(pairs, most, args.seed)
+    return found if most is None else choose_pairs(found, most, args.seed)
 
 
 def load_base_model(args: argparse.Namespace) -> StableDiffusionInstructPix2PixPipeline:
@@ -173,7 +184,8 @@ def load_base_model(args: argparse.Namespace) -> StableDiffusionInstructPix2PixP
 
 def train(
     args: argparse.Namespace,
-    train_pairs: list[FramePair],
+    clips: list[Clip],
+    choice: FrameChoice,
     validation_pairs: list[FramePair],
     accelerator: Accelerator,
     stop: StopRequest,
@@ -183,7 +195,7 @@ def train(
     if args.push_to_hub:  # before training, to fail early
         name = args.hub_model_id or args.output_dir.name
         repository = on_main_process(accelerator, create_hub_repository, name, args.hub_token)
-    frames_hash = on_main_process(accelerator, verify_frames, train_pairs, args.resolution)
+    frames_hash = on_main_process(accelerator, verify_frames, clips, args.resolution)
     on_main_process(accelerator, verify_frames, validation_pairs, args.resolution)
 
     pipeline = load_base_model(args)
@@ -192,7 +204,7 @@ def train(
     if not os.access(cache_dir if cache_dir.is_dir() else args.train_data_dir, os.W_OK):
         cache_dir = args.output_dir / "encoded_cache"
         accelerator.print(f"{args.train_data_dir} cannot be written to: what is encoded is kept in {cache_dir}")
-    encoded = encode_once(pipeline, train_pairs, frames_hash, args.random_flip, cache_dir, accelerator)
+    encoded = encode_once(pipeline, clips, choice, frames_hash, args.random_flip, cache_dir, accelerator)
 
     num_timesteps = noise_scheduler.config.num_train_timesteps
     batches = TrainingBatches(
@@ -205,6 +217,7 @@ def train(
         scaling_factor=pipeline.vae.config.scaling_factor,
         num_train_timesteps=num_timesteps,
         conditioning_dropout_prob=args.conditioning_dropout_prob,
+        input_noise=args.input_noise,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
@@ -246,14 +259,14 @@ def train(
     if args.report_to != "none":
         start_trackers(accelerator, PROJECT_NAME, config["arguments"])
     accelerator.print(
-        f"training on {batches.num_samples} frame pairs ({args.input_frame_idx} -> {args.target_frame_idx},"
+        f"training on {batches.num_samples} {'frame pairs' if choice.is_one_pair else 'videos'} ({choice},"
         f" {args.resolution}x{args.resolution}) for {max_train_steps} steps of {batches.global_batch_size} samples,"
         f" {max_train_steps * batches.global_batch_size / batches.num_samples:.3g} epochs, on"
         f" {accelerator.num_processes} x {accelerator.device.type}, mixed precision {accelerator.mixed_precision}"
     )
 
     model = optimization.compile_unet(unet, accelerator) if args.compile else unet
-    loader = load_batches(batches, steps_done, accelerator.device, args.dataloader_num_workers)
+    loader = load_batches(batches, steps_done, accelerator.device, pipeline, args.dataloader_num_workers)
     step_log = optimization.StepLog(accelerator, batches.global_batch_size, batches.num_samples)
     progress_bar = tqdm(
         total=max_train_steps, initial=steps_done, desc="Training", disable=not accelerator.is_main_process
@@ -313,8 +326,11 @@ def train(
 
 def main() -> None:
     args = ARGS
-    train_pairs = find_pairs(args, "train", args.max_train_samples)
-    validation_pairs = find_pairs(args, "val", args.num_validation_images) if args.num_validation_images else []
+    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress)
+    clips = find_samples(args, choice, "train", args.max_train_samples)
+    validation_pairs = (
+        find_samples(args, choice, "val", args.num_validation_images) if args.num_validation_images else []
+    )
     accelerator = create_accelerator(args)
     stop = StopRequest()
     layout.make_folder(args.output_dir)
@@ -322,7 +338,7 @@ def main() -> None:
         with layout.only_one(args.output_dir, "training") if accelerator.is_main_process else contextlib.nullcontext():
             if accelerator.is_main_process:
                 layout.remove_leftovers(args.output_dir)
-            train(args, train_pairs, validation_pairs, accelerator, stop)
+            train(args, clips, choice, validation_pairs, accelerator, stop)
     except OSError as error:  # such as a full disk while the frames are encoded
         raise UserError(f"{layout.one_line(error)}; mend that and run the same command again") from error
     except (MemoryError, RuntimeError) as error:

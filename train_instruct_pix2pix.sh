@@ -9,8 +9,10 @@ PRETRAINED_MODEL=${PRETRAINED_MODEL:-timbrooks/instruct-pix2pix}
 DATA_DIR=${DATA_DIR:-data/sthv2}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/instruct_pix2pix_128}
 RESOLUTION=${RESOLUTION:-128}
-INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20}
+INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20}     # any: every frame of a video can be the start
 TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21}
+HORIZON=${HORIZON:-}                       # in place of the target: predict 5 frames later, or each of 1-10
+FRAMES_PER_VIDEO=${FRAMES_PER_VIDEO:-}     # where a video has several pairs: encode only so many of its frames, spread
 PROGRESS=${PROGRESS:-False}                # True: prompts say how much of the action is done
 BATCH_SIZE=${BATCH_SIZE:-16}               # samples a step on each GPU
 GRADIENT_ACCUM=${GRADIENT_ACCUM:-1}        # passes a step: 2 with BATCH_SIZE=8 are 16 samples too, in less memory
@@ -56,6 +58,8 @@ arguments=(
   --validation_epochs "$VALIDATION_EPOCHS"
   --num_validation_images "$NUM_VALIDATION_IMAGES"
 )
+if [[ -n $HORIZON ]]; then arguments+=(--horizon "$HORIZON"); fi
+if [[ -n $FRAMES_PER_VIDEO ]]; then arguments+=(--frames_per_video "$FRAMES_PER_VIDEO"); fi
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $CHECKPOINTING_STEPS ]]; then arguments+=(--checkpointing_steps "$CHECKPOINTING_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, frame_choice
 from data.layout import (
     CommandParser,
     UserError,
@@ -41,7 +42,7 @@ from data.layout import (
     run_command,
     write_file,
 )
-from data.sthv2_dataset_hf import DEFAULT_INPUT_FRAME_IDX, choose_pairs, describe_left_out, load_frame_pairs
+from data.sthv2_dataset_hf import choose_pairs, describe_left_out, load_frame_pairs
 from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
 
 PROJECT = Path(__file__).parents[1]
@@ -136,9 +137,8 @@ def prepare_clips(args: argparse.Namespace) -> Path:
 
 def choose_held_out(args: argparse.Namespace, data_dir: Path, target_frame_idx: int) -> Path:
     """Writes the annotations of the held-out pairs of one horizon, the same for all its runs; returns the file."""
-    pairs, left_out = load_frame_pairs(
-        data_dir, "val", args.resolution, args.input_frame_idx, target_frame_idx, add_progress=True
-    )
+    choice = frame_choice(args.input_frame_idx, target_frame_idx, None, add_progress=True)
+    pairs, left_out = load_frame_pairs(data_dir, "val", args.resolution, choice)
     if left_out:
         print(f"held-out clips: {describe_left_out(left_out)}")
     chosen = {pair.video_id for pair in choose_pairs(pairs, args.num_samples, SPLIT_SEED)}

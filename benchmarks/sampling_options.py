@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.frame_choice import DEFAULT_CHOICE, frame_choice
 from data.layout import CommandParser, UserError, number, run_command, write_file
 from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
 
@@ -97,13 +98,16 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
 
 def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FramePair]:
     """Validation pairs that have their target, as the model was trained for (its training config)."""
-    names = ("resolution", "input_frame_idx", "target_frame_idx", "add_progress")
-    as_trained = {"resolution": DEFAULT_RESOLUTION} | {name: trained[name] for name in names if name in trained}
-    pairs, _ = load_frame_pairs(args.data_dir, "val", **as_trained)
+    resolution = trained.get("resolution", DEFAULT_RESOLUTION)
+    choice = DEFAULT_CHOICE
+    if "input_frame_idx" in trained:
+        frames = (trained["input_frame_idx"], trained["target_frame_idx"], trained.get("horizon"))
+        choice = frame_choice(*frames, trained["add_progress"])
+    pairs, _ = load_frame_pairs(args.data_dir, "val", resolution, choice, args.seed)
     if not pairs:
         raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")
     pairs = choose_pairs(pairs, args.num_samples, args.seed)
-    verify_frames(pairs, as_trained["resolution"])
+    verify_frames(pairs, resolution)
     return pairs
 
 

@@ -16,14 +16,9 @@ from pathlib import Path
 
 from data import layout
 from data.dataset import sampling_rank
+from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, frame_choice
 from data.layout import UserError
-from data.sthv2_dataset_hf import (
-    DEFAULT_INPUT_FRAME_IDX,
-    DEFAULT_TARGET_FRAME_IDX,
-    FramePair,
-    describe_left_out,
-    find_frame_pairs,
-)
+from data.sthv2_dataset_hf import FramePair, describe_left_out, find_frame_pairs
 
 SEED = 42  # puts the videos in a random order, of which random_pairs.png shows the first
 
@@ -104,7 +99,8 @@ def find_pairs(folder: Path, pictures: dict[str, Path], args: argparse.Namespace
         raise UserError(f"there is no file {args.val_annotations}; make it with: python -m data.dataset")
     entries = {entry["id"]: entry for entry in layout.read_annotations(args.val_annotations)}
     predicted = [entries[video_id] for video_id in pictures if video_id in entries]
-    pairs, left_out = find_frame_pairs(predicted, args.frames_dir, args.input_frame_idx, args.target_frame_idx)
+    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, None)
+    pairs, left_out = find_frame_pairs(predicted, args.frames_dir, choice)
     left_out += [(video_id, "without a prediction") for video_id in entries if video_id not in pictures]
     left_out += [(video_id, f"not in {args.val_annotations}") for video_id in pictures if video_id not in entries]
     if left_out:

@@ -99,23 +99,24 @@ from tqdm import tqdm
 from benchmarks.freed_memory import keep_freed_memory
 from benchmarks.models import build_model
 from benchmarks.training_steps import OurStep, PlainStep, Timed
-from data.sthv2_dataset_hf import FramePair, build_prompt, verify_frames
-from pecn.encoded_frames import EncodedPairs, TrainingBatches, encode_once
+from data.frame_choice import DEFAULT_CHOICE
+from data.sthv2_dataset_hf import Clip, verify_frames
+from pecn.encoded_frames import EncodedClips, TrainingBatches, encode_once
 from pecn.optimization import compile_unet
 
 
-def write_pairs(folder: Path, resolution: int) -> list[FramePair]:
-    """Frame pairs of random colors, as PNG files, with prompts."""
+def write_clips(folder: Path, resolution: int) -> list[Clip]:
+    """Clips of two frames of random colors, as PNG files."""
     random = np.random.default_rng(0)
-    pairs = []
+    clips = []
     for index in range(NUM_PAIRS):
-        paths = [str(folder / f"{index}_{name}.png") for name in ("input", "target")]
-        for path in paths:
+        clip = Clip(str(index), "move_object", f"Moving object {index} up", 40, folder / str(index), (20, 21))
+        clip.folder.mkdir()
+        for path in clip.paths:
             colors = random.integers(256, size=(8, 8, 3), dtype=np.uint8)
-            cv2.imwrite(path, cv2.resize(colors, (resolution, resolution), interpolation=cv2.INTER_LINEAR))
-        prompt = build_prompt(f"Moving object {index} up")
-        pairs.append(FramePair(*paths, prompt, video_id=str(index), task="move_object", num_frames=40))
-    return pairs
+            cv2.imwrite(str(path), cv2.resize(colors, (resolution, resolution), interpolation=cv2.INTER_LINEAR))
+        clips.append(clip)
+    return clips
 
 
 # Measuring.
@@ -316,8 +317,7 @@ def prepare(
     accelerator: Accelerator,
     pipeline: Any,
     unet: torch.nn.Module,
-    pairs: list[FramePair],
-    encoded: EncodedPairs,
+    encoded: EncodedClips,
     batch_size: int,
 ) -> Alternatives:
     """All alternatives for one batch size; `unet` is the pipeline's, prepared by accelerate."""
@@ -334,8 +334,8 @@ def prepare(
             scaling_factor=pipeline.vae.config.scaling_factor,
             num_train_timesteps=noise_scheduler.config.num_train_timesteps,
         )
-        plain = PlainStep(accelerator, pipeline, noise_scheduler, pairs, batches)
-        ours = OurStep(accelerator, noise_scheduler, batches, args.use_8bit_adam)
+        plain = PlainStep(accelerator, pipeline, noise_scheduler, batches)
+        ours = OurStep(accelerator, pipeline, noise_scheduler, batches, args.use_8bit_adam)
         both.append({name: plain if name.startswith("plain") else ours for name in args.alternatives})
     torch._dynamo.reset()  # what was compiled for another batch size
     models = {name: compile_unet(unet, accelerator) if name == "compiled" else unet for name in args.alternatives}
@@ -349,9 +349,9 @@ def benchmark(model_name: str, args: argparse.Namespace, accelerator: Accelerato
     pipeline = build_model(model_name)
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.requires_grad_(False)
-    pairs = write_pairs(folder, args.resolution)
-    frames_hash = verify_frames(pairs, args.resolution)
-    encoded = encode_once(pipeline, pairs, frames_hash, False, folder / "encoded_cache", accelerator)
+    clips = write_clips(folder, args.resolution)
+    frames_hash, cache_dir = verify_frames(clips, args.resolution), folder / "encoded_cache"
+    encoded = encode_once(pipeline, clips, DEFAULT_CHOICE, frames_hash, False, cache_dir, accelerator)
     unet = pipeline.unet.to(memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -359,7 +359,7 @@ def benchmark(model_name: str, args: argparse.Namespace, accelerator: Accelerato
     size = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     for batch_size in args.batch_sizes or BATCH_SIZES[device.type][model_name]:
-        alternatives = prepare(args, accelerator, pipeline, unet, pairs, encoded, batch_size)
+        alternatives = prepare(args, accelerator, pipeline, unet, encoded, batch_size)
         results = {name: Measured() for name in args.alternatives}
         with tqdm(total=len(results) * (args.rounds + 1), desc=f"{model_name}, batch {batch_size}", leave=False) as bar:
             found = {}

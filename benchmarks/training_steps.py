@@ -7,7 +7,6 @@ of one batch, which both must agree on, and `stop` puts things back.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
-from data.sthv2_dataset_hf import FramePair, derive_seed
+from data.sthv2_dataset_hf import derive_seed
 from pecn import optimization
 from pecn.diffusion import diffusion_loss
 from pecn.encoded_frames import TrainingBatches, load_batches
@@ -40,15 +39,14 @@ class PlainStep:
         accelerator: Accelerator,
         pipeline: StableDiffusionInstructPix2PixPipeline,
         noise_scheduler: Any,
-        pairs: Sequence[FramePair],
         batches: TrainingBatches,
     ) -> None:
         self.accelerator, self.pipeline, self.noise_scheduler = accelerator, pipeline, noise_scheduler
         self.batches, self.weight_dtype = batches, WEIGHT_DTYPES[accelerator.mixed_precision]
-        preprocess = pipeline.image_processor.preprocess
-        self.input_pixels = preprocess([Image.open(pair.input_image).convert("RGB") for pair in pairs])
-        self.target_pixels = preprocess([Image.open(pair.edited_image).convert("RGB") for pair in pairs])
-        self.token_ids = tokenize(pipeline, [pair.edit_prompt for pair in pairs])
+        preprocess, encoded = pipeline.image_processor.preprocess, batches.encoded
+        frames = zip(*(clip.paths for clip in encoded.clips))
+        self.input_pixels, self.target_pixels = (preprocess([Image.open(path) for path in paths]) for paths in frames)
+        self.token_ids = tokenize(pipeline, [clip.prompt(encoded.choice, 20, 1) for clip in encoded.clips])
 
     def start(self, model: torch.nn.Module) -> list[Timed]:
         for frozen in (self.pipeline.vae, self.pipeline.text_encoder):
@@ -119,9 +117,14 @@ class OurStep:
     """The optimizer step of train_instruct_pix2pix.py, with the losses read as seldom as there."""
 
     def __init__(
-        self, accelerator: Accelerator, noise_scheduler: Any, batches: TrainingBatches, use_8bit_adam: bool
+        self,
+        accelerator: Accelerator,
+        pipeline: StableDiffusionInstructPix2PixPipeline,
+        noise_scheduler: Any,
+        batches: TrainingBatches,
+        use_8bit_adam: bool,
     ) -> None:
-        self.accelerator, self.noise_scheduler = accelerator, noise_scheduler
+        self.accelerator, self.pipeline, self.noise_scheduler = accelerator, pipeline, noise_scheduler
         self.batches, self.use_8bit_adam = batches, use_8bit_adam
 
     def start(self, model: torch.nn.Module) -> list[Timed]:
@@ -129,7 +132,7 @@ class OurStep:
         self.optimizer = self.accelerator.prepare(
             optimization.create_optimizer(model, LEARNING_RATE, self.use_8bit_adam)
         )
-        self.loader = load_batches(self.batches, 0, self.accelerator.device)
+        self.loader = load_batches(self.batches, 0, self.accelerator.device, self.pipeline)
         self.log = optimization.StepLog(self.accelerator, self.batches.global_batch_size, self.batches.num_samples)
         timed = [(optimization, "diffusion_loss", "forward"), (optimization, "clip_gradients", "clip")]
         return [*timed, (self.accelerator, "backward", "backward"), (self.optimizer, "step", "optimizer")]

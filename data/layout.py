@@ -250,6 +250,12 @@ def frame_path(frames_dir: Path | str, video_id: str, frame_idx: int) -> Path:
     return Path(frames_dir) / video_id / f"{frame_idx:05d}.png"
 
 
+def extracted_frames(folder: Path) -> set[int]:
+    """The indices of the frames in one video's folder; none where there is no folder."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return {int(name[:-4]) for name in names if name.endswith(".png") and name[:-4].isdecimal()}
+
+
 def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
     """`<data_dir>/annotations/<split>_filtered.json`, `split` being "train" or "val"."""
     return Path(data_dir) / "annotations" / f"{split}_filtered.json"

@@ -8,6 +8,7 @@ Run as a module, it prints what a training run would see:
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import io
 import itertools
@@ -17,24 +18,49 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from data import layout
 from data.dataset import sampling_rank
+from data.frame_choice import DEFAULT_CHOICE, FrameChoice, add_frame_options, frame_choice
 from data.layout import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DEFAULT_INPUT_FRAME_IDX = 20
-DEFAULT_TARGET_FRAME_IDX = 21
 TASK_OF_ALL_PROMPTS = "Generate a future frame of this action: "
 MOST_NAMED = 5  # videos that one line of a message names
+MANY_FRAMES = 10_000  # from here on reading them takes long enough for a progress bar
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The frames of one video that pairs are made of."""
+
+    video_id: str
+    task: str
+    label: str
+    num_frames: int | None  # of the video, None where it was not recorded
+    folder: Path
+    frames: tuple[int, ...]  # indices, sorted
+
+    @functools.cached_property
+    def frame_set(self) -> frozenset[int]:
+        return frozenset(self.frames)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [layout.frame_path(self.folder.parent, self.video_id, frame) for frame in self.frames]
+
+    def prompt(self, choice: FrameChoice, start: int, horizon: int) -> str:
+        """The sentence for the pair of frames `start` and `start` + `horizon`."""
+        progress = action_progress(start, self.num_frames) if choice.add_progress else None
+        return build_prompt(self.label, progress, horizon if choice.tell_horizon else None)
 
 
 @dataclass(frozen=True)
 class FramePair:
-    """One training or validation sample: a row of the Dataset, whose two pictures are paths here."""
+    """Two frames of a video and their prompt: a row of the Dataset, whose two pictures are paths here."""
 
     input_image: str
     edited_image: str | None  # the frame to predict; None where the video lacks it
@@ -42,6 +68,10 @@ class FramePair:
     video_id: str
     task: str
     num_frames: int | None  # of the video, None where it was not recorded
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(path) for path in (self.input_image, self.edited_image) if path]
 
 
 def build_prompt(label: str, progress: int | None = None, horizon: int | None = None) -> str:
@@ -69,54 +99,89 @@ def derive_seed(seed: int, *what: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def find_frame_pairs(
+def find_clips(
     entries: Sequence[dict[str, Any]],
     frames_folder: Path,
-    input_frame_idx: int = DEFAULT_INPUT_FRAME_IDX,
-    target_frame_idx: int = DEFAULT_TARGET_FRAME_IDX,
-    add_progress: bool = False,
+    choice: FrameChoice,
+    frames_per_video: int | None = None,
     target_required: bool = True,
-) -> tuple[list[FramePair], list[tuple[str, str]]]:
-    """Pairs up the frames of filtered annotations.
+) -> tuple[list[Clip], list[tuple[str, str]]]:
+    """The clips of filtered annotations whose extracted frames offer pairs.
 
-    Returns the pairs, and (video id, reason) for each video that lacks a frame. Without `target_required` a missing
-    target frame is None instead of a reason. Raises UserError where the frames folder is missing, where both
-    indices are the same, and where progress is asked of entries whose `num_frames` is missing or too small.
+    Returns the clips, with the frames that pairs use (at most `frames_per_video`, spread), and (video id, reason) for
+    each video that offers no pair. Without `target_required` a given start without its target is no such reason.
+    Raises UserError where the frames folder is missing, and where progress is asked of entries whose `num_frames` is
+    missing or too small.
     """
     frames_folder = Path(frames_folder)
-    if input_frame_idx == target_frame_idx:
-        raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: choose a later target")
     if not frames_folder.is_dir():
         command = layout.extraction_command(frames_folder)
         raise UserError(f"there is no folder {frames_folder}; extract the frames with: {command}")
-    pairs, left_out = [], []
+    clips, left_out = [], []
     for entry in entries:
         video_id, num_frames = entry["id"], entry.get("num_frames")
-        input_frame = layout.frame_path(frames_folder, video_id, input_frame_idx)
-        target_frame = layout.frame_path(frames_folder, video_id, target_frame_idx)
-        has_input, has_target = input_frame.is_file(), target_frame.is_file()
-        if not has_input or (target_required and not has_target):
-            missing = target_frame_idx if has_input else input_frame_idx
-            has_frames = input_frame.parent.is_dir()
-            left_out.append((video_id, f"without frame {missing}" if has_frames else "without extracted frames"))
+        extracted = layout.extracted_frames(frames_folder / video_id)
+        pairs = [(start, start + horizon) for horizon in choice.horizons for start in choice.starts(extracted, horizon)]
+        frames = {frame for pair in pairs for frame in pair}
+        if not pairs and choice.start in extracted and not target_required:
+            frames = {choice.start}
+        if not frames:
+            left_out.append((video_id, why_without_pair(choice, extracted)))
             continue
-        if add_progress and (num_frames is None or num_frames <= input_frame_idx):
+        last_start = max((start for start, _ in pairs), default=choice.start)
+        if choice.add_progress and (num_frames is None or num_frames <= last_start):
             raise UserError(
                 f"progress prompts need num_frames, which for video {video_id} is {num_frames or 'not recorded'},"
-                f" though frame {input_frame_idx} exists; set it with: python -m data.video_loader"
+                f" though frame {last_start} exists; set it with: python -m data.video_loader"
             )
-        progress = action_progress(input_frame_idx, num_frames) if add_progress else None
+        if frames_per_video and len(frames) > frames_per_video:
+            frames = choice.spread(frames, frames_per_video, turn=len(clips))
+        task, folder = entry.get("task", "unknown"), frames_folder / video_id
+        clips.append(Clip(video_id, task, entry["label"], num_frames, folder, tuple(sorted(frames))))
+    return clips, left_out
+
+
+def why_without_pair(choice: FrameChoice, extracted: set[int]) -> str:
+    if not extracted:
+        return "without extracted frames"
+    if choice.start is None:
+        return f"without two frames {choice.horizons[0]} apart"
+    return f"without frame {choice.start + (choice.horizons[0] if choice.start in extracted else 0)}"
+
+
+def find_frame_pairs(
+    entries: Sequence[dict[str, Any]],
+    frames_folder: Path,
+    choice: FrameChoice = DEFAULT_CHOICE,
+    target_required: bool = True,
+    seed: int = 0,
+) -> tuple[list[FramePair], list[tuple[str, str]]]:
+    """One pair of frames of each entry of filtered annotations; where a video offers several, `seed` draws it.
+
+    Returns the pairs, and (video id, reason) for each video that lacks a frame. Without `target_required` a missing
+    target frame of a given start is None instead of a reason. Raises UserError as `find_clips` does.
+    """
+    clips, left_out = find_clips(entries, frames_folder, choice, target_required=target_required)
+    pairs = []
+    for clip in clips:
+        drawn = (derive_seed(seed, "pair", clip.video_id, what) / 2**63 for what in ("horizon", "start"))
+        pair = choice.draw(clip.frames, *drawn)
+        start, horizon = pair or (choice.start, choice.horizons[0])
+        target = layout.frame_path(frames_folder, clip.video_id, start + horizon)
         pairs.append(
             FramePair(
-                input_image=str(input_frame),
-                edited_image=str(target_frame) if has_target else None,
-                edit_prompt=build_prompt(entry["label"], progress),
-                video_id=video_id,
-                task=entry.get("task", "unknown"),
-                num_frames=num_frames,
+                input_image=str(layout.frame_path(frames_folder, clip.video_id, start)),
+                edited_image=str(target) if pair else None,
+                edit_prompt=clip.prompt(choice, start, horizon),
+                video_id=clip.video_id,
+                task=clip.task,
+                num_frames=clip.num_frames,
             )
         )
     return pairs, left_out
+
+
+Sample = TypeVar("Sample", FramePair, Clip)
 
 
 def frame_pairs_dataset(pairs: Sequence[FramePair]) -> Dataset:
@@ -135,30 +200,37 @@ def frame_pairs_dataset(pairs: Sequence[FramePair]) -> Dataset:
 
 
 def load_frame_pairs(
-    data_dir: Path,
-    split: str,
-    resolution: int,
-    input_frame_idx: int = DEFAULT_INPUT_FRAME_IDX,
-    target_frame_idx: int = DEFAULT_TARGET_FRAME_IDX,
-    add_progress: bool = False,
+    data_dir: Path, split: str, resolution: int, choice: FrameChoice = DEFAULT_CHOICE, seed: int = 0
 ) -> tuple[list[FramePair], list[tuple[str, str]]]:
     """`find_frame_pairs` for one split ("train" or "val") of a data directory."""
     entries = layout.read_filtered_annotations(data_dir, split)
-    folder = layout.frames_dir(data_dir, resolution)
-    return find_frame_pairs(entries, folder, input_frame_idx, target_frame_idx, add_progress)
+    return find_frame_pairs(entries, layout.frames_dir(data_dir, resolution), choice, seed=seed)
 
 
-def verify_frames(pairs: Sequence[FramePair], resolution: int) -> str:
-    """Reads every frame of the pairs once; returns a hash of all their bytes, in hexadecimal.
+def load_clips(
+    data_dir: Path,
+    split: str,
+    resolution: int,
+    choice: FrameChoice = DEFAULT_CHOICE,
+    frames_per_video: int | None = None,
+) -> tuple[list[Clip], list[tuple[str, str]]]:
+    """`find_clips` for one split ("train" or "val") of a data directory."""
+    entries = layout.read_filtered_annotations(data_dir, split)
+    return find_clips(entries, layout.frames_dir(data_dir, resolution), choice, frames_per_video)
+
+
+def verify_frames(samples: Sequence[FramePair | Clip], resolution: int) -> str:
+    """Reads every frame of pairs or clips once; returns a hash of all their bytes, in hexadecimal.
 
     Raises UserError at the first frame that is not a whole PNG of `resolution` x `resolution` pixels. A pair may lack
     its target.
     """
     from PIL import Image
+    from tqdm import tqdm
 
     total = hashlib.blake2b(digest_size=16)
-    paths = [path for pair in pairs for path in (pair.input_image, pair.edited_image) if path]
-    for path in map(Path, paths):
+    paths = [path for sample in samples for path in sample.paths]
+    for path in tqdm(paths, desc="Checking frames", unit="frame", disable=len(paths) < MANY_FRAMES):
         try:
             content = path.read_bytes()
             total.update(hashlib.sha256(content).digest())
@@ -174,8 +246,8 @@ def verify_frames(pairs: Sequence[FramePair], resolution: int) -> str:
     return total.hexdigest()
 
 
-def choose_pairs(pairs: Sequence[FramePair], num_samples: int | None, seed: int) -> list[FramePair]:
-    """Draws pairs evenly from the tasks; the same ones for the same seed, whatever the order of `pairs`.
+def choose_pairs(pairs: Sequence[Sample], num_samples: int | None, seed: int) -> list[Sample]:
+    """Draws pairs, or clips, evenly from the tasks; the same ones for the same seed, whatever the order of `pairs`.
 
     With a larger `num_samples` the smaller choice is its beginning; None takes all.
     """
@@ -204,23 +276,21 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = layout.CommandParser(
         prog="python -m data.sthv2_dataset_hf", description="Show the frame pairs and prompts that training would use."
     )
-    size, index = layout.number(at_least=1, at_most=4096), layout.number(at_least=0, at_most=999_999)
+    size = layout.number(at_least=1, at_most=4096)
     parser.add_argument("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="(%(default)s)")
     parser.add_argument("--resolution", type=size, default=128, help="uses frames_<R>x<R> (%(default)s)")
-    parser.add_argument("--input_frame_idx", type=index, default=DEFAULT_INPUT_FRAME_IDX, help="(%(default)s)")
-    parser.add_argument("--target_frame_idx", type=index, default=DEFAULT_TARGET_FRAME_IDX, help="(%(default)s)")
+    add_frame_options(parser)
     parser.add_argument("--add_progress", **layout.SWITCH, help="prompts say how much of the action is done")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse_args()
+    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress)
     total = 0
     for split in layout.SPLITS:
-        pairs, left_out = load_frame_pairs(
-            args.data_dir, split, args.resolution, args.input_frame_idx, args.target_frame_idx, args.add_progress
-        )
-        print(f"{split}: {len(pairs)} frame pairs, frame {args.input_frame_idx} -> {args.target_frame_idx}")
+        pairs, left_out = load_frame_pairs(args.data_dir, split, args.resolution, choice)
+        print(f"{split}: {len(pairs)} {'frame pairs' if choice.is_one_pair else 'videos'}, {choice}")
         for task in sorted({pair.task for pair in pairs}):
             prompts = [pair.edit_prompt for pair in pairs if pair.task == task]
             print(f"  {task}: {len(prompts)}")

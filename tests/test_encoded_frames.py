@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.frame_choice import FrameChoice
 from data.layout import UserError, frame_path, frames_dir
-from data.sthv2_dataset_hf import load_frame_pairs, verify_frames
+from data.sthv2_dataset_hf import load_clips, verify_frames
 from pecn.diffusion import conditioning_dropout
 from pecn.encoded_frames import TrainingBatches, encode_once
 from pecn.model import encode_prompts
@@ -23,10 +24,16 @@ def pipeline():
     return make_tiny_pipeline()
 
 
-def encode(pipeline, data_dir, add_progress=False, random_flip=False):
-    pairs, _ = load_frame_pairs(data_dir, "train", SIDE, add_progress=add_progress)
-    cache_dir = data_dir / "encoded_cache"
-    return encode_once(pipeline, pairs, verify_frames(pairs, SIDE), random_flip, cache_dir, Accelerator(cpu=True))
+def encode(pipeline, data_dir, random_flip=False, **choice):
+    choice = FrameChoice(**choice)
+    clips, _ = load_clips(data_dir, "train", SIDE, choice)
+    cache_dir, accelerator = data_dir / "encoded_cache", Accelerator(cpu=True)
+    return encode_once(pipeline, clips, choice, verify_frames(clips, SIDE), random_flip, cache_dir, accelerator)
+
+
+def moments_of(encoded, sample, frame):
+    clip = encoded.clips[sample]
+    return torch.tensor(encoded.moments[encoded.first_rows[sample] + clip.frames.index(frame)])
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +69,10 @@ def test_latents_and_embeddings_are_what_the_models_give(pipeline, encoded, data
         posterior = pipeline.vae.encode(pixels).latent_dist
         tokens = pipeline.tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
         empty = pipeline.text_encoder(tokens)[0][0]
-    torch.testing.assert_close(encoded.input_latents[2], posterior.mean[0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(encoded.target_moments[2], posterior.parameters[1], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(encoded.embeddings[0], empty, atol=1e-5, rtol=1e-4)
-    assert len(encoded.input_latents) == 6
+    for position, frame in enumerate((20, 21)):
+        torch.testing.assert_close(moments_of(encoded, 2, frame), posterior.parameters[position], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(encoded.embeddings[0]), empty, atol=1e-5, rtol=1e-4)
+    assert len(encoded.moments) == 12
     assert len(encoded.embeddings) == 4  # three labels and the empty prompt, each once
 
 
@@ -76,7 +83,7 @@ def test_second_run_encodes_nothing(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.text_encoder, "forward", lambda *_: pytest.fail("a prompt was encoded again"))
     second = encode(pipeline, data_dir)
     assert second.key == first.key
-    assert torch.equal(second.input_latents, first.input_latents)
+    assert np.array_equal(second.moments, first.moments)
 
 
 def test_changed_inputs_never_meet_the_old_cache(pipeline, tmp_path):
@@ -109,29 +116,36 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     torch.nn.init.constant_(broken.vae.encoder.conv_in.bias, math.nan)
     with pytest.raises(UserError, match="AutoencoderKL gives numbers that are not finite"):
         encode(broken, make_data_dir(tmp_path))
-    assert not list((tmp_path / "encoded_cache").iterdir())
+    assert not list((tmp_path / "encoded_cache").glob("*.npy"))
 
 
 def test_mirrored_pairs_have_mirrored_frames_and_prompts(pipeline, encoded_with_flip, encoded):
-    latents = encoded_with_flip.input_latents
-    assert len(latents) == 12
-    prompts = [
+    assert len(encoded_with_flip.moments) == 24
+    inputs = [encoded_with_flip.first_rows[sample] for sample in range(6)]  # frame 20 is a clip's first
+    plain, mirrored = (torch.tensor(encoded_with_flip.moments[start:])[inputs, :4] for start in (0, 12))
+    torch.testing.assert_close(plain, torch.tensor(encoded.moments)[inputs, :4], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(mirrored[0], plain[0], atol=1e-2)
+    way, back = (
         f"Generate a future frame of this action: pushing a cup from {way}"
         for way in ("left to right", "right to left")
-    ]
+    )
     with torch.no_grad():
-        expected = encode_prompts(pipeline, prompts)
-    embeddings = encoded_with_flip.embeddings[encoded_with_flip.prompt_rows]
-    torch.testing.assert_close(embeddings[[0, 6]], expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(latents[:6], encoded.input_latents, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(latents[6], latents[0], atol=1e-2)
+        expected = encode_prompts(pipeline, [way, back])
+    embeddings = torch.tensor(encoded_with_flip.embeddings)
+    torch.testing.assert_close(
+        embeddings[[encoded_with_flip.prompts[prompt] for prompt in (way, back)]], expected, atol=1e-5, rtol=1e-4
+    )
     flips = batches(encoded_with_flip, conditioning_dropout_prob=0.0)
     seen = set()
     for index in range(len(flips)):
-        for sample, image_latents in zip(flips.samples_of_step(index), flips[index]["image_latents"]):
-            mirrored = torch.equal(image_latents, latents[sample + 6])
-            assert mirrored or torch.equal(image_latents, latents[sample])
-            seen.add(mirrored)
+        batch = flips[index]
+        for place, sample in enumerate(flips.samples_of_step(index)):
+            flipped = torch.equal(batch["image_latents"][place], mirrored[sample])
+            assert flipped or torch.equal(batch["image_latents"][place], plain[sample])
+            if sample == 0:
+                own = embeddings[encoded_with_flip.prompts[back if flipped else way]]
+                assert torch.equal(batch["prompt_embeds"][place], own)
+            seen.add(flipped)
     assert seen == {True, False}
 
 
@@ -180,7 +194,7 @@ def test_batches_follow_the_seed(encoded):
 
 def test_targets_are_samples_of_the_scaled_posterior(encoded):
     stream = batches(encoded, train_batch_size=6, max_train_steps=400)
-    mean, logvar = encoded.target_moments.chunk(2, dim=1)
+    mean, logvar = torch.stack([moments_of(encoded, sample, 21) for sample in range(6)]).chunk(2, dim=1)
     drawn = [[] for _ in range(6)]
     for step in range(400):
         for sample, latents in zip(stream.samples_of_step(step), stream[step]["target_latents"]):
@@ -204,7 +218,7 @@ def test_dropout_drops_text_image_and_both_equally_often(encoded):
     for step in range(50):
         batch = all_dropped[step]
         for image_latents, embedding in zip(batch["image_latents"], batch["prompt_embeds"]):
-            kinds.add((bool((image_latents == 0).all()), torch.equal(embedding, encoded.embeddings[0])))
+            kinds.add((bool((image_latents == 0).all()), np.array_equal(embedding, encoded.embeddings[0])))
     assert kinds == {(True, False), (False, True), (True, True)}
 
 

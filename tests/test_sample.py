@@ -67,7 +67,7 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp
         assert summary["psnr"][name]["mean"] == pytest.approx(np.mean([row["psnr"][name] for row in scored]))
     assert summary["per_task"]["drop_object"]["num_samples"] == 1
     assert f"{summary['psnr']['copy']['mean']:.2f}" in done.stdout and "cover_object" in done.stdout
-    assert "1 samples have no frame 21" in done.stdout
+    assert "1 samples have no frame to predict (frame 20 to 21)" in done.stdout
     assert (tmp_path / "overview.png").is_file()
     results = ["metrics.json", "overview.png", "random_pairs.png", "samples", "scores.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == results
@@ -87,8 +87,7 @@ def test_pictures_do_not_depend_on_batch_or_number_of_samples(data_dir, model_wi
 
 def test_other_frames_than_trained_work_with_a_warning(data_dir, model_with_config, tiny_model, tmp_path):
     done = sample(data_dir, model_with_config, tmp_path, "--input_frame_idx", 19, "--num_samples", 1)
-    assert "warning: input_frame_idx is 19" in done.stderr and "was trained with 20" in done.stderr
-    assert "target_frame_idx" not in done.stderr
+    assert "warning: predicting frame 19 to 21" in done.stderr and "trained with frame 20 to 21" in done.stderr
     plain = sample(data_dir, tiny_model, tmp_path, "--input_frame_idx", 19, "--num_samples", 1)
     assert "warning" not in plain.stderr
     assert "completed" not in json.loads((tmp_path / "metrics.json").read_text())["samples"][0]["edit_prompt"]
@@ -137,7 +136,9 @@ def test_mistakes_get_one_line_and_leave_former_results(
     for flags in (("--input_frame_idx", 70), ("--frames_dir", data_dir), ("--val_annotations", strangers)):
         line = message(*flags)
         assert "no video of" in line and "from one data directory" in line and "python -m data.video_loader" in line
-    assert "none of the 4 videos chosen has frame 80 in " in message("--target_frame_idx", 80, model=model_with_config)
+    assert "none of the 4 videos chosen has both frames (frame 20 to 80) in " in message(
+        "--target_frame_idx", 80, model=model_with_config
+    )
     assert "choose a later target" in message("--input_frame_idx", 20, "--target_frame_idx", 20)
     assert "there is no file" in message("--val_annotations", data_dir)
     assert "metrics.json cannot be made (it is a file)" in message("--output_dir", tmp_path / "metrics.json")

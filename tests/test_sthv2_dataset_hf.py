@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data.frame_choice import FrameChoice, frame_choice
 from data.layout import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
 from data.sthv2_dataset_hf import (
     action_progress,
@@ -66,7 +67,7 @@ def test_derived_seeds_differ_by_every_argument():
 
 
 def test_dataset_has_the_promised_columns_and_pictures(data_dir):
-    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, add_progress=True)
+    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, FrameChoice(add_progress=True))
     dataset = frame_pairs_dataset(pairs)
     assert dataset.column_names == ["input_image", "edited_image", "edit_prompt", "video_id", "task", "num_frames"]
     assert list(dataset["video_id"]) == [f"train{number}" for number in range(6)]
@@ -81,7 +82,7 @@ def test_dataset_has_the_promised_columns_and_pictures(data_dir):
 
 
 def test_any_frame_pair_can_be_asked_for(data_dir):
-    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, input_frame_idx=22, target_frame_idx=19)
+    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, frame_choice(22, 19, None))
     assert len(pairs) == 6
     assert pairs[0].input_image.endswith("00022.png")
     assert pairs[0].edited_image.endswith("00019.png")
@@ -130,11 +131,11 @@ def test_progress_without_num_frames_says_what_to_run(tmp_path):
     del entries[2]["num_frames"]
     write_annotations(path, entries)
     with pytest.raises(UserError, match="train2 is not recorded.*: python -m data.video_loader"):
-        load_frame_pairs(data_dir, "train", SIDE, add_progress=True)
+        load_frame_pairs(data_dir, "train", SIDE, FrameChoice(add_progress=True))
     entries[2]["num_frames"] = 20
     write_annotations(path, entries)
     with pytest.raises(UserError, match="train2 is 20, though frame 20 exists"):
-        load_frame_pairs(data_dir, "train", SIDE, add_progress=True)
+        load_frame_pairs(data_dir, "train", SIDE, FrameChoice(add_progress=True))
     assert len(load_frame_pairs(data_dir, "train", SIDE)[0]) == 6
 
 
@@ -148,7 +149,7 @@ def test_missing_preparation_names_the_command(tmp_path, data_dir):
 def test_module_shows_what_training_would_see(data_dir):
     command = ("python", "-m", "data.sthv2_dataset_hf", "--data_dir", data_dir, "--resolution", SIDE)
     shown = run(*command, "--add_progress").stdout
-    assert "train: 6 frame pairs, frame 20 -> 21" in shown
+    assert "train: 6 frame pairs, frame 20 to 21" in shown
     assert "val: 3 frame pairs" in shown
     assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 3
     assert "1 videos left out: 1 without frame 21 (train_short)" in shown

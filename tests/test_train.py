@@ -240,7 +240,7 @@ def test_processes_that_share_out_the_weights_end_near_one(trained, data_dir, ti
 
 def one_step_error(model: Path, data_dir: Path) -> float:
     """Root mean square error of the scaled latents that one step gives, over the validation pairs."""
-    pairs = load_frame_pairs(data_dir, "val", SIDE, 20, 21)[0]
+    pairs = load_frame_pairs(data_dir, "val", SIDE)[0]
     pipeline, generators = load_pipeline(model), [torch.Generator().manual_seed(seed) for seed in range(len(pairs))]
     with torch.no_grad():
         inputs, targets = (
@@ -384,7 +384,7 @@ def test_mistakes_get_one_line(data_dir, tiny_model, tmp_path):
     assert "python -m data.dataset --data_dir" in message("--train_data_dir", tmp_path)
     here = ("--train_data_dir", data_dir, "--resolution")
     assert "python -m data.video_loader --data_dir" in message(*here, 64)
-    assert "train_filtered.json has both frames 20 and 90" in message(*here, SIDE, "--target_frame_idx", 90)
+    assert "train_filtered.json has both frames (frame 20 to 90)" in message(*here, SIDE, "--target_frame_idx", 90)
     assert not (tmp_path / "output").exists()
     nowhere = message(*here, SIDE, "--pretrained_model_name_or_path", "nobody/nothing")
     assert "HF_ENDPOINT" in nowhere and "nobody/nothing" in nowhere

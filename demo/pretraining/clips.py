@@ -8,7 +8,7 @@ This module imports no torch, so that worker processes start at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data.layout import UserError, available_cores, whole_or_absent
+from data.layout import UserError, available_cores
+from data.stored_array import stored_array
 from demo.renderer.clip import plan_clip, render_clip
 from demo.renderer.video import prepare_worker
 
@@ -75,19 +76,14 @@ def rendered_clips(work_dir: Path, num_clips: int, side: int) -> StoredClips:
         clips.append(Clip(plan.annotation["label"], plan.action.template, plan.num_frames, first_row))
         first_row += plan.num_frames
     path = work_dir / f"frames-{side}-of-{num_clips}-clips.npy"
-    rows = stored_array(path, np.uint8, (first_row, side, side, 3), render_all(held_out + training, side))
+
+    def rows_from(done: int) -> Iterator[np.ndarray]:
+        missing = [place for place, clip in enumerate(clips) if clip.first_row + clip.num_frames > done]
+        for place, frames in zip(missing, render_all([(held_out + training)[place] for place in missing], side)):
+            yield frames[max(0, done - clips[place].first_row) :]
+
+    rows = stored_array(path, np.uint8, (first_row, side, side, 3), rows_from)
     return StoredClips(clips[: len(held_out)], clips[len(held_out) :], rows)
-
-
-def stored_array(path: Path, dtype: type, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """The array in an .npy file, read as it is used; a missing file is written from blocks of rows, whole or absent."""
-    if not path.is_file():
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-        with whole_or_absent(path) as partial, open(partial, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in blocks:
-                file.write(np.ascontiguousarray(block, dtype))
-    return np.load(path, mmap_mode="r")
 
 
 def render_all(indices: Sequence[int], side: int) -> Iterator[np.ndarray]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -46,7 +47,7 @@ def train_stage(
     steps, path = getattr(args, f"{name}_train_steps"), args.work_dir / f"{name}.pt"
     of_stages = [f"{stage}_{what}" for stage in (*depends_on, name) for what in ("train_steps", "batch_size")]
     settings = {option: getattr(args, option) for option in ("seed", "num_clips", *of_stages)}
-    model.to(memory_format=torch.channels_last).train()
+    model.to(memory_format=memory_format(next(model.parameters()).device)).train()
     parameters = list(model.parameters())
     optimizer = create_optimizer(model, learning_rate, betas=BETAS, weight_decay=weight_decay)
     schedule = create_lr_scheduler("cosine", optimizer, min(warmup_steps, steps // 10), steps)
@@ -105,10 +106,22 @@ def load_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, int])
     return saved["step"]
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """bfloat16 where it is fast: on a GPU, and on a CPU with matrix units (AMX). Elsewhere float32."""
-    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+@contextmanager
+def fast_arithmetic(device: torch.device) -> Iterator[None]:
+    """bfloat16 where it is fast: on a GPU, and on a CPU that knows its products (AVX-512 BF16, AMX). Elsewhere float32.
+
+    On a CPU attention is computed in plain steps, which for these short sequences are faster than torch's fused ones.
+    """
+    on_cpu = device.type == "cpu"
+    fast = not on_cpu or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast), attention:
+        yield
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How images lie in memory where convolutions are fastest."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def step_generator(seed: int, use: str, step: int) -> torch.Generator:

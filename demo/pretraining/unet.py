@@ -13,13 +13,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
 from demo.pretraining.clips import Clip, StoredClips, pick_size
-from demo.pretraining.stages import autocast, step_generator, train_stage
+from demo.pretraining.stages import fast_arithmetic, memory_format, step_generator, train_stage
 from demo.pretraining.text_encoder import MAX_HORIZON, TOLD
 from pecn.diffusion import conditioning_dropout, diffusion_loss
 from pecn.model import encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
-LAST_TIMESTEP = 0.8  # share of the samples that are all noise, where motion is decided; the others have any timestep
+LAST_TIMESTEP = 0.5  # share of the samples that are all noise, where motion is decided; the others have any timestep
 
 
 def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[str]]:
@@ -61,7 +61,7 @@ def noised_batch(
         "noise": noise,
     }
     device = pipeline.unet.device
-    latents = {name: value.to(device, memory_format=torch.channels_last) for name, value in latents.items()}
+    latents = {name: value.to(device, memory_format=memory_format(device)) for name, value in latents.items()}
     with torch.no_grad():
         told = ["" if drop else prompt for prompt, drop in zip(prompts, drop_text.tolist())]
         return latents | {"timesteps": timesteps.to(device), "prompt_embeds": encode_prompts(pipeline, told)}
@@ -93,7 +93,7 @@ def train_unet(
     unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
 
     def loss_of_step(step: int) -> torch.Tensor:
-        with autocast(unet.device):
+        with fast_arithmetic(unet.device):
             batch = unet_batch(pipeline, sizes, step, args.seed, args.unet_batch_size)
             return diffusion_loss(unet, scheduler, batch)
 

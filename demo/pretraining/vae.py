@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,9 +14,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from data.sthv2_dataset_hf import derive_seed
-from demo.pretraining.clips import StoredClips, pick_size, stored_array
-from demo.pretraining.stages import autocast, step_generator, train_stage
-from pecn.encoded_frames import digest, module_bytes
+from data.stored_array import stored_array
+from demo.pretraining.clips import StoredClips, pick_size
+from demo.pretraining.stages import fast_arithmetic, memory_format, step_generator, train_stage
+from pecn.frame_store import digest, module_bytes
 
 CROP = 64  # pixels
 CROPPED_SHARE = 0.85  # of the steps see crops (more pictures for the same work), the rest whole frames
@@ -26,7 +28,7 @@ ENCODING_BATCH = 64
 def to_pictures(frames: np.ndarray, device: torch.device) -> torch.Tensor:
     """uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1]."""
     pictures = torch.from_numpy(np.array(frames)).to(device).permute(0, 3, 1, 2)
-    return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (pictures.float() / 127.5 - 1).contiguous(memory_format=memory_format(device))
 
 
 def vae_batch(sizes: Sequence[StoredClips], step: int, seed: int, batch_size: int, cropped: bool) -> np.ndarray:
@@ -57,7 +59,7 @@ def train_vae(vae: AutoencoderKL, sizes: Sequence[StoredClips], args: argparse.N
     def loss_of_step(step: int) -> torch.Tensor:
         cropped = step < CROPPED_SHARE * args.vae_train_steps
         pictures = to_pictures(vae_batch(sizes, step, args.seed, args.vae_batch_size, cropped), vae.device)
-        with autocast(vae.device):
+        with fast_arithmetic(vae.device):
             return vae_loss(vae, pictures, step_generator(args.seed, "vae noise", step))
 
     train_stage("vae", vae, loss_of_step, args, logs, learning_rate=1e-3, weight_decay=1e-4, warmup_steps=100)
@@ -70,13 +72,14 @@ def encoded_clips(vae: AutoencoderKL, frames: StoredClips, args: argparse.Namesp
     side_of_latents = side // 2 ** (len(vae.config.block_out_channels) - 1)
     shape = (num_frames, 2 * vae.config.latent_channels, side_of_latents, side_of_latents)
     path = args.work_dir / f"latents-{side}-of-{args.num_clips}-clips-{weights}.npy"
-    return replace(frames, rows=stored_array(path, np.float16, shape, encode_all(vae.to(device), frames.rows)))
+    rows_from = functools.partial(encode_all, vae.to(device), frames.rows)
+    return replace(frames, rows=stored_array(path, np.float16, shape, rows_from))
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, frames: np.ndarray) -> Iterator[np.ndarray]:
-    """The posterior's means and log variances of uint8 frames (N, H, W, 3), some frames at a time."""
-    for start in trange(0, len(frames), ENCODING_BATCH, desc=f"encoding at {frames.shape[1]} pixels", unit="batch"):
+def encode_all(vae: AutoencoderKL, frames: np.ndarray, first: int) -> Iterator[np.ndarray]:
+    """The posterior's means and log variances of uint8 frames (N, H, W, 3) from the first on, some at a time."""
+    for start in trange(first, len(frames), ENCODING_BATCH, desc=f"encoding at {frames.shape[1]} pixels", unit="batch"):
         pictures = to_pictures(frames[start : start + ENCODING_BATCH], vae.device)
         yield vae.encode(pictures).latent_dist.parameters.cpu().numpy()
 
