@@ -102,7 +102,7 @@ def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FrameP
     choice = DEFAULT_CHOICE
     if "input_frame_idx" in trained:
         frames = (trained["input_frame_idx"], trained["target_frame_idx"], trained.get("horizon"))
-        choice = frame_choice(*frames, trained["add_progress"])
+        choice = frame_choice(*frames, trained.get("add_progress", False))
     pairs, _ = load_frame_pairs(args.data_dir, "val", resolution, choice, args.seed)
     if not pairs:
         raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")

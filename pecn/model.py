@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
+from data.frame_choice import ANY, tells_horizon
 from data.layout import UserError, one_line
 from pecn.sampling_options import DEFAULT_OPTIONS
 
@@ -90,14 +92,17 @@ def read_training_config(folder: Path) -> dict[str, Any]:
     path = folder / TRAINING_CONFIG
     if not path.is_file():
         return {}
-    types = {"resolution": int, "input_frame_idx": int, "target_frame_idx": int, "add_progress": bool}
+    types = {"resolution": int, "target_frame_idx": int, "add_progress": bool}
     types |= {"train_data_dir": str} | {name: type(value) for name, value in vars(DEFAULT_OPTIONS).items()}
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
         for name, kind in types.items():
             if type(arguments.get(name, kind())) is not kind:
                 raise ValueError(f"{name} is {arguments[name]!r}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if arguments.get("input_frame_idx") != ANY and type(arguments.get("input_frame_idx", 0)) is not int:
+            raise ValueError(f"input_frame_idx is {arguments['input_frame_idx']!r}")
+        tells_horizon(arguments.get("horizon"))
+    except (ArgumentTypeError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a training config written by train_instruct_pix2pix.py ({one_line(error)}); copy the model"
             " again, or delete the file to sample without it"

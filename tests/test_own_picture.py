@@ -114,7 +114,8 @@ def test_mistakes_get_one_line(photo, tiny_model, tmp_path):
     for flags, wanted in (
         (("--image", photo), "--image and --prompt need each other"),
         (("--prompt", LABEL), "--image and --prompt need each other"),
-        (("--horizon", 1), "need --image and --prompt"),
+        (("--resolution", 64), "need --image and --prompt"),
+        (("--image", photo, "--prompt", LABEL, "--horizon", "1-3"), "give --horizon one number"),
     ):
         done = run("python", "sample_from_pix2pix.py", "--model_dir", tiny_model, *flags, check=False)
         assert done.returncode == 2 and wanted in done.stderr
