@@ -19,7 +19,7 @@ from pecn.diffusion import conditioning_dropout, diffusion_loss
 from pecn.model import encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
-LAST_TIMESTEP = 0.5  # share of the samples that are all noise, where motion is decided; the others have any timestep
+LAST_TIMESTEP = 0.4  # share of the samples that are all noise, where motion is decided
 
 
 def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[str]]:
@@ -53,7 +53,9 @@ def noised_batch(
     posterior_noise, noise = torch.randn(2, *posterior.mean.shape, generator=generator)
     drop_text, drop_image = conditioning_dropout(torch.rand(len(prompts), generator=generator), dropout)
     num_timesteps = pipeline.scheduler.config.num_train_timesteps
-    timesteps = torch.randint(num_timesteps, (len(prompts),), generator=generator)
+    # The others have any timestep, late ones more often: what lies where and its color are decided there.
+    early = torch.rand(len(prompts), generator=generator).square()
+    timesteps = ((1 - early) * num_timesteps).long().clamp(max=num_timesteps - 1)
     timesteps[torch.rand(len(prompts), generator=generator) < last_timestep] = num_timesteps - 1
     latents = {
         "target_latents": (posterior.mean + posterior.std * posterior_noise) * pipeline.vae.config.scaling_factor,
