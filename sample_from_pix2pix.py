@@ -176,6 +176,8 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
     print(f"{choice}, {verdict(summary)}")
     if others is not None:
         difference = paired_difference(read_scores(args.output_dir), others)
+        if difference["unpaired"]:
+            print(describe_left_out(difference["unpaired"]))
         print(f"the same, {verdict(difference, str(args.against))}")
 
 

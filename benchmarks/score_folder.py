@@ -71,8 +71,8 @@ def main(args: argparse.Namespace) -> None:
         others = [{"video_id": other.video_id} | score_prediction(other) for other in found[1]]
         difference = paired_difference(scores, others)
         print(f"\nsample: {args.predictions}, other: {args.against}\n{format_table(difference)}")
-        if unpaired := difference["unpaired"]:
-            print(describe_left_out([(video_id, "in one of the two only") for video_id in unpaired]))
+        if difference["unpaired"]:
+            print(describe_left_out(difference["unpaired"]))
         print(f"{args.predictions}, {verdict(difference, str(args.against))}")
 
 

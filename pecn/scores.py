@@ -250,23 +250,23 @@ def paired_difference(scores: Sequence[dict[str, Any]], others: Sequence[dict[st
     """Compares two systems on the videos of both: `summarize`'s summary of the ways "sample" and "other".
 
     Both lists are as metrics.json's `samples`; `others` gives the samples called "other". The summary also has
-    `unpaired`: the videos that only one of the two has scores of. Raises UserError where they have no video in common,
-    or where copying scores differently in them, which means other frames.
+    `unpaired`: the videos that only one of the two has scores of, as `describe_left_out` takes them. Raises UserError
+    where they have no video in common, or where copying scores differently in them, which means other frames.
     """
     ours, theirs = ({row["video_id"]: row for row in rows if row["psnr"] is not None} for rows in (scores, others))
     pairs = [(row, theirs[video_id]) for video_id, row in ours.items() if video_id in theirs]
     if not pairs:
         raise UserError("the two have scores of no video in common; predict the same videos with both")
+    rows = []
     for one, two in pairs:
         if not math.isclose(one["psnr"]["copy"], two["psnr"]["copy"], abs_tol=0.01):
             raise UserError(f"video {one['video_id']} was scored on other frames in the two; use the same for both")
-    rows = []
-    for one, two in pairs:
         rows.append({"task": one["task"], **_side_by_side(one, two, METRICS), "moving": None})
         if one["moving"] and two["moving"]:
             of_region = _side_by_side(one["moving"], two["moving"], (*MOVING_METRICS, "is_frame"))
             rows[-1]["moving"] = {"share": one["moving"]["share"], **of_region}
-    return summarize(rows) | {"unpaired": sorted(ours.keys() ^ theirs.keys())}
+    unpaired = [(video_id, "in one of the two only") for video_id in sorted(ours.keys() ^ theirs.keys())]
+    return summarize(rows) | {"unpaired": unpaired}
 
 
 def _side_by_side(one: dict[str, Any], two: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:

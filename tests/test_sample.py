@@ -76,9 +76,12 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, model_with_config, tmp
 
 def test_pictures_do_not_depend_on_batch_or_number_of_samples(data_dir, model_with_config, tmp_path):
     sample(data_dir, model_with_config, tmp_path / "all", "--num_samples", "all", "--batch_size", 4)
-    sample(data_dir, model_with_config, tmp_path / "two", "--num_samples", 2, "--batch_size", 1)
+    options = ("--num_samples", 2, "--batch_size", 1, "--against", tmp_path / "all")
+    done = sample(data_dir, model_with_config, tmp_path / "two", *options)
     folders = list((tmp_path / "two" / "samples").iterdir())
     assert len(folders) == 2
+    others = sorted({"val0", "val1", "val2"} - {folder.name for folder in folders})
+    assert f"left out: {len(others)} in one of the two only ({', '.join(others)})" in done.stdout
     for folder in folders:
         one = np.asarray(Image.open(folder / "prediction.png")).astype(int)
         other = np.asarray(Image.open(tmp_path / "all" / "samples" / folder.name / "prediction.png")).astype(int)

@@ -334,7 +334,7 @@ def test_two_systems_are_compared_pair_by_pair():
     """The pairs differ by far more than the systems do; the third has no counterpart."""
     ours, theirs = records(22, 31, 25), records(21, 29)
     difference = paired_difference(ours, theirs[::-1])  # the order does not matter
-    assert (difference["num_samples"], difference["unpaired"]) == (2, ["2"])
+    assert (difference["num_samples"], difference["unpaired"]) == (2, [("2", "in one of the two only")])
     for group in (difference, difference["moving"]):
         of_sample = group["psnr"]["sample"]
         assert (of_sample["gain"], of_sample["better"]) == (1.5, 1)
