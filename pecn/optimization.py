@@ -185,7 +185,7 @@ class StepLog:
     def __init__(self, accelerator: Accelerator, samples_per_step: int, samples_per_epoch: int) -> None:
         self.accelerator, self.samples_per_step = accelerator, samples_per_step
         self.losses_of_epoch: deque[float] = deque(maxlen=math.ceil(samples_per_epoch / samples_per_step))
-        self.pending: list[tuple[int, torch.Tensor, torch.Tensor | float | None, float, dict[str, float]]] = []
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor | float | None, float]] = []
         self.skipped = 0  # steps in a row, up to the last one
         self.restart_clock()
 
@@ -197,9 +197,7 @@ class StepLog:
         self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, learning_rate: float, updated: bool
     ) -> None:
         """Takes a step's figures; `updated` says whether it has changed the weights."""
-        scaler = self.accelerator.scaler
-        scale = {"train/grad_scale": scaler.get_scale()} if scaler else {}
-        self.pending.append((step, loss, grad_norm, learning_rate, scale))
+        self.pending.append((step, loss, grad_norm, learning_rate))
         self.skipped = 0 if updated else self.skipped + 1
         if self.skipped == MANY_SKIPPED and self.accelerator.is_main_process:
             warn(f"the {MANY_SKIPPED} steps up to {step} were skipped: {WHY_SKIPPED}")
@@ -210,7 +208,7 @@ class StepLog:
         # DeepSpeed gives a number or nothing in place of a tensor.
         grad_norms = [math.nan if norm is None else float(norm) for _, _, norm, *_ in self.pending]
         samples_per_second = len(self.pending) * self.samples_per_step / (time.perf_counter() - self.started)
-        for (step, _, _, learning_rate, scale), loss, grad_norm in zip(self.pending, losses, grad_norms):
+        for (step, _, _, learning_rate), loss, grad_norm in zip(self.pending, losses, grad_norms):
             self.losses_of_epoch.append(loss)
             figures = {
                 "train/loss": loss,
@@ -218,11 +216,12 @@ class StepLog:
                 "train/learning_rate": learning_rate,
                 "train/grad_norm": grad_norm,
                 "train/samples_per_second": samples_per_second,
-                **scale,
             }
             self.accelerator.log(figures, step=step)
             if not math.isfinite(loss):
                 raise UserError(f"the loss of step {step} is {loss}; {HOW_TO_KEEP_FINITE}")
+        if self.accelerator.scaler:
+            self.accelerator.log({"train/grad_scale": self.accelerator.scaler.get_scale()}, step=step)  # the last one's
         self.pending.clear()
         self.restart_clock()
         return losses[-1]

@@ -77,7 +77,7 @@ def test_a_run_whose_every_step_is_skipped_says_so_and_saves_no_pipeline(data_di
     assert done.stderr.splitlines()[-1].startswith("error: every step was skipped and nothing learned: ")
     assert not (output_dir / "model_index.json").exists()
     scales = scalars(output_dir / "logs", "train/grad_scale")
-    assert scales == {step: 2.0 ** (126 - step) for step in range(1, 25)}
+    assert {10, 20, 24} <= scales.keys() and scales == {step: 2.0 ** (126 - step) for step in scales}
 
 
 @pytest.fixture
