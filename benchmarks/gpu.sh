@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All that this project measures on a GPU, in one command; what it prints goes to outputs/gpu/log.txt too. It has not been
-# run on a GPU yet. On a CPU, small:
-#   MODEL=demo RESOLUTION=96 STEPS=4 BATCH_SIZE=2 PRECISIONS=no QUICK=True bash benchmarks/gpu.sh
+# run on a GPU yet. On a CPU, small (the variables of the first line are the quick test's):
+#   NUM_TRAIN_CLIPS=9 NUM_VAL_CLIPS=6 MAX_TRAIN_STEPS=2 \
+#     MODEL=demo RESOLUTION=96 STEPS=4 BATCH_SIZE=2 PRECISIONS=no QUICK=True bash benchmarks/gpu.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -38,8 +39,9 @@ done
 
 echo "== speed of a training step"
 for precision in $PRECISIONS; do
-  python -m benchmarks.train_step --models "$MODEL" --mixed_precision "$precision" --batch_sizes "$BATCH_SIZE" "${quick[@]}"
+  python -m benchmarks.train_step --models "$MODEL" --resolution "$RESOLUTION" --mixed_precision "$precision" \
+    --batch_sizes "$BATCH_SIZE" "${quick[@]}"
 done
 
 echo "== memory of a training step"
-python -m benchmarks.memory --batch_size "$BATCH_SIZE" "${quick[@]}"
+python -m benchmarks.memory --resolution "$RESOLUTION" --batch_size "$BATCH_SIZE" "${quick[@]}"

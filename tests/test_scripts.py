@@ -1,8 +1,10 @@
 """The shell scripts, run as users run them, and the README's promises about them."""
 
+import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -147,6 +149,32 @@ def test_quick_tests_options_follow_the_model_not_the_data(tmp_path):
         assert "--pretrained_model_name_or_path timbrooks/instruct-pix2pix" in other
         assert "--learning_rate 5e-6" in other and "--max_train_steps 20 " in other
         assert "--num_inference_steps" not in other and "--num_predictions" not in other and "3e-4" not in other
+
+
+def test_all_that_the_gpu_script_runs_is_understood(tmp_path, monkeypatch):
+    """Python is replaced by what notes its arguments; each command's own parser then reads them."""
+    (tmp_path / "python").write_text('#!/bin/sh\n(printf "%s\\t" "$@"; echo) >> "$OUTPUT/commands"\n')
+    (tmp_path / "python").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUTPUT": str(tmp_path), "MODEL": "demo"}
+    command = ["bash", "benchmarks/gpu.sh"]
+    subprocess.run(command, cwd=PROJECT, env=os.environ | variables, capture_output=True, check=True)
+    understood = []
+    for line in (tmp_path / "commands").read_text().splitlines():
+        first, *words = line.split("\t")[:-1]
+        if first == "-c":
+            exec(words[0])
+            continue
+        if first == "-m":
+            first, *words = words
+            parse_args = importlib.import_module(first).parse_args
+        else:
+            parse_args = runpy.run_path(first)["parse_args"]
+        monkeypatch.setattr("sys.argv", [first, *words])
+        parse_args()
+        understood.append(first)
+    assert understood.count("train_instruct_pix2pix.py") == 5  # the quick test, and each precision in two halves
+    assert understood.count("benchmarks.train_step") == 2 and understood[-1] == "benchmarks.memory"
+    assert (tmp_path / "demo" / "model_index.json").is_file()
 
 
 def test_failed_training_makes_the_script_fail(data_dir, tmp_path):
