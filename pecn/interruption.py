@@ -11,8 +11,6 @@ from types import FrameType
 
 import torch
 
-from pecn.processes import is_first_process
-
 
 class Interrupted(KeyboardInterrupt):
     """Work ended because of a signal. The message is one line that says where things stand."""
@@ -78,5 +76,5 @@ class StopRequest:
 
 def write_error_line(text: str) -> None:
     """Writes a line to standard error past Python's buffers, which a signal handler must not enter again."""
-    if is_first_process():
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several machines Ctrl-C reaches one
         os.write(2, f"\n{text}\n".encode())
