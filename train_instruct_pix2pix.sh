@@ -18,7 +18,7 @@ BATCH_SIZE=${BATCH_SIZE:-16}               # samples a step on each GPU
 GRADIENT_ACCUM=${GRADIENT_ACCUM:-1}        # passes a step: 2 with BATCH_SIZE=8 are 16 samples too, in less memory
 EPOCHS=${EPOCHS:-20}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-}       # overrides EPOCHS
-LEARNING_RATE=${LEARNING_RATE:-5e-6}       # with LORA=True about 1e-4
+LEARNING_RATE=${LEARNING_RATE:-5e-6}       # with LORA=True about 1e-4, and 1e-3 for the demo's model
 LORA=${LORA:-False}                        # True: an adapter is trained, in much less memory, and merged when saved
 LR_SCHEDULER=${LR_SCHEDULER:-constant}
 LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-0}      # every schedule honors it
