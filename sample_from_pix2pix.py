@@ -2,7 +2,7 @@
 
     python sample_from_pix2pix.py --model_dir outputs/instruct_pix2pix_128 --num_samples 8
 
-or what follows a picture of your own, which nothing can be compared with:
+or how the videos go on (`--rollout 10`), or what follows a picture of your own, which nothing can be compared with:
 
     python sample_from_pix2pix.py --model_dir outputs/instruct_pix2pix_128 --image photo.jpg --prompt "pushing a cup"
 
@@ -31,12 +31,13 @@ from data.frame_choice import (
 )
 from data.layout import SWITCH, UserError, number
 from data.sthv2_dataset_hf import (
+    Clip,
     FramePair,
     build_prompt,
     choose_pairs,
     describe_left_out,
+    find_clips,
     find_frame_pairs,
-    verify_frames,
 )
 from pecn.sampling_options import DEFAULT_OPTIONS, add_sampling_options, number_of_samples, sampling_options
 
@@ -66,6 +67,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--val_annotations", type=Path, help=f"entries to choose from ({annotations})")
     add("--output_dir", type=Path, default=Path("test_result/baseline"), help="(%(default)s)")
     add_frame_options(parser, defaults=False)
+    rollout_help = "predict the N frames after the input frame, in place of one target"
+    add("--rollout", type=number(at_least=1, at_most=999), metavar="N", help=rollout_help)
+    mode_help = "each from the input frame, or from the prediction before (direct where the model knows horizons)"
+    add("--rollout_mode", choices=["direct", "chained"], help=mode_help)
     add("--num_samples", type=number_of_samples, default=8, help="how many pairs to predict, or 'all' (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
     add_sampling_options(parser)
@@ -89,6 +94,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--progress and --resolution need --image and --prompt")
     if args.image is not None and args.horizon is not None and len(horizons_of(args.horizon)) > 1:
         parser.error("--image is followed by one prediction: give --horizon one number")
+    others = args.image or args.against or args.lpips or args.target_frame_idx is not None
+    if args.rollout and (others or args.input_frame_idx == ANY):
+        parser.error("--rollout goes without --image, --against, --lpips, --target_frame_idx, --input_frame_idx any")
+    if args.rollout_mode and not args.rollout:
+        parser.error("--rollout_mode needs --rollout")
     return args
 
 
@@ -99,11 +109,12 @@ if __name__ == "__main__":
 import torch
 from accelerate import PartialState
 from diffusers import StableDiffusionInstructPix2PixPipeline
-from PIL import Image
 
 from data.video_decoder import read_picture
-from pecn.model import find_model, load_pipeline, read_training_config
+from pecn.model import check_frames, find_model, load_pipeline, read_training_config
 from pecn.pictures import check_output_dir, comparison_picture, read_scores, save_prediction, save_results
+from pecn.rollout_pictures import ROLLOUT_FILE, save_rollouts
+from pecn.rollouts import describe_rollouts, roll_out, rollout_choice
 from pecn.sampling import Prediction, predict_frames, predict_pairs
 from pecn.scores import format_table, load_lpips, paired_difference, score_prediction, verdict
 
@@ -121,7 +132,8 @@ def main() -> None:
 def as_trained(args: argparse.Namespace, trained: dict[str, Any]) -> argparse.Namespace:
     """The options, with what the command leaves out as a model's training config `trained` or DEFAULTS have it.
 
-    `tell_horizon` is added: whether prompts tell the horizon, as the model's do, or as asked for one picture.
+    `tell_horizon` is added: whether prompts tell the horizon, as the model's do, or as asked for one picture. Where
+    they do, rollouts are direct.
     """
     known = DEFAULTS | {name: trained[name] for name in DEFAULTS if name in trained}
     known["frames_dir"] = layout.frames_dir(known["train_data_dir"], known["resolution"])
@@ -132,35 +144,48 @@ def as_trained(args: argparse.Namespace, trained: dict[str, Any]) -> argparse.Na
         known["horizon"] = None
         if known["input_frame_idx"] == ANY and "input_frame_idx" not in given:
             known["input_frame_idx"] = DEFAULT_INPUT_FRAME_IDX
+    if args.rollout and args.input_frame_idx is not None:  # from another start, with the model's horizon
+        learned = frame_choice(known["input_frame_idx"], known["target_frame_idx"], known["horizon"])
+        known["target_frame_idx"] = args.input_frame_idx + learned.horizons[0]
+    known["rollout_mode"] = "direct" if known["tell_horizon"] else "chained"
     return argparse.Namespace(**vars(args) | known | given)
 
 
 def predict_validation_videos(args: argparse.Namespace, model: Path, trained: dict[str, Any]) -> None:
-    """Predicts a frame of each chosen video, and saves the pictures and their scores."""
+    """Chooses videos, and predicts a frame of each or its rollout."""
     if not args.val_annotations.is_file():
         raise UserError(
             f"there is no file {args.val_annotations}: set VAL_ANNOTATIONS and FRAMES_DIR, or make it with: python -m"
             " data.dataset"
         )
-    choice = frame_choice(
+    choice = asked = frame_choice(
         args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress, args.tell_horizon
     )
     entries = layout.read_annotations(args.val_annotations)
-    pairs, left_out = find_frame_pairs(entries, args.frames_dir, choice, target_required=False, seed=args.seed)
+    if args.rollout:
+        choice = rollout_choice(asked, args.rollout, args.rollout_mode)
+        samples, left_out = find_clips(entries, args.frames_dir, choice, target_required=False)
+    else:
+        samples, left_out = find_frame_pairs(entries, args.frames_dir, choice, target_required=False, seed=args.seed)
     if left_out:
         print(describe_left_out(left_out))
-    if not pairs:
+    if not samples:
         raise UserError(
             f"no video of {args.val_annotations} has what is asked for ({choice}) in {args.frames_dir}: name both from"
             f" one data directory, and extract its frames with: {layout.extraction_command(args.frames_dir)}"
         )
-    pairs = choose_pairs(pairs, args.num_samples, args.seed)
-    if not any(pair.edited_image for pair in pairs):
+    samples = choose_pairs(samples, args.num_samples, args.seed)
+    if all(len(sample.paths) == 1 for sample in samples):
         raise UserError(
-            f"none of the {len(pairs)} videos chosen has both frames ({choice}) in {args.frames_dir}: choose an"
-            " earlier TARGET_FRAME_IDX"
+            f"none of the {len(samples)} videos chosen has both frames ({choice}) in {args.frames_dir}: choose an"
+            f" earlier {'INPUT' if args.rollout else 'TARGET'}_FRAME_IDX"
         )
-    check_frames(pairs, choice, args.model_dir, trained)
+    check_frames(samples, asked if args.rollout_mode == "chained" else choice, args.model_dir, trained)
+    (roll_out_clips if args.rollout else predict_and_score)(args, model, samples, choice)
+
+
+def predict_and_score(args: argparse.Namespace, model: Path, pairs: Sequence[FramePair], choice: FrameChoice) -> None:
+    """Predicts the target of each pair, and saves the pictures and their scores."""
     lpips_map = load_lpips() if args.lpips else None
     others = read_scores(args.against) if args.against else None
     check_output_dir(args.output_dir)
@@ -179,6 +204,17 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
         if difference["unpaired"]:
             print(describe_left_out(difference["unpaired"]))
         print(f"the same, {verdict(difference, str(args.against))}")
+
+
+def roll_out_clips(args: argparse.Namespace, model: Path, clips: Sequence[Clip], choice: FrameChoice) -> None:
+    """Predicts how each clip goes on, and saves films, filmstrips and the scores at each horizon."""
+    check_output_dir(args.output_dir, ROLLOUT_FILE)
+    with layout.only_one(args.output_dir, "sampling"):
+        how = (args.rollout_mode, args.seed, args.batch_size, sampling_options(args))
+        rollouts = roll_out(load_model(args, model), clips, choice, *how)
+        summary = save_rollouts(rollouts, args.output_dir, f"{args.model_dir}, {choice}, {args.rollout_mode}")
+    print(f"{args.output_dir} holds films and filmstrips (samples/), quality_by_horizon.png and scores (rollout.json)")
+    print(describe_rollouts(summary))
 
 
 def predict_from_picture(args: argparse.Namespace, model: Path, trained: dict[str, Any]) -> None:
@@ -205,24 +241,6 @@ def predict_from_picture(args: argparse.Namespace, model: Path, trained: dict[st
         save_prediction(args.output_dir, prediction, comparison)
     print(f"prompt: {edit_prompt}")
     print(f"{args.output_dir} holds the prediction (prediction.png), input.png, and both side by side (comparison.png)")
-
-
-def check_frames(pairs: Sequence[FramePair], choice: FrameChoice, model_dir: str, trained: dict[str, Any]) -> None:
-    """Warns where frames are not as the model was trained on them; raises UserError where they fit no model."""
-    try:
-        with Image.open(pairs[0].input_image) as image:
-            side = image.width
-    except OSError:
-        side = 0  # damaged, as verify_frames says
-    verify_frames(pairs, side)
-    if side % 8:
-        raise UserError(f"{pairs[0].input_image} is {side} pixels wide; the model needs a multiple of 8")
-    if trained.get("resolution", side) != side:
-        layout.warn(f"the frames' resolution is {side}, but {model_dir} was trained with {trained['resolution']}")
-    if "input_frame_idx" in trained:
-        learned = frame_choice(trained["input_frame_idx"], trained["target_frame_idx"], trained.get("horizon"))
-        if learned.start not in (None, choice.start) or not set(choice.horizons) <= set(learned.horizons):
-            layout.warn(f"predicting {choice}, but {model_dir} was trained with {learned}")
 
 
 def load_model(args: argparse.Namespace, model: Path) -> StableDiffusionInstructPix2PixPipeline:

@@ -2,6 +2,7 @@
 # Predicts frames of validation videos with a trained model and scores them, or what follows one picture (IMAGE).
 # Every variable can also be set from outside:
 #   MODEL_DIR=test_output/model NUM_SAMPLES=all bash sample_from_pix2pix.sh
+#   ROLLOUT=10 OUTPUT_DIR=test_result/rollout bash sample_from_pix2pix.sh
 #   IMAGE=photo.jpg PROMPT="pushing a cup from left to right" bash sample_from_pix2pix.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -14,6 +15,9 @@ LPIPS=${LPIPS:-False}                                 # score it too; needs lpip
 BATCH_SIZE=${BATCH_SIZE:-8}                           # pictures at once; the predictions of one frame go together
 IMAGE=${IMAGE:-}                                      # a picture of your own, in place of videos and frames
 PROMPT=${PROMPT:-}                                    # what is done in it
+ROLLOUT=${ROLLOUT:-}                                  # 10: the 10 frames after the input frame, as films and filmstrips
+# direct: each from the input frame; chained: each from the prediction before (direct if the model knows the horizons).
+ROLLOUT_MODE=${ROLLOUT_MODE:-}
 
 # Empty: as the model was trained and validated. In parentheses: for a model that does not say, such as the hub's.
 FRAMES_DIR=${FRAMES_DIR:-}                      # of the model's resolution (data/sthv2/frames_128x128)
@@ -35,9 +39,9 @@ RESIDUAL=${RESIDUAL:-}
 export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 
 arguments=()
-for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED LPIPS BATCH_SIZE IMAGE PROMPT FRAMES_DIR VAL_ANNOTATIONS \
-  INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH \
-  NUM_PREDICTIONS RESIDUAL; do
+for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED LPIPS BATCH_SIZE IMAGE PROMPT ROLLOUT ROLLOUT_MODE FRAMES_DIR \
+  VAL_ANNOTATIONS INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE \
+  SCHEDULER STRENGTH NUM_PREDICTIONS RESIDUAL; do
   if [[ -n ${!name} ]]; then arguments+=("--${name,,}" "${!name}"); fi
 done
 

@@ -26,8 +26,9 @@ from PIL import Image
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from data.frame_choice import ANY, tells_horizon
-from data.layout import UserError, one_line
+from data.frame_choice import ANY, FrameChoice, frame_choice, tells_horizon
+from data.layout import UserError, one_line, warn
+from data.sthv2_dataset_hf import Clip, FramePair, verify_frames
 from pecn.sampling_options import DEFAULT_OPTIONS
 
 TRAINING_CONFIG = "training_config.json"  # what train_instruct_pix2pix.py was called with, beside the trained pipeline
@@ -108,6 +109,26 @@ def read_training_config(folder: Path) -> dict[str, Any]:
             " again, or delete the file to sample without it"
         ) from error
     return arguments
+
+
+def check_frames(
+    samples: Sequence[FramePair | Clip], choice: FrameChoice, model_dir: str, trained: dict[str, Any]
+) -> None:
+    """Warns where frames are not as the model was trained on them; raises UserError where they fit no model."""
+    try:
+        with Image.open(samples[0].paths[0]) as image:
+            side = image.width
+    except OSError:
+        side = 0  # damaged, as verify_frames says
+    verify_frames(samples, side)
+    if side % 8:
+        raise UserError(f"{samples[0].paths[0]} is {side} pixels wide; the model needs a multiple of 8")
+    if trained.get("resolution", side) != side:
+        warn(f"the frames' resolution is {side}, but {model_dir} was trained with {trained['resolution']}")
+    if "input_frame_idx" in trained:
+        learned = frame_choice(trained["input_frame_idx"], trained["target_frame_idx"], trained.get("horizon"))
+        if learned.start not in (None, choice.start) or not set(choice.horizons) <= set(learned.horizons):
+            warn(f"predicting {choice}, but {model_dir} was trained with {learned}")
 
 
 def load_pipeline(

@@ -264,13 +264,13 @@ def read_scores(output_dir: Path) -> list[dict[str, Any]]:
         ) from error
 
 
-def check_output_dir(output_dir: Path) -> None:
+def check_output_dir(output_dir: Path, results_file: str = METRICS_FILE) -> None:
     """Makes the folder for results. Raises UserError where it holds a folder `samples` that is not of such results."""
     make_folder(output_dir)
-    if (output_dir / SAMPLES).exists() and not (output_dir / METRICS_FILE).is_file():
+    if (output_dir / SAMPLES).exists() and not (output_dir / results_file).is_file():
         raise UserError(
-            f"{output_dir}/{SAMPLES} is not from an earlier run (no {METRICS_FILE} beside it) and would be replaced:"
-            " move it, or choose another OUTPUT_DIR"
+            f"{output_dir}/{SAMPLES} is not from an earlier run like this (no {results_file} beside it) and would be"
+            " replaced: move it, or choose another OUTPUT_DIR"
         )
 
 

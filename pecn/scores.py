@@ -327,15 +327,15 @@ def _cells(group: dict[str, Any], way: str, of_gain: bool = False) -> list[str]:
     if moving["num_samples"]:
         cells = [
             "" if of_gain else f"{moving['sharpness'][way]['median']:.2f}",
-            _with_spread(moving["ssim"][way], mean, f"{sign}.3f"),
-            _with_spread(moving["psnr"][way], mean, f"{sign}.2f"),
+            with_spread(moving["ssim"][way], mean, f"{sign}.3f"),
+            with_spread(moving["psnr"][way], mean, f"{sign}.2f"),
             f"{moving['mae'][way][mean]:{sign}.1f}",
-            _share_cell(moving["psnr"][way], "better") if of_gain else _share_cell(moving["frames"][way], "share"),
+            share_cell(moving["psnr"][way], "better") if of_gain else share_cell(moving["frames"][way], "share"),
         ]
-    return [*cells, _with_spread(group["psnr"][way], mean, f"{sign}.2f"), f"{group['ssim'][way][mean]:{sign}.3f}"]
+    return [*cells, with_spread(group["psnr"][way], mean, f"{sign}.2f"), f"{group['ssim'][way][mean]:{sign}.3f}"]
 
 
-def _with_spread(figures: dict[str, Any], name: str, form: str) -> str:
+def with_spread(figures: dict[str, Any], name: str, form: str) -> str:
     value, interval = figures[name], figures["gain_interval" if name == "gain" else "interval"]
     return f"{value:{form}}{_half_width(value, interval, form.lstrip('+'))}"
 
@@ -345,6 +345,6 @@ def _half_width(value: float, interval: tuple[float, float] | None, form: str) -
     return "" if interval is None else f" ± {max(value - interval[0], interval[1] - value):{form}}"
 
 
-def _share_cell(figures: dict[str, Any], name: str) -> str:
+def share_cell(figures: dict[str, Any], name: str) -> str:
     low, high = figures[f"{name}_interval"]
     return f"{'better ' if name == 'better' else ''}{figures[name]:.0%} ({low:.0%} to {high:.0%})"

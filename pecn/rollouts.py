@@ -1,0 +1,185 @@
+"""Rollouts: how a video goes on from one frame, predicted frame by frame, and how good that is at each horizon.
+
+*Direct* predicts every frame from the start frame, for a model whose prompts tell the horizon; *chained* takes each
+prediction as the input of the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from tqdm import tqdm
+
+from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, FrameChoice
+from data.layout import UserError
+from data.sthv2_dataset_hf import Clip, derive_seed
+from data.video_decoder import load_picture
+from pecn.sampling import Prediction, predict_frames
+from pecn.sampling_options import DEFAULT_OPTIONS, SamplingOptions
+from pecn.scores import score_prediction, share_cell, summarize_group, with_spread
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A video's frames at 0 (the start frame, as given) and at each of `horizons`, uint8 RGB (H, W, 3)."""
+
+    clip: Clip
+    horizons: Sequence[int]  # how many frames after the start
+    edit_prompts: Sequence[str]  # one for each horizon
+    truths: Sequence[np.ndarray | None]  # None where the video has ended
+    predictions: list[np.ndarray]
+
+    @property
+    def step(self) -> int:
+        """How many frames lie from one picture to the next."""
+        return self.horizons[-1] - [0, *self.horizons][-2]
+
+
+def rollout_choice(choice: FrameChoice, num_frames: int, mode: str) -> FrameChoice:
+    """What a rollout of `num_frames` frames predicts with a model that offers the horizons of `choice`.
+
+    "chained" steps by the shortest of them, "direct" goes on from it frame by frame. Any start becomes
+    DEFAULT_INPUT_FRAME_IDX. Raises UserError where the prompts of a direct rollout would not differ, and where not even
+    the shortest horizon lies within the rollout.
+    """
+    if mode == "direct" and not choice.tell_horizon:
+        raise UserError(
+            "the model has learnt one horizon, and its prompts do not tell any: only ROLLOUT_MODE=chained is possible"
+        )
+    shortest = choice.horizons[0]
+    horizons = range(shortest, num_frames + 1, shortest if mode == "chained" else 1)
+    if not horizons:
+        raise UserError(
+            f"the model predicts {shortest} frames ahead, which a rollout of {num_frames} does not reach: set ROLLOUT"
+            f" to {shortest} or more"
+        )
+    return replace(choice, start=DEFAULT_INPUT_FRAME_IDX if choice.start is None else choice.start, horizons=horizons)
+
+
+def roll_out(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    clips: Sequence[Clip],
+    choice: FrameChoice,
+    mode: str,
+    seed: int,
+    batch_size: int,
+    options: SamplingOptions = DEFAULT_OPTIONS,
+    show_progress: bool = True,
+) -> Iterator[Rollout]:
+    """Predicts `choice.horizons` from the first of each clip's frames, `batch_size` pictures at once.
+
+    Where a video ends before the rollout does, the rest is predicted all the same. Each video and horizon has its own
+    noise seed, so the batch size changes nothing.
+    """
+    videos_at_once = max(1, batch_size // options.num_predictions)
+    total = len(clips) * len(choice.horizons)
+    with tqdm(total=total, desc="Predicting", unit="frame", disable=not show_progress) as progress_bar:
+        for first in range(0, len(clips), videos_at_once):
+            rollouts = [start_rollout(clip, choice, mode) for clip in clips[first : first + videos_at_once]]
+            for place, horizon in enumerate(choice.horizons):
+                images = [rollout.predictions[-1 if mode == "chained" else 0] for rollout in rollouts]
+                edit_prompts = [rollout.edit_prompts[place] for rollout in rollouts]
+                seeds = [derive_seed(seed, rollout.clip.video_id, "rollout", horizon) for rollout in rollouts]
+                predicted = predict_frames(pipeline, images, edit_prompts, seeds, options)
+                for rollout, frame in zip(rollouts, predicted):
+                    rollout.predictions.append(frame.sample)
+                progress_bar.update(len(rollouts))
+            yield from rollouts
+
+
+def start_rollout(clip: Clip, choice: FrameChoice, mode: str) -> Rollout:
+    """A rollout that has its prompts and true frames, but as yet no prediction beside the start frame.
+
+    Chained, prompts tell the step, and the progress of the frame that is the input; that of the last true frame once
+    the video has ended, as training knows none beyond.
+    """
+    start, last = clip.frames[0], clip.frames[-1]
+    edit_prompts = []
+    for horizon in choice.horizons:
+        ahead = choice.horizons[0] if mode == "chained" else horizon
+        edit_prompts.append(clip.prompt(choice, min(start + horizon - ahead, last), ahead))
+    paths = dict(zip(clip.frames, clip.paths))
+    indices = [start + horizon for horizon in (0, *choice.horizons)]
+    truths = [load_picture(paths[index]) if index in paths else None for index in indices]
+    return Rollout(clip, choice.horizons, edit_prompts, truths, predictions=[truths[0]])
+
+
+# Scores.
+
+
+def score_rollout(rollout: Rollout) -> list[dict[str, Any]]:
+    """For each horizon what `score_prediction` returns, copying being the start frame, and whose prediction it is."""
+    rows = []
+    predicted = zip(rollout.horizons, rollout.edit_prompts, rollout.truths[1:], rollout.predictions[1:])
+    for horizon, edit_prompt, truth, frame in predicted:
+        names = {"video_id": rollout.clip.video_id, "task": rollout.clip.task, "edit_prompt": edit_prompt}
+        prediction = Prediction(
+            **names,
+            input=rollout.predictions[0],
+            sample=frame,
+            expected=None,
+            uncertainty=None,
+            target=truth,
+            vae_ceiling=None,
+        )
+        rows.append({**names, "horizon": horizon, **score_prediction(prediction)})
+    return rows
+
+
+def summarize_by_horizon(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each horizon in turn what `summarize_group` returns for its rows of `score_rollout`.
+
+    `horizon` and `num_without_target` are added.
+    """
+    summary = []
+    for horizon in sorted({row["horizon"] for row in rows}):
+        group = [row for row in rows if row["horizon"] == horizon]
+        of_group = summarize_group(group)
+        num_without = len(group) - of_group["num_samples"]
+        summary.append({"horizon": horizon, "num_without_target": num_without, **of_group})
+    return summary
+
+
+ROW = "{:>7}{:>7}{:>11}{:>15}{:>17}{:>14}{:>16}{:>20}"
+
+
+def describe_rollouts(summary: Sequence[dict[str, Any]]) -> str:
+    """`summarize_by_horizon`'s summary as text: a line for each horizon, and in the end how far the model is good."""
+    lines = [ROW.format("horizon", "videos", "sharpness", "SSIM", "SSIM - copy", "PSNR, dB", "PSNR - copy", "frames")]
+    for group in summary:
+        moving = group["moving"]
+        cells = ["-"] * 6
+        if moving["num_samples"]:
+            cells = [f"{moving['sharpness']['sample']['median']:.2f}"]
+            for metric, form in (("ssim", ".3f"), ("psnr", ".2f")):
+                of_sample = moving[metric]["sample"]
+                cells += [with_spread(of_sample, "mean", form), with_spread(of_sample, "gain", f"+{form}")]
+            cells.append(share_cell(moving["frames"]["sample"], "share"))
+        lines.append(ROW.format(group["horizon"], moving["num_samples"], *cells))
+    lines.append("where something moves, in so many videos; sharpness: the median; ±: the 95% interval's wider half")
+    if num_beyond := sum(group["num_without_target"] for group in summary):
+        lines.append(f"{num_beyond} of the predicted frames lie beyond the end of their video: not scored")
+    return "\n".join([*lines, rollout_verdict(summary)])
+
+
+def rollout_verdict(summary: Sequence[dict[str, Any]]) -> str:
+    """One sentence on the horizons up to which the prediction's PSNR is clearly above copying's."""
+    horizons = [group["horizon"] for group in summary]
+    better = [group["horizon"] for group in summary if is_clearly_better(group)]
+    what = "where something moves the prediction's PSNR is above copying's, with an interval clear of zero,"
+    if not better:
+        return f"{what} at none of the {len(horizons)} horizons"
+    if better == horizons[: len(better)]:
+        return f"{what} up to horizon {better[-1]} of {horizons[-1]}"
+    return f"{what} at these horizons alone: {', '.join(map(str, better))}"
+
+
+def is_clearly_better(group: dict[str, Any]) -> bool:
+    """Whether the interval of the PSNR that the prediction gains over copying, where something moves, is above zero."""
+    moving = group["moving"]
+    interval = moving["psnr"]["sample"]["gain_interval"] if moving["num_samples"] else None
+    return interval is not None and interval[0] > 0
