@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,19 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 
-from data.layout import one_line, warn
-from data.sthv2_dataset_hf import TASK_OF_ALL_PROMPTS, FramePair
+from data.frame_choice import frame_choice, tells_horizon
+from data.layout import frames_dir, one_line, read_filtered_annotations, warn
+from data.sthv2_dataset_hf import TASK_OF_ALL_PROMPTS, FramePair, find_clips
 from pecn.optimization import current_unet
 from pecn.pictures import comparison_picture, save_picture, strip_of_frames
+from pecn.rollout_pictures import filmstrip
+from pecn.rollouts import Rollout, roll_out
 from pecn.sampling import Prediction, predict_pairs
 from pecn.sampling_options import sampling_options
 from pecn.scores import METRICS, MOVING_METRICS, score_prediction, summarize_group, verdict
 
 SHARE_OF_FRAMES = "share_of_frames"
+ROLLOUT_HORIZONS = 5  # in a filmstrip, spread over those that are trained
 
 
 def where_something_moves(metric: str) -> str:
@@ -82,6 +87,7 @@ def validate(
             predictions = list(
                 predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, options, show_progress=False)
             )
+            rollouts = roll_out_pairs(pipeline, pairs, args) if tells_horizon(args.horizon) else []
     finally:
         for frozen in (pipeline.vae, pipeline.text_encoder):
             frozen.to("cpu")
@@ -96,10 +102,28 @@ def validate(
     summary = summarize_group(scores)
     accelerator.log(scalars_of(summary), step)
     pictures = pictures_by_sentence(predictions)
+    pictures |= {f"validation_rollout/{rollout.clip.video_id}": filmstrip(rollout)[None] for rollout in rollouts}
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images(pictures, step=step, **layout)
     accelerator.print(f"step {step}, {verdict(summary)}; pictures in {folder}")
+
+
+def roll_out_pairs(
+    pipeline: StableDiffusionInstructPix2PixPipeline, pairs: Sequence[FramePair], args: argparse.Namespace
+) -> list[Rollout]:
+    """Direct rollouts of the pairs' videos, each from its pair's input frame, at ROLLOUT_HORIZONS horizons at most."""
+    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress)
+    starts = {pair.video_id: int(pair.paths[0].stem) for pair in pairs}
+    entries = [entry for entry in read_filtered_annotations(args.train_data_dir, "val") if entry["id"] in starts]
+    clips, _ = find_clips(entries, frames_dir(args.train_data_dir, args.resolution), choice)
+    clips = [
+        replace(clip, frames=tuple(frame for frame in clip.frames if frame >= starts[clip.video_id])) for clip in clips
+    ]
+    places = np.linspace(0, len(choice.horizons) - 1, min(ROLLOUT_HORIZONS, len(choice.horizons)))
+    spread = replace(choice, horizons=[choice.horizons[round(place)] for place in places])
+    how = (args.seed, args.train_batch_size, sampling_options(args))
+    return list(roll_out(pipeline, clips, spread, "direct", *how, show_progress=False))
 
 
 def scalars_of(summary: dict[str, Any]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Rollouts: what is predicted from what, the films and scores that the command leaves, and its errors."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from PIL import Image
 
 from data.frame_choice import FrameChoice
 from data.layout import filtered_annotations_path, frame_path, frames_dir, video_path
-from data.sthv2_dataset_hf import Clip, build_prompt
+from data.sthv2_dataset_hf import Clip, build_prompt, choose_pairs, load_frame_pairs
 from data.video_decoder import frame_rate, load_picture
 from pecn import rollouts
 from pecn.pictures import titled
@@ -283,6 +284,28 @@ def test_films_run_as_fast_as_the_video(models, tmp_path):
     for video_id, rate in (("val0", 15), ("val1", 6)):  # 30, or 12 where the video is gone, in steps of two frames
         with av.open(str(tmp_path / "out" / "samples" / video_id / "rollout.mp4")) as container:
             assert container.streams.video[0].average_rate == rate
+
+
+def test_training_on_several_horizons_shows_filmstrips_from_the_validation_pairs_on(data_dir, tiny_model, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = ["python", "train_instruct_pix2pix.py", "--train_data_dir", data_dir, "--output_dir", tmp_path]
+    command += ["--pretrained_model_name_or_path", tiny_model, "--resolution", SIDE, "--max_train_steps", 1]
+    command += ["--input_frame_idx", "any", "--horizon", "1-7", "--num_validation_images", 2]
+    run(*command, "--num_inference_steps", 1)
+    [event_file] = (tmp_path / "logs").rglob("events*")
+    events = EventAccumulator(str(event_file), size_guidance={"images": 0})
+    events.Reload()
+    pairs, _ = load_frame_pairs(data_dir, "val", SIDE, FrameChoice(None, range(1, 8), tell_horizon=True), seed=42)
+    chosen = {pair.video_id: pair for pair in choose_pairs(pairs, 2, seed=42)}
+    assert len({pair.paths[0].name for pair in chosen.values()}) == 2  # else the starts would not tell
+    tags = [tag for tag in events.Tags()["images"] if tag.startswith("validation_rollout/")]
+    assert {tag.split("/")[1] for tag in tags} == set(chosen)
+    for tag in tags:
+        [shown] = events.Images(tag)
+        strip = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+        assert strip.shape == (440, 6 * 192, 3)  # the start and five of the seven horizons
+        assert np.array_equal(strip[56 + 3 : 248 : 6, 3:192:6], load_picture(chosen[tag.split("/")[1]].paths[0]))
 
 
 def test_mistakes_get_one_line_and_leave_former_results(data_dir, models, tmp_path):

@@ -110,6 +110,7 @@ def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
     # 6 samples, 4 a step: two epochs end with step 3, four with step 6.
     assert all(sorted(scalars(logs, tag)) == [3, 6, 8] for tag in tags)
     copies = scalars(logs, "validation_psnr/copy")
+    assert not any("rollout" in tag for tag in events.Tags()["images"])  # of one horizon
     assert copies[3] == copies[8] != scalars(logs, "validation_psnr/sample")[8]
 
     [layout] = events.Tensors("custom_scalars__config__")
