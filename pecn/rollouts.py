@@ -72,8 +72,8 @@ def roll_out(
 ) -> Iterator[Rollout]:
     """Predicts `choice.horizons` from the first of each clip's frames, `batch_size` pictures at once.
 
-    Where a video ends before the rollout does, the rest is predicted all the same. Each video and horizon has its own
-    noise seed, so the batch size changes nothing.
+    Where a video ends before the rollout does, the rest is predicted but not scored, and pictures show its last frame
+    as the truth. Each video and horizon has its own noise seed, so that the batch size changes nothing.
     """
     videos_at_once = max(1, batch_size // options.num_predictions)
     total = len(clips) * len(choice.horizons)

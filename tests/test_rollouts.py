@@ -18,7 +18,7 @@ from data.sthv2_dataset_hf import Clip, build_prompt, choose_pairs, load_frame_p
 from data.video_decoder import frame_rate, load_picture
 from pecn import rollouts
 from pecn.pictures import titled
-from pecn.rollout_pictures import enlarged, film, save_rollouts
+from pecn.rollout_pictures import enlarged, film, save_mp4, save_rollouts
 from pecn.rollouts import Rollout, describe_rollouts, roll_out, rollout_choice, score_rollout, summarize_by_horizon
 from pecn.sampling import predict_frames
 from pecn.sampling_options import SamplingOptions
@@ -126,11 +126,12 @@ def test_where_a_video_ends_the_rest_is_predicted_but_not_scored(pipeline, clips
 
 def made_rollout(number: int, quality: float) -> Rollout:
     """A square that moves on 4 pixels a frame, and predictions that are a part `quality` of the way there."""
-    truths = np.full((5, SIDE, SIDE, 3), 60 + number, np.uint8)
+    truths = np.full((5, SIDE, SIDE, 3), (60 + number, 100, 50), np.uint8)
     truths[:, ::4] += 30
     for index, frame in enumerate(truths):
-        frame[8:16, 4 * index : 4 * index + 8] = 240
-    predictions = [(truths[0] + quality * (truth.astype(float) - truths[0])).astype(np.uint8) for truth in truths]
+        frame[8:16, 4 * index : 4 * index + 8] = (240, 200, 20)
+    changed = truths[0] + quality * (truths.astype(float) - truths[0])
+    predictions = list(changed.clip(0, 255).astype(np.uint8))
     folder = Path(f"nowhere/frames_{SIDE}x{SIDE}/v{number}")
     clip = Clip(f"v{number}", "move_object", LABEL, num_frames=40, folder=folder, frames=tuple(range(20, 25)))
     return Rollout(clip, range(1, 5), ["prompt"] * 4, list(truths), predictions)
@@ -144,19 +145,22 @@ def test_scores_are_those_of_the_region_that_moves_from_the_start_on():
     assert copies[0] > copies[1] and copies[1] == copies[3]  # from the second frame on the square lies somewhere else
 
 
+BETTER, UNSURE, COPY = (0.5, 0.5, 0.5), (-0.5, 0.5, 0.5), (0, 0, 0)  # the quality of three videos
+
+
 @pytest.mark.parametrize(
     ("qualities", "ending"),
     [
-        ((0.5, 0.5, 0.5, 0.5), "up to horizon 4 of 4"),
-        ((0.5, 0.5, 0, 0.5), "at these horizons alone: 1, 2, 4"),
-        ((0.5, 0.5, 0, 0), "up to horizon 2 of 4"),
-        ((0, 0, 0, 0), "at none of the 4 horizons"),
+        ((BETTER, BETTER, BETTER, BETTER), "up to horizon 4 of 4"),
+        ((BETTER, BETTER, UNSURE, BETTER), "at these horizons alone: 1, 2, 4"),
+        ((BETTER, BETTER, COPY, UNSURE), "up to horizon 2 of 4"),
+        ((UNSURE, COPY, COPY, COPY), "at none of the 4 horizons"),
     ],
 )
 def test_the_last_line_tells_how_far_the_prediction_beats_copying(qualities, ending):
     rows = []
     for number in range(3):
-        made = [made_rollout(number, quality) for quality in qualities]
+        made = [made_rollout(number, of_videos[number]) for of_videos in qualities]
         rows += [score_rollout(rollout)[place] for place, rollout in enumerate(made)]
     table = describe_rollouts(summarize_by_horizon(rows)).splitlines()
     assert table[-1].endswith(ending)
@@ -192,7 +196,7 @@ def test_files_show_truth_beside_prediction_at_the_videos_rate(tmp_path):
             animation.seek(index)
             durations.append(animation.info["duration"])
             assert np.abs(np.asarray(animation.convert("RGB")).astype(int) - picture).mean() < 6
-    assert durations == [80] * 5  # hundredths of a second are all that a GIF can tell
+    assert durations == [80] * 5
 
     strip = np.asarray(Image.open(folder / "filmstrip.png"))
     assert strip.shape == (2 * 28 + 2 * 192, 5 * 192, 3)
@@ -203,6 +207,15 @@ def test_files_show_truth_beside_prediction_at_the_videos_rate(tmp_path):
         (f"v{number}", horizon) for number in range(2) for horizon in (1, 2, 3, 4)
     ]
     assert [group["moving"]["psnr"]["sample"]["gain"] > 0 for group in saved["summary"]] == [True] * 4
+
+
+def test_films_are_written_where_h264_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    rate = Fraction(30000, 1001) / 5
+    save_mp4(tmp_path / "film.mp4", film(made_rollout(0, 0.5)), rate)
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        assert container.streams.video[0].average_rate == rate
+        assert len(list(container.decode(video=0))) == 5
 
 
 def test_the_frame_rate_is_the_videos(tmp_path):
@@ -281,9 +294,13 @@ def test_films_run_as_fast_as_the_video(models, tmp_path):
         container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
         container.mux(stream.encode(None))
     sample(data_dir, models["one"], tmp_path / "out", "--rollout", 4, "--num_samples", "all")
-    for video_id, rate in (("val0", 15), ("val1", 6)):  # 30, or 12 where the video is gone, in steps of two frames
-        with av.open(str(tmp_path / "out" / "samples" / video_id / "rollout.mp4")) as container:
+    # 30 a second, or 12 where the video is gone, in steps of two frames.
+    for video_id, rate, duration in (("val0", 15, 70), ("val1", 6, 170)):
+        folder = tmp_path / "out" / "samples" / video_id
+        with av.open(str(folder / "rollout.mp4")) as container:
             assert container.streams.video[0].average_rate == rate
+        with Image.open(folder / "rollout.gif") as animation:
+            assert animation.info["duration"] == duration  # in milliseconds, whose tens are all that a GIF can tell
 
 
 def test_training_on_several_horizons_shows_filmstrips_from_the_validation_pairs_on(data_dir, tiny_model, tmp_path):
