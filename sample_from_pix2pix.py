@@ -138,6 +138,8 @@ def as_trained(args: argparse.Namespace, trained: dict[str, Any]) -> argparse.Na
     known = DEFAULTS | {name: trained[name] for name in DEFAULTS if name in trained}
     known["frames_dir"] = layout.frames_dir(known["train_data_dir"], known["resolution"])
     known["val_annotations"] = layout.filtered_annotations_path(known["train_data_dir"], "val")
+    if known["input_frame_idx"] == ANY and known["horizon"] is None:
+        known["horizon"] = "1"  # what training with any start takes for none
     known["tell_horizon"] = tells_horizon(known["horizon"]) or (args.image is not None and args.horizon is not None)
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "target_frame_idx" in given and "horizon" not in given:  # a target in place of the horizons

@@ -22,6 +22,11 @@ from pecn.scores import SHARP_ENOUGH, TOO_SHARP
 
 ROLLOUT_FILE = "rollout.json"
 SIDE = 192  # pixels; smaller frames are enlarged by a whole factor until they reach it
+LINES = {
+    "sample": ("prediction", "tab:red"),
+    "expected": ("expected frame", "tab:blue"),
+    "copy": ("copy of the start frame", "black"),
+}
 PLOTS = {"psnr": "PSNR, dB", "ssim": "SSIM", "sharpness": "sharpness (gradients over the target's)"}
 
 
@@ -114,9 +119,10 @@ def save_quality_plot(path: Path, summary: Sequence[dict[str, Any]], note: str) 
     summary = [group for group in summary if group["moving"]["num_samples"]]
     figure = Figure(figsize=(18, 6), layout="constrained")
     for axes, (metric, name) in zip(figure.subplots(1, 3), PLOTS.items()):
-        for way, title, color in (("sample", "prediction", "tab:red"), ("copy", "copy of the start frame", "black")):
-            figures = [group["moving"][metric][way] for group in summary]
-            _plot_line(axes, [group["horizon"] for group in summary], figures, title, color)
+        for way, (title, color) in LINES.items():
+            figures = [group["moving"][metric][way] for group in summary if way in group["moving"][metric]]
+            if figures:
+                _plot_line(axes, [group["horizon"] for group in summary], figures, title, color)
         if metric == "sharpness":
             axes.axhspan(SHARP_ENOUGH, TOO_SHARP, color="0.92", zorder=0, label="as sharp as a frame")
         axes.set_title(name)

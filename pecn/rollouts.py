@@ -20,7 +20,7 @@ from data.sthv2_dataset_hf import Clip, derive_seed
 from data.video_decoder import load_picture
 from pecn.sampling import Prediction, predict_frames
 from pecn.sampling_options import DEFAULT_OPTIONS, SamplingOptions
-from pecn.scores import score_prediction, share_cell, summarize_group, with_spread
+from pecn.scores import PREDICTED, score_prediction, share_cell, summarize_group, with_spread
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Rollout:
     edit_prompts: Sequence[str]  # one for each horizon
     truths: Sequence[np.ndarray | None]  # None where the video has ended
     predictions: list[np.ndarray]
+    expected: list[np.ndarray | None]  # the mean of several predictions, where more than one was made; None at 0
 
     @property
     def step(self) -> int:
@@ -87,6 +88,7 @@ def roll_out(
                 predicted = predict_frames(pipeline, images, edit_prompts, seeds, options)
                 for rollout, frame in zip(rollouts, predicted):
                     rollout.predictions.append(frame.sample)
+                    rollout.expected.append(frame.expected)
                 progress_bar.update(len(rollouts))
             yield from rollouts
 
@@ -105,7 +107,7 @@ def start_rollout(clip: Clip, choice: FrameChoice, mode: str) -> Rollout:
     paths = dict(zip(clip.frames, clip.paths))
     indices = [start + horizon for horizon in (0, *choice.horizons)]
     truths = [load_picture(paths[index]) if index in paths else None for index in indices]
-    return Rollout(clip, choice.horizons, edit_prompts, truths, predictions=[truths[0]])
+    return Rollout(clip, choice.horizons, edit_prompts, truths, predictions=[truths[0]], expected=[None])
 
 
 # Scores.
@@ -114,14 +116,14 @@ def start_rollout(clip: Clip, choice: FrameChoice, mode: str) -> Rollout:
 def score_rollout(rollout: Rollout) -> list[dict[str, Any]]:
     """For each horizon what `score_prediction` returns, copying being the start frame, and whose prediction it is."""
     rows = []
-    predicted = zip(rollout.horizons, rollout.edit_prompts, rollout.truths[1:], rollout.predictions[1:])
-    for horizon, edit_prompt, truth, frame in predicted:
+    frames = zip(rollout.truths[1:], rollout.predictions[1:], rollout.expected[1:])
+    for horizon, edit_prompt, (truth, sample, expected) in zip(rollout.horizons, rollout.edit_prompts, frames):
         names = {"video_id": rollout.clip.video_id, "task": rollout.clip.task, "edit_prompt": edit_prompt}
         prediction = Prediction(
             **names,
             input=rollout.predictions[0],
-            sample=frame,
-            expected=None,
+            sample=sample,
+            expected=expected,
             uncertainty=None,
             target=truth,
             vae_ceiling=None,
@@ -144,33 +146,37 @@ def summarize_by_horizon(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     return summary
 
 
-ROW = "{:>7}{:>7}{:>11}{:>15}{:>17}{:>14}{:>16}{:>20}"
+ROW = "{:>7}{:>7}  {:10}{:>11}{:>15}{:>17}{:>14}{:>16}{:>20}"
 
 
 def describe_rollouts(summary: Sequence[dict[str, Any]]) -> str:
-    """`summarize_by_horizon`'s summary as text: a line for each horizon, and in the end how far the model is good."""
-    lines = [ROW.format("horizon", "videos", "sharpness", "SSIM", "SSIM - copy", "PSNR, dB", "PSNR - copy", "frames")]
+    """`summarize_by_horizon`'s summary as text: lines for each horizon, and in the end how far the model is good."""
+    figures = ("sharpness", "SSIM", "SSIM - copy", "PSNR, dB", "PSNR - copy", "frames")
+    lines = [ROW.format("horizon", "videos", "", *figures)]
     for group in summary:
-        moving = group["moving"]
-        cells = ["-"] * 6
-        if moving["num_samples"]:
-            cells = [f"{moving['sharpness']['sample']['median']:.2f}"]
+        moving, names = group["moving"], [group["horizon"], group["moving"]["num_samples"]]
+        if not moving["num_samples"]:
+            lines.append(ROW.format(*names, "", *["-"] * 6))
+        for way in (way for way in PREDICTED if way in moving["frames"]):
+            cells = [f"{moving['sharpness'][way]['median']:.2f}"]
             for metric, form in (("ssim", ".3f"), ("psnr", ".2f")):
-                of_sample = moving[metric]["sample"]
-                cells += [with_spread(of_sample, "mean", form), with_spread(of_sample, "gain", f"+{form}")]
-            cells.append(share_cell(moving["frames"]["sample"], "share"))
-        lines.append(ROW.format(group["horizon"], moving["num_samples"], *cells))
+                of_way = moving[metric][way]
+                cells += [with_spread(of_way, "mean", form), with_spread(of_way, "gain", f"+{form}")]
+            lines.append(ROW.format(*names, way, *cells, share_cell(moving["frames"][way], "share")))
+            names = ["", ""]
     lines.append("where something moves, in so many videos; sharpness: the median; ±: the 95% interval's wider half")
     if num_beyond := sum(group["num_without_target"] for group in summary):
         lines.append(f"{num_beyond} of the predicted frames lie beyond the end of their video: not scored")
-    return "\n".join([*lines, rollout_verdict(summary)])
+    of_several = any("expected" in group["moving"]["frames"] for group in summary)
+    return "\n".join([*lines, *(rollout_verdict(summary, way) for way in PREDICTED[: 1 + of_several])])
 
 
-def rollout_verdict(summary: Sequence[dict[str, Any]]) -> str:
-    """One sentence on the horizons up to which the prediction's PSNR is clearly above copying's."""
+def rollout_verdict(summary: Sequence[dict[str, Any]], way: str) -> str:
+    """One sentence on the horizons up to which a way of predicting has a PSNR clearly above copying's."""
     horizons = [group["horizon"] for group in summary]
-    better = [group["horizon"] for group in summary if is_clearly_better(group)]
-    what = "where something moves the prediction's PSNR is above copying's, with an interval clear of zero,"
+    better = [group["horizon"] for group in summary if is_clearly_better(group, way)]
+    name = {"sample": "prediction", "expected": "expected frame"}[way]
+    what = f"where something moves the {name}'s PSNR is above copying's, with an interval clear of zero,"
     if not better:
         return f"{what} at none of the {len(horizons)} horizons"
     if better == horizons[: len(better)]:
@@ -178,8 +184,7 @@ def rollout_verdict(summary: Sequence[dict[str, Any]]) -> str:
     return f"{what} at these horizons alone: {', '.join(map(str, better))}"
 
 
-def is_clearly_better(group: dict[str, Any]) -> bool:
-    """Whether the interval of the PSNR that the prediction gains over copying, where something moves, is above zero."""
-    moving = group["moving"]
-    interval = moving["psnr"]["sample"]["gain_interval"] if moving["num_samples"] else None
-    return interval is not None and interval[0] > 0
+def is_clearly_better(group: dict[str, Any], way: str) -> bool:
+    """Whether the interval of the PSNR that a way gains over copying, where something moves, is above zero."""
+    figures = group["moving"]["psnr"].get(way)  # nothing where nothing moves
+    return bool(figures and figures["gain_interval"]) and figures["gain_interval"][0] > 0

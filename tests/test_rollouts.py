@@ -107,6 +107,7 @@ def test_predictions_do_not_depend_on_the_batch(mode, pipeline, clips):
     assert [rollout.clip for rollout in together] == clips
     for one, other in zip(alone, together, strict=True):
         difference = np.subtract(one.predictions, other.predictions, dtype=int)
+        assert one.expected[0] is None and np.abs(np.subtract(one.expected[1], other.expected[1], dtype=int)).max() <= 3
         assert np.abs(difference).max() <= 3  # rounding of the last bit differs with the batch, and is fed back
     assert not np.array_equal(alone[0].predictions[1], alone[1].predictions[1])
 
@@ -124,8 +125,11 @@ def test_where_a_video_ends_the_rest_is_predicted_but_not_scored(pipeline, clips
     assert np.array_equal(pictures[3][:, : last.shape[1]], last)
 
 
-def made_rollout(number: int, quality: float) -> Rollout:
-    """A square that moves on 4 pixels a frame, and predictions that are a part `quality` of the way there."""
+def made_rollout(number: int, quality: float, is_mean: bool = False) -> Rollout:
+    """A square that moves on 4 pixels a frame, and predictions that are a part `quality` of the way there.
+
+    With `is_mean` they are the expected frames, and the samples copy the start frame.
+    """
     truths = np.full((5, SIDE, SIDE, 3), (60 + number, 100, 50), np.uint8)
     truths[:, ::4] += 30
     for index, frame in enumerate(truths):
@@ -134,7 +138,8 @@ def made_rollout(number: int, quality: float) -> Rollout:
     predictions = list(changed.clip(0, 255).astype(np.uint8))
     folder = Path(f"nowhere/frames_{SIDE}x{SIDE}/v{number}")
     clip = Clip(f"v{number}", "move_object", LABEL, num_frames=40, folder=folder, frames=tuple(range(20, 25)))
-    return Rollout(clip, range(1, 5), ["prompt"] * 4, list(truths), predictions)
+    samples, expected = ([truths[0]] * 5, predictions) if is_mean else (predictions, [None] * 5)
+    return Rollout(clip, range(1, 5), ["prompt"] * 4, list(truths), samples, expected)
 
 
 def test_scores_are_those_of_the_region_that_moves_from_the_start_on():
@@ -167,6 +172,17 @@ def test_the_last_line_tells_how_far_the_prediction_beats_copying(qualities, end
     assert [line.split()[:2] for line in table[1:5]] == [[str(horizon), "3"] for horizon in (1, 2, 3, 4)]
     single = describe_rollouts(summarize_by_horizon(rows[:4])).splitlines()
     assert single[-1].endswith("at none of the 4 horizons")  # one video has no interval
+
+
+def test_the_mean_of_several_has_lines_of_its_own(tmp_path):
+    save_rollouts([made_rollout(number, 0.5, is_mean=True) for number in range(3)], tmp_path, "model")
+    summary = json.loads((tmp_path / "rollout.json").read_text())["summary"]
+    assert all(group["moving"]["psnr"]["sample"]["gain"] == 0 for group in summary)
+    assert all(group["moving"]["psnr"]["expected"]["gain"] > 1 for group in summary)
+    table = describe_rollouts(summary).splitlines()
+    assert [line.split()[0 if line.startswith("  " * 5) else 2] for line in table[1:9]] == ["sample", "expected"] * 4
+    assert table[-2].endswith("at none of the 4 horizons") and "the expected frame's PSNR" in table[-1]
+    assert table[-1].endswith("up to horizon 4 of 4")
 
 
 def test_files_show_truth_beside_prediction_at_the_videos_rate(tmp_path):
