@@ -6,12 +6,16 @@ import argparse
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.layout import UserError, number
 
 DEFAULT_INPUT_FRAME_IDX = 20
 DEFAULT_TARGET_FRAME_IDX = 21
 ANY = "any"  # as input_frame_idx: every frame of a video can be the start
+# Where the progress in prompts comes from. The oracle knows the length of the whole clip, which nobody has while it is
+# going on; an estimator (pecn/progress.py) sees the frames up to the input.
+ORACLE, ESTIMATED, NO_PROGRESS = "oracle", "estimated", "none"
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,12 @@ class FrameChoice:
     horizons: Sequence[int] = (DEFAULT_TARGET_FRAME_IDX - DEFAULT_INPUT_FRAME_IDX,)  # in frames, each equally likely
     add_progress: bool = False
     tell_horizon: bool = False
+    progress_source: str = ORACLE  # of the progress that prompts tell: ORACLE or ESTIMATED
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether prompts tell an estimated progress."""
+        return self.add_progress and self.progress_source == ESTIMATED
 
     @property
     def is_one_pair(self) -> bool:
@@ -67,12 +77,21 @@ class FrameChoice:
         later = f"{first}" if first == last else f"{first} to {last}"
         return f"{'any frame' if self.start is None else f'frame {self.start}'} to that {later} later"
 
+    @property
+    def in_full(self) -> str:
+        """The pairs, and where the progress in their prompts comes from, if they tell it."""
+        origin = f" (progress from an {'estimator' if self.is_estimated else 'oracle'})" if self.add_progress else ""
+        return f"{self}{origin}"
+
 
 DEFAULT_CHOICE = FrameChoice()
 
 
-def add_frame_options(add: argparse._ActionsContainer, defaults: bool = True) -> None:
-    """The flags that `frame_choice` reads; without `defaults` they are None where the command leaves them out."""
+def add_frame_options(add: argparse._ActionsContainer, defaults: bool = True, progress: bool = False) -> None:
+    """The flags that `frame_choice` reads; without `defaults` they are None where the command leaves them out.
+
+    With `progress` these include where the progress in prompts comes from, and the estimator's directory.
+    """
     start, target = (DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX) if defaults else (None, None)
     start_help = f"frame that is given, or '{ANY}': each in turn ({DEFAULT_INPUT_FRAME_IDX})"
     add.add_argument("--input_frame_idx", type=start_frame, default=start, help=start_help)
@@ -80,6 +99,13 @@ def add_frame_options(add: argparse._ActionsContainer, defaults: bool = True) ->
     add.add_argument("--target_frame_idx", type=number(at_least=0, at_most=999_999), default=target, help=target_help)
     horizon_help = "in place of the target: predict as many frames later, such as 5, or each of 1-10"
     add.add_argument("--horizon", type=horizon_text, help=horizon_help)
+
+    if progress:
+        sources, source = ([ORACLE, ESTIMATED], ORACLE) if defaults else ([ORACLE, ESTIMATED, NO_PROGRESS], None)
+        source_help = f"of progress in prompts: the {ORACLE} knows the clip's length, {ESTIMATED} is from frames so far"
+        source_help += f" ({source or NO_PROGRESS})"
+        add.add_argument("--progress_source", choices=sources, default=source, help=source_help)
+        add.add_argument("--progress_estimator", type=Path, help=f"for {ESTIMATED}: what pecn.progress trained")
 
 
 def start_frame(text: str) -> int | str:
@@ -115,10 +141,12 @@ def frame_choice(
     horizon: str | None,
     add_progress: bool = False,
     tell_horizon: bool | None = None,
+    progress_source: str | None = None,
 ) -> FrameChoice:
     """The choice that the flags describe; `tell_horizon` is None where there is no other model to follow.
 
-    With any start and no horizon the target is the next frame. Raises UserError where both indices are the same.
+    A `progress_source` replaces `add_progress`, which stands for the oracle. With any start and no horizon the target
+    is the next frame. Raises UserError where both indices are the same.
     """
     if horizon is not None:
         horizons = horizons_of(horizon)
@@ -129,4 +157,6 @@ def frame_choice(
     if horizons[0] == 0:
         raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: choose a later target")
     tell_horizon = tells_horizon(horizon) if tell_horizon is None else tell_horizon
-    return FrameChoice(None if input_frame_idx == ANY else input_frame_idx, horizons, add_progress, tell_horizon)
+    start = None if input_frame_idx == ANY else input_frame_idx
+    source = progress_source or (ORACLE if add_progress else NO_PROGRESS)
+    return FrameChoice(start, horizons, source != NO_PROGRESS, tell_horizon, source)

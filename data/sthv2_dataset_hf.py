@@ -15,7 +15,7 @@ import itertools
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +43,7 @@ class Clip:
     num_frames: int | None  # of the video, None where it was not recorded
     folder: Path
     frames: tuple[int, ...]  # indices, sorted
+    estimated_progress: Mapping[int, int] | None = None  # in percent, for the starts of pairs; None: not estimated
 
     @functools.cached_property
     def frame_set(self) -> frozenset[int]:
@@ -54,8 +55,21 @@ class Clip:
 
     def prompt(self, choice: FrameChoice, start: int, horizon: int) -> str:
         """The sentence for the pair of frames `start` and `start` + `horizon`."""
-        progress = action_progress(start, self.num_frames) if choice.add_progress else None
+        progress = None
+        if choice.is_estimated:
+            progress = self.estimated_progress[start]
+        elif choice.add_progress:
+            progress = action_progress(start, self.num_frames)
         return build_prompt(self.label, progress, horizon if choice.tell_horizon else None)
+
+    def starts(self, choice: FrameChoice) -> set[int]:
+        """The input frames of all pairs that the clip offers."""
+        return {start for horizon in choice.horizons for start in choice.starts(self.frame_set, horizon)}
+
+    def drawn_pair(self, choice: FrameChoice, seed: int) -> tuple[int, int]:
+        """The pair (start, horizon) that `seed` draws; a given start that lacks its target is drawn all the same."""
+        numbers = (derive_seed(seed, "pair", self.video_id, what) / 2**63 for what in ("horizon", "start"))
+        return choice.draw(self.frame_set, *numbers) or (choice.start, choice.horizons[0])
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,12 @@ def build_prompt(label: str, progress: int | None = None, horizon: int | None = 
 
 def action_progress(input_frame_idx: int, num_frames: int) -> int:
     """How much of the action lies before the input frame, in percent, rounded down to a multiple of 10."""
-    return int((input_frame_idx / num_frames) * 10) * 10
+    return progress_percent(input_frame_idx / num_frames)
+
+
+def progress_percent(share: float) -> int:
+    """A share of the action, 0..1, as prompts tell it: in percent, rounded down to a multiple of 10, at most 90."""
+    return min(int(share * 10), 9) * 10
 
 
 def swap_left_and_right(text: str) -> str:
@@ -129,7 +148,8 @@ def find_clips(
             left_out.append((video_id, why_without_pair(choice, extracted)))
             continue
         last_start = max((start for start, _ in pairs), default=choice.start)
-        if choice.add_progress and (num_frames is None or num_frames <= last_start):
+        needs_length = choice.add_progress and not choice.is_estimated
+        if needs_length and (num_frames is None or num_frames <= last_start):
             raise UserError(
                 f"progress prompts need num_frames, which for video {video_id} is {num_frames or 'not recorded'},"
                 f" though frame {last_start} exists; set it with: python -m data.video_loader"
@@ -162,23 +182,26 @@ def find_frame_pairs(
     target frame of a given start is None instead of a reason. Raises UserError as `find_clips` does.
     """
     clips, left_out = find_clips(entries, frames_folder, choice, target_required=target_required)
+    return draw_pairs(clips, choice, seed), left_out
+
+
+def draw_pairs(clips: Sequence[Clip], choice: FrameChoice, seed: int) -> list[FramePair]:
+    """The pair of frames of each clip that `seed` draws. Estimated progress must have been estimated before."""
     pairs = []
     for clip in clips:
-        drawn = (derive_seed(seed, "pair", clip.video_id, what) / 2**63 for what in ("horizon", "start"))
-        pair = choice.draw(clip.frames, *drawn)
-        start, horizon = pair or (choice.start, choice.horizons[0])
-        target = layout.frame_path(frames_folder, clip.video_id, start + horizon)
+        start, horizon = clip.drawn_pair(choice, seed)
+        target = layout.frame_path(clip.folder.parent, clip.video_id, start + horizon)
         pairs.append(
             FramePair(
-                input_image=str(layout.frame_path(frames_folder, clip.video_id, start)),
-                edited_image=str(target) if pair else None,
+                input_image=str(layout.frame_path(clip.folder.parent, clip.video_id, start)),
+                edited_image=str(target) if start + horizon in clip.frame_set else None,
                 edit_prompt=clip.prompt(choice, start, horizon),
                 video_id=clip.video_id,
                 task=clip.task,
                 num_frames=clip.num_frames,
             )
         )
-    return pairs, left_out
+    return pairs
 
 
 Sample = TypeVar("Sample", FramePair, Clip)

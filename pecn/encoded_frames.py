@@ -73,7 +73,7 @@ def encode_once(
         moments, frames_key = stored_frames(pipeline, clips, frames_hash, random_flip, cache_dir, accelerator.device)
         embeddings, prompts_key = stored_prompts(pipeline, sorted(prompts), cache_dir, accelerator.device)
     num_frames = [len(clip.frames) for clip in clips]
-    told = [(clip.label, clip.num_frames, clip.frames) for clip in clips]
+    told = [(clip.label, clip.num_frames, clip.frames, clip.estimated_progress) for clip in clips]
     contents = json.dumps([asdict(choice) | {"horizons": list(choice.horizons)}, told]).encode()
     return EncodedClips(
         clips=clips,

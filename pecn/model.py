@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from data.frame_choice import ANY, FrameChoice, frame_choice, tells_horizon
+from data.frame_choice import ANY, NO_PROGRESS, ORACLE, FrameChoice, frame_choice, tells_horizon
 from data.layout import UserError, one_line, warn
 from data.sthv2_dataset_hf import Clip, FramePair, verify_frames
 from pecn.sampling_options import DEFAULT_OPTIONS
@@ -94,7 +94,8 @@ def read_training_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     types = {"resolution": int, "target_frame_idx": int, "add_progress": bool}
-    types |= {"train_data_dir": str} | {name: type(value) for name, value in vars(DEFAULT_OPTIONS).items()}
+    types |= {"progress_source": str, "train_data_dir": str}
+    types |= {name: type(value) for name, value in vars(DEFAULT_OPTIONS).items()}
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
         for name, kind in types.items():
@@ -108,7 +109,8 @@ def read_training_config(folder: Path) -> dict[str, Any]:
             f"{path} is not a training config written by train_instruct_pix2pix.py ({one_line(error)}); copy the model"
             " again, or delete the file to sample without it"
         ) from error
-    return arguments
+    # Before progress could be estimated, it was the oracle's.
+    return {"progress_source": ORACLE if arguments.get("add_progress") else NO_PROGRESS} | arguments
 
 
 def check_frames(

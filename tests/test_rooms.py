@@ -21,7 +21,8 @@ MAY_USE = {
 }
 NOT_IN_DATA = {"torch", "diffusers", "transformers", "accelerate"}
 COMMANDS = ["data.dataset", "data.own_videos", "data.video_loader", "data.sthv2_dataset_hf", "demo.make_clips"]
-COMMANDS += ["demo.make_model", "benchmarks.score_folder", "train_instruct_pix2pix.py", "sample_from_pix2pix.py"]
+COMMANDS += ["demo.make_model", "benchmarks.score_folder", "pecn.progress"]
+COMMANDS += ["train_instruct_pix2pix.py", "sample_from_pix2pix.py"]
 
 
 def imported(path: Path) -> set[str]:
