@@ -36,8 +36,8 @@ from data.sthv2_dataset_hf import (
     build_prompt,
     choose_pairs,
     describe_left_out,
+    draw_pairs,
     find_clips,
-    find_frame_pairs,
 )
 from pecn.sampling_options import DEFAULT_OPTIONS, add_sampling_options, number_of_samples, sampling_options
 
@@ -47,7 +47,8 @@ DEFAULTS = {  # for a model that does not say how it was trained and validated, 
     "input_frame_idx": DEFAULT_INPUT_FRAME_IDX,
     "target_frame_idx": DEFAULT_TARGET_FRAME_IDX,
     "horizon": None,
-    "add_progress": False,
+    "progress_source": None,
+    "progress_estimator": None,
     **vars(DEFAULT_OPTIONS),
 }
 
@@ -66,7 +67,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--frames_dir", type=Path, help=f"of the model's resolution ({frames_dir})")
     add("--val_annotations", type=Path, help=f"entries to choose from ({annotations})")
     add("--output_dir", type=Path, default=Path("test_result/baseline"), help="(%(default)s)")
-    add_frame_options(parser, defaults=False)
+    add_frame_options(parser, defaults=False, progress=True)
     rollout_help = "predict the N frames after the input frame, in place of one target"
     add("--rollout", type=number(at_least=1, at_most=999), metavar="N", help=rollout_help)
     mode_help = "each from the input frame, or from the prediction before (direct where the model knows horizons)"
@@ -113,6 +114,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from data.video_decoder import read_picture
 from pecn.model import check_frames, find_model, load_pipeline, read_training_config
 from pecn.pictures import check_output_dir, comparison_picture, read_scores, save_prediction, save_results
+from pecn.progress_model import with_estimates
 from pecn.rollout_pictures import ROLLOUT_FILE, save_rollouts
 from pecn.rollouts import describe_rollouts, roll_out, rollout_choice
 from pecn.sampling import Prediction, predict_frames, predict_pairs
@@ -160,23 +162,24 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
             f"there is no file {args.val_annotations}: set VAL_ANNOTATIONS and FRAMES_DIR, or make it with: python -m"
             " data.dataset"
         )
-    choice = asked = frame_choice(
-        args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress, args.tell_horizon
-    )
-    entries = layout.read_annotations(args.val_annotations)
+    told = {"tell_horizon": args.tell_horizon, "progress_source": args.progress_source}
+    choice = asked = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, **told)
     if args.rollout:
         choice = rollout_choice(asked, args.rollout, args.rollout_mode)
-        samples, left_out = find_clips(entries, args.frames_dir, choice, target_required=False)
-    else:
-        samples, left_out = find_frame_pairs(entries, args.frames_dir, choice, target_required=False, seed=args.seed)
+    entries = layout.read_annotations(args.val_annotations)
+    clips, left_out = find_clips(entries, args.frames_dir, choice, target_required=False)
     if left_out:
         print(describe_left_out(left_out))
-    if not samples:
+    if not clips:
         raise UserError(
             f"no video of {args.val_annotations} has what is asked for ({choice}) in {args.frames_dir}: name both from"
             f" one data directory, and extract its frames with: {layout.extraction_command(args.frames_dir)}"
         )
-    samples = choose_pairs(samples, args.num_samples, args.seed)
+    clips = choose_pairs(clips, args.num_samples, args.seed)
+    if choice.is_estimated:
+        pipeline = load_pipeline(model, variant=args.variant)  # in float32, as the estimator was trained
+        clips = with_estimates(clips, choice, args.seed, args.progress_estimator, pipeline, PartialState().device)
+    samples = clips if args.rollout else draw_pairs(clips, choice, args.seed)
     if all(len(sample.paths) == 1 for sample in samples):
         raise UserError(
             f"none of the {len(samples)} videos chosen has both frames ({choice}) in {args.frames_dir}: choose an"
@@ -194,13 +197,13 @@ def predict_and_score(args: argparse.Namespace, model: Path, pairs: Sequence[Fra
     with layout.only_one(args.output_dir, "sampling"):
         pipeline = load_model(args, model)
         predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
-        summary = save_results(predictions, args.output_dir, f"{args.model_dir}, {choice}", lpips_map)
+        summary = save_results(predictions, args.output_dir, f"{args.model_dir}, {choice.in_full}", lpips_map)
     print(format_table(summary))
     if summary["num_without_target"]:
         print(f"{summary['num_without_target']} samples have no frame to predict ({choice}): predicted, not scored")
     pictures = "overview.png, random_pairs.png, scores.png, samples/"
     print(f"{args.output_dir} holds the pictures ({pictures}) and the scores (metrics.json)")
-    print(f"{choice}, {verdict(summary)}")
+    print(f"{choice.in_full}, {verdict(summary)}")
     if others is not None:
         difference = paired_difference(read_scores(args.output_dir), others)
         if difference["unpaired"]:

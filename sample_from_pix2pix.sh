@@ -25,6 +25,8 @@ VAL_ANNOTATIONS=${VAL_ANNOTATIONS:-}            # entries to choose from (data/s
 INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-}            # the frame that is given, or any: one drawn for each video (20)
 TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-}          # the frame to predict (21)
 HORIZON=${HORIZON:-}                            # in place of the target: predict so many frames later
+PROGRESS_SOURCE=${PROGRESS_SOURCE:-}            # of the progress in prompts: oracle, estimated or none (none)
+PROGRESS_ESTIMATOR=${PROGRESS_ESTIMATOR:-}      # for estimated: what "python -m pecn.progress train" made
 NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-}    # denoising steps (20)
 IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-}  # how closely to follow the input frame; 1, the least, is none (1.5)
 GUIDANCE_SCALE=${GUIDANCE_SCALE:-}              # how closely to follow the sentence; 1, the least, is none (1)
@@ -40,8 +42,8 @@ export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 
 arguments=()
 for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED LPIPS BATCH_SIZE IMAGE PROMPT ROLLOUT ROLLOUT_MODE FRAMES_DIR \
-  VAL_ANNOTATIONS INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE \
-  SCHEDULER STRENGTH NUM_PREDICTIONS RESIDUAL; do
+  VAL_ANNOTATIONS INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON PROGRESS_SOURCE PROGRESS_ESTIMATOR NUM_INFERENCE_STEPS \
+  IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH NUM_PREDICTIONS RESIDUAL; do
   if [[ -n ${!name} ]]; then arguments+=("--${name,,}" "${!name}"); fi
 done
 

@@ -19,16 +19,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import layout
-from data.frame_choice import FrameChoice, add_frame_options, frame_choice
+from data.frame_choice import ESTIMATED, NO_PROGRESS, FrameChoice, add_frame_options, frame_choice
 from data.layout import UserError, number
 from data.sthv2_dataset_hf import (
     Clip,
-    FramePair,
-    Sample,
     choose_pairs,
     describe_left_out,
+    draw_pairs,
     load_clips,
-    load_frame_pairs,
     verify_frames,
 )
 from pecn.sampling_options import add_sampling_options
@@ -37,11 +35,11 @@ PROJECT_NAME = "instruct_pix2pix"
 NOT_UPLOADED = ("checkpoint-*/**", "encoded_cache/**", "train.log", ".*")
 # A run resumes only with the same of these, which shape its result.
 FROZEN_FOR_RESUME = (
-    "resolution input_frame_idx target_frame_idx horizon frames_per_video add_progress max_train_samples random_flip"
-    " learning_rate scale_lr lr_scheduler lr_warmup_steps conditioning_dropout_prob input_noise use_8bit_adam use_ema"
-    " adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm mixed_precision seed snr_gamma"
-    " global_batch_size schedule_length use_lora lora_rank prediction_type rescale_betas_zero_snr"
-    " hash_of_model_frames_and_prompts"
+    "resolution input_frame_idx target_frame_idx horizon frames_per_video add_progress progress_source"
+    " max_train_samples random_flip learning_rate scale_lr lr_scheduler lr_warmup_steps conditioning_dropout_prob"
+    " input_noise use_8bit_adam use_ema adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm"
+    " mixed_precision seed snr_gamma global_batch_size schedule_length use_lora lora_rank prediction_type"
+    " rescale_betas_zero_snr hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -66,7 +64,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train_data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
     side = number(at_least=8, multiple_of=8)
     add("--resolution", type=side, default=128, help="side of the frames, uses frames_<R>x<R> (%(default)s)")
-    add_frame_options(data)
+    add_frame_options(data, progress=True)
     spread_help = "with several pairs in a video: encode this many of its frames, spread, in place of all"
     add("--frames_per_video", type=number(at_least=2), help=spread_help)
     add("--add_progress", **layout.SWITCH, help="prompts say how much of the action is done")
@@ -123,6 +121,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser)
 
     args = parser.parse_args(arguments)
+    if args.progress_source == ESTIMATED and not (args.add_progress and args.progress_estimator):
+        parser.error("--progress_source estimated needs --add_progress and --progress_estimator DIR")
+    args.progress_source = args.progress_source if args.add_progress else NO_PROGRESS
     for package, is_needed in (("bitsandbytes", args.use_8bit_adam), ("wandb", args.report_to == "wandb")):
         if is_needed and not find_spec(package):
             parser.error(f"the package {package} is missing: pip install {package}, or leave its option out")
@@ -144,18 +145,17 @@ from pecn.interruption import Interrupted, StopRequest
 from pecn.lora import add_adapter
 from pecn.model import create_hub_repository, find_model, load_pipeline, upload
 from pecn.processes import create_accelerator, is_first_process, is_out_of_memory, on_main_process
+from pecn.progress_model import with_estimates
 from pecn.validation import start_trackers, validate_or_warn
 
 
-def find_samples(args: argparse.Namespace, choice: FrameChoice, split: str, most: int | None) -> list[Sample]:
-    """The clips of split "train", or a frame pair of each of "val": at most `most` (None: all), spread over the tasks.
+def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, most: int | None) -> list[Clip]:
+    """The clips of a split that offer pairs: at most `most` (None: all), spread over the tasks.
 
     Names the videos that are left out.
     """
-    if split == "train":
-        found, left_out = load_clips(args.train_data_dir, split, args.resolution, choice, args.frames_per_video)
-    else:
-        found, left_out = load_frame_pairs(args.train_data_dir, split, args.resolution, choice, args.seed)
+    frames_per_video = args.frames_per_video if split == "train" else None
+    found, left_out = load_clips(args.train_data_dir, split, args.resolution, choice, frames_per_video)
     if left_out and is_first_process():
         print(f"{split}: {describe_left_out(left_out)}")
     if not found:
@@ -186,7 +186,7 @@ def train(
     args: argparse.Namespace,
     clips: list[Clip],
     choice: FrameChoice,
-    validation_pairs: list[FramePair],
+    validation_clips: list[Clip],
     accelerator: Accelerator,
     stop: StopRequest,
 ) -> None:
@@ -196,7 +196,7 @@ def train(
         name = args.hub_model_id or args.output_dir.name
         repository = on_main_process(accelerator, create_hub_repository, name, args.hub_token)
     frames_hash = on_main_process(accelerator, verify_frames, clips, args.resolution)
-    on_main_process(accelerator, verify_frames, validation_pairs, args.resolution)
+    on_main_process(accelerator, verify_frames, validation_clips, args.resolution)
 
     pipeline = load_base_model(args)
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -204,6 +204,12 @@ def train(
     if not os.access(cache_dir if cache_dir.is_dir() else args.train_data_dir, os.W_OK):
         cache_dir = args.output_dir / "encoded_cache"
         accelerator.print(f"{args.train_data_dir} cannot be written to: what is encoded is kept in {cache_dir}")
+    if choice.is_estimated:
+        estimator = (args.progress_estimator, pipeline, accelerator.device)
+        clips = on_main_process(accelerator, with_estimates, clips, choice, None, *estimator, cache_dir)
+        drawn = (validation_clips, choice, args.seed)
+        validation_clips = on_main_process(accelerator, with_estimates, *drawn, *estimator)
+    validation_pairs = draw_pairs(validation_clips, choice, args.seed)
     encoded = encode_once(pipeline, clips, choice, frames_hash, args.random_flip, cache_dir, accelerator)
 
     num_timesteps = noise_scheduler.config.num_train_timesteps
@@ -326,11 +332,11 @@ def train(
 
 def main() -> None:
     args = ARGS
-    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress)
-    clips = find_samples(args, choice, "train", args.max_train_samples)
-    validation_pairs = (
-        find_samples(args, choice, "val", args.num_validation_images) if args.num_validation_images else []
-    )
+    frames = (args.input_frame_idx, args.target_frame_idx)
+    choice = frame_choice(*frames, args.horizon, progress_source=args.progress_source)
+    clips = find_clips_of(args, choice, "train", args.max_train_samples)
+    num_validation = args.num_validation_images
+    validation_clips = find_clips_of(args, choice, "val", num_validation) if num_validation else []
     accelerator = create_accelerator(args)
     stop = StopRequest()
     layout.make_folder(args.output_dir)
@@ -338,7 +344,7 @@ def main() -> None:
         with layout.only_one(args.output_dir, "training") if accelerator.is_main_process else contextlib.nullcontext():
             if accelerator.is_main_process:
                 layout.remove_leftovers(args.output_dir)
-            train(args, clips, choice, validation_pairs, accelerator, stop)
+            train(args, clips, choice, validation_clips, accelerator, stop)
     except OSError as error:  # such as a full disk while the frames are encoded
         raise UserError(f"{layout.one_line(error)}; mend that and run the same command again") from error
     except (MemoryError, RuntimeError) as error:

@@ -14,6 +14,8 @@ TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21}
 HORIZON=${HORIZON:-}                       # in place of the target: predict 5 frames later, or each of 1-10
 FRAMES_PER_VIDEO=${FRAMES_PER_VIDEO:-}     # where a video has several pairs: encode only so many of its frames, spread
 PROGRESS=${PROGRESS:-False}                # True: prompts say how much of the action is done
+PROGRESS_SOURCE=${PROGRESS_SOURCE:-oracle} # which knows the clip's length; estimated: from the frames so far, by the
+PROGRESS_ESTIMATOR=${PROGRESS_ESTIMATOR:-} # directory that "python -m pecn.progress train" made
 BATCH_SIZE=${BATCH_SIZE:-16}               # samples a step on each GPU
 GRADIENT_ACCUM=${GRADIENT_ACCUM:-1}        # passes a step: 2 with BATCH_SIZE=8 are 16 samples too, in less memory
 EPOCHS=${EPOCHS:-20}
@@ -46,6 +48,7 @@ arguments=(
   --input_frame_idx "$INPUT_FRAME_IDX"
   --target_frame_idx "$TARGET_FRAME_IDX"
   --add_progress "$PROGRESS"
+  --progress_source "$PROGRESS_SOURCE"
   --use_lora "$LORA"
   --train_batch_size "$BATCH_SIZE"
   --gradient_accumulation_steps "$GRADIENT_ACCUM"
@@ -60,6 +63,7 @@ arguments=(
 )
 if [[ -n $HORIZON ]]; then arguments+=(--horizon "$HORIZON"); fi
 if [[ -n $FRAMES_PER_VIDEO ]]; then arguments+=(--frames_per_video "$FRAMES_PER_VIDEO"); fi
+if [[ -n $PROGRESS_ESTIMATOR ]]; then arguments+=(--progress_estimator "$PROGRESS_ESTIMATOR"); fi
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $CHECKPOINTING_STEPS ]]; then arguments+=(--checkpointing_steps "$CHECKPOINTING_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi

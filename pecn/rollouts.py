@@ -44,13 +44,15 @@ def rollout_choice(choice: FrameChoice, num_frames: int, mode: str) -> FrameChoi
     """What a rollout of `num_frames` frames predicts with a model that offers the horizons of `choice`.
 
     "chained" steps by the shortest of them, "direct" goes on from it frame by frame. Any start becomes
-    DEFAULT_INPUT_FRAME_IDX. Raises UserError where the prompts of a direct rollout would not differ, and where not even
-    the shortest horizon lies within the rollout.
+    DEFAULT_INPUT_FRAME_IDX. Raises UserError where the prompts of a direct rollout would not differ, where a chained
+    one would need estimates of progress, and where not even the shortest horizon lies within the rollout.
     """
     if mode == "direct" and not choice.tell_horizon:
         raise UserError(
             "the model has learnt one horizon, and its prompts do not tell any: only ROLLOUT_MODE=chained is possible"
         )
+    if mode == "chained" and choice.is_estimated:
+        raise UserError("chained, there are no frames to estimate progress from: set PROGRESS_SOURCE to none or oracle")
     shortest = choice.horizons[0]
     horizons = range(shortest, num_frames + 1, shortest if mode == "chained" else 1)
     if not horizons:

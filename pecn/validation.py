@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 
-from data.frame_choice import frame_choice, tells_horizon
+from data.frame_choice import ESTIMATED, frame_choice, tells_horizon
 from data.layout import frames_dir, one_line, read_filtered_annotations, warn
 from data.sthv2_dataset_hf import TASK_OF_ALL_PROMPTS, FramePair, find_clips
 from pecn.optimization import current_unet
@@ -87,7 +87,8 @@ def validate(
             predictions = list(
                 predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, options, show_progress=False)
             )
-            rollouts = roll_out_pairs(pipeline, pairs, args) if tells_horizon(args.horizon) else []
+            with_rollouts = tells_horizon(args.horizon) and args.progress_source != ESTIMATED  # not estimated here
+            rollouts = roll_out_pairs(pipeline, pairs, args) if with_rollouts else []
     finally:
         for frozen in (pipeline.vae, pipeline.text_encoder):
             frozen.to("cpu")

@@ -1,5 +1,6 @@
 """Progress without an oracle: pecn.progress as users run it, and what its estimates do to prompts."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from data.frame_choice import ESTIMATED, FrameChoice
 from data.layout import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
-from data.sthv2_dataset_hf import load_clips, progress_percent, verify_frames
+from data.sthv2_dataset_hf import draw_pairs, load_clips, progress_percent, verify_frames
 from pecn.encoded_frames import encode_once
 from pecn.model import load_pipeline
 from pecn.progress_model import CONFIG, NUM_SEEN, WEIGHTS, encode_clips, load_estimator, seen_frames, with_estimates
@@ -185,6 +186,72 @@ def test_training_pairs_of_any_start_tell_their_own_estimate(rigged, estimator, 
 
 def test_percentages_are_rounded_down_and_clipped():
     assert [progress_percent(share) for share in (0, 0.099, 0.1, 0.57, 0.95, 1.0)] == [0, 0, 10, 50, 90, 90]
+
+
+def sampled_prompts(data_dir: Path, model: Path, output_dir: Path, *options: object) -> tuple[dict[str, str], str]:
+    """The prompt of each validation video, and what was printed last."""
+    words = ["python", "sample_from_pix2pix.py", "--model_dir", model, "--frames_dir", frames_dir(data_dir, SIDE)]
+    words += ["--val_annotations", filtered_annotations_path(data_dir, "val"), "--output_dir", output_dir]
+    done = run(*words, "--num_samples", "all", "--num_inference_steps", 1, *options)
+    samples = json.loads((output_dir / "metrics.json").read_text())["samples"]
+    return {sample["video_id"]: sample["edit_prompt"] for sample in samples}, done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(rigged, tiny_model, estimator, tmp_path_factory) -> Path:
+    """A model that was trained for a step with estimated progress."""
+    output_dir = tmp_path_factory.mktemp("trained")
+    run(*training(rigged, tiny_model, output_dir, "--progress_source", "estimated", "--progress_estimator", estimator))
+    return output_dir
+
+
+def training(data_dir: Path, model: Path, output_dir: Path, *options: object) -> list[object]:
+    words = ["python", "train_instruct_pix2pix.py", "--train_data_dir", data_dir, "--output_dir", output_dir]
+    words += ["--pretrained_model_name_or_path", model, "--resolution", SIDE, "--train_batch_size", 2]
+    words += ["--input_frame_idx", 6, "--target_frame_idx", 7, "--max_train_steps", 1, "--checkpointing_steps", 1]
+    return [*words, "--add_progress", "--report_to", "none", "--num_validation_images", 1, *options]
+
+
+def test_estimated_prompts_reach_the_model_as_it_was_trained(rigged, trained, estimator, pipeline, tmp_path):
+    arguments = json.loads((trained / "training_config.json").read_text())["arguments"]
+    assert (arguments["progress_source"], arguments["progress_estimator"]) == ("estimated", str(estimator))
+    choice = FrameChoice(6, (1,), add_progress=True, progress_source=ESTIMATED)
+    clips = estimated_clips(rigged, "val", choice, estimator, pipeline, seed=42)
+    expected = {pair.video_id: pair.edit_prompt for pair in draw_pairs(clips, choice, 42)}
+    data_dir = tmp_path / "without_lengths"
+    shutil.copytree(rigged, data_dir, ignore=shutil.ignore_patterns("encoded_cache"))
+    path = filtered_annotations_path(data_dir, "val")
+    write_annotations(path, [{**clip, "num_frames": None} for clip in json.loads(path.read_text())])
+    prompts, last_line = sampled_prompts(data_dir, trained, tmp_path / "as_trained")
+    assert prompts == expected  # without any length
+    assert last_line.startswith("frame 6 to 7 (progress from an estimator), ")
+
+    prompts, last_line = sampled_prompts(rigged, trained, tmp_path / "oracle", "--progress_source", "oracle")
+    told = {video_id: int(re.search(r"(\d+)%", prompt)[1]) for video_id, prompt in prompts.items()}
+    assert told == {f"val{number}": int(6 / length * 10) * 10 for number, length in enumerate(LENGTHS["val"])}
+    assert last_line.startswith("frame 6 to 7 (progress from an oracle), ")
+
+    prompts, last_line = sampled_prompts(rigged, trained, tmp_path / "none", "--progress_source", "none")
+    assert not any("completed" in prompt for prompt in prompts.values())
+    assert last_line.startswith("frame 6 to 7, ")
+
+
+def test_resuming_needs_the_same_progress(rigged, tiny_model, trained, estimator, constant, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    resumed = ("--resume_from_checkpoint", "latest", "--max_train_steps", 2)
+    words = training(rigged, tiny_model, tmp_path / "run", *resumed)
+
+    def message(*options: object) -> str:
+        done = run(*words, *options, check=False)
+        assert done.returncode and "Traceback" not in done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert "progress_source was estimated, is oracle" in message()
+    assert "hash_of_model_frames_and_prompts was" in message(
+        "--progress_source=estimated", "--progress_estimator", constant
+    )
+    assert "--progress_estimator DIR" in message("--progress_source=estimated")
+    run(*words, "--progress_source", "estimated", "--progress_estimator", estimator)
 
 
 def test_estimators_that_do_not_fit_are_refused_in_one_line(estimator, pipeline, tiny_model, tmp_path):
