@@ -1,10 +1,12 @@
-"""Does it help to tell the model how much of an action is done?
+"""Does it help to tell the model how much of an action is done, and does it take an oracle?
 
     python -m benchmarks.progress_study
 
-fine-tunes with and without `--add_progress` on the same clips, for the same steps, with the same seeds, for frame
-20 -> 21 and 20 -> 25, predicts held-out clips and compares the two pair by pair. It renders its clips itself, with a
-seed that neither `demo.make_clips` nor the base model's training uses. On Something-Something V2:
+fine-tunes without progress prompts and with those of each source on the same clips, for the same steps, with the same
+seeds: the `oracle` knows each clip's length, the `constant` is the training median for every clip, and `estimated` is
+what pecn.progress sees in the frames so far. For frame 20 -> 21, 20 -> 25, and any frame to that 5 later it predicts
+held-out clips and compares the sources pair by pair. It renders its clips itself, with a seed that neither
+`demo.make_clips` nor the base model's training uses. On Something-Something V2:
 
     python -m benchmarks.progress_study --data_dir data/sthv2 --resolution 128 --max_train_steps 3750 \
         --learning_rate 5e-6 --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, frame_choice
+from data.frame_choice import ANY, DEFAULT_INPUT_FRAME_IDX, ESTIMATED, NO_PROGRESS, ORACLE, FrameChoice
 from data.layout import (
     CommandParser,
     UserError,
@@ -49,7 +51,9 @@ PROJECT = Path(__file__).parents[1]
 TRAIN, SAMPLE = PROJECT / "train_instruct_pix2pix.py", PROJECT / "sample_from_pix2pix.py"
 DEMO_MODEL = Path("demo/base_model")
 CLIP_SEED = 20_260  # of the rendered clips; 42 is demo.make_clips' own, the base model's training has another
-SPLIT_SEED = 0  # of filtering, and of choosing held-out pairs
+SPLIT_SEED = 0  # of filtering, of choosing held-out pairs, and of sampling, which draws the starts
+CONSTANT = "constant"
+SOURCES = [NO_PROGRESS, ORACLE, CONSTANT, ESTIMATED]
 ENOUGH_PAIRS = 200
 # For the demo's base model, which predicts velocity: late timesteps, the mean of 4, a single step without guidance.
 DEMO_OPTIONS = {
@@ -61,6 +65,8 @@ DEMO_OPTIONS = {
 QUICK = {
     "work_dir": Path("outputs/progress_study_quick"),
     "target_frame_idx": [25],
+    "any_start_horizon": [5],
+    "estimator_steps": 4,
     "seeds": [0],
     "num_train_clips": 6,
     "num_val_clips": 6,
@@ -87,7 +93,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_samples", type=number_of_samples, help="held-out pairs to evaluate on, or 'all' (all)")
     add("--input_frame_idx", type=index, default=DEFAULT_INPUT_FRAME_IDX, help="frame that is given (%(default)s)")
     add("--target_frame_idx", type=index, nargs="+", default=[21, 25], help="frames to predict, one study each (21 25)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and sampling (0 1 2)")
+    any_help = "frames to predict later than any start, one study each (5)"
+    add("--any_start_horizon", type=count, nargs="*", default=[5], help=any_help)
+    sources_help = f"of the progress in prompts; all are compared with the first ({' '.join(SOURCES)})"
+    add("--sources", choices=SOURCES, nargs="+", default=SOURCES, help=sources_help)
+    add("--estimator_steps", type=count, default=1000, help="optimizer steps of the progress estimator (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training (0 1 2)")
     add("--max_train_steps", type=count, default=100, help="optimizer steps of each run (%(default)s)")
     add("--train_batch_size", type=count, default=16, help="(%(default)s)")
     add("--learning_rate", type=number(float, at_least=0), default=3e-4, help="(%(default)s)")
@@ -107,8 +118,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if Path(given.pretrained_model_name_or_path) == DEMO_MODEL:
         parser.set_defaults(**DEMO_OPTIONS)
     args = parser.parse_args(arguments)
-    args.seeds = list(dict.fromkeys(args.seeds))
-    args.target_frame_idx = list(dict.fromkeys(args.target_frame_idx))
+    for name in ("seeds", "target_frame_idx", "any_start_horizon", "sources"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     return args
 
 
@@ -135,29 +146,92 @@ def prepare_clips(args: argparse.Namespace) -> Path:
     return data_dir
 
 
-def choose_held_out(args: argparse.Namespace, data_dir: Path, target_frame_idx: int) -> Path:
-    """Writes the annotations of the held-out pairs of one horizon, the same for all its runs; returns the file."""
-    choice = frame_choice(args.input_frame_idx, target_frame_idx, None, add_progress=True)
-    pairs, left_out = load_frame_pairs(data_dir, "val", args.resolution, choice)
+@dataclass(frozen=True)
+class Frames:
+    """Which frames one study predicts."""
+
+    start: int | None  # the input frame; None: any
+    horizon: int
+
+    @property
+    def choice(self) -> FrameChoice:
+        return FrameChoice(self.start, (self.horizon,), add_progress=True)
+
+    @property
+    def flags(self) -> list[str]:
+        if self.start is None:
+            return [f"--input_frame_idx={ANY}", f"--horizon={self.horizon}"]
+        return [f"--input_frame_idx={self.start}", f"--target_frame_idx={self.start + self.horizon}"]
+
+    def __str__(self) -> str:
+        return f"any -> +{self.horizon}" if self.start is None else f"{self.start} -> {self.start + self.horizon}"
+
+
+def all_frames(args: argparse.Namespace) -> list[Frames]:
+    given = [Frames(args.input_frame_idx, target - args.input_frame_idx) for target in args.target_frame_idx]
+    return given + [Frames(None, horizon) for horizon in args.any_start_horizon]
+
+
+def choose_held_out(args: argparse.Namespace, data_dir: Path, frames: Frames) -> Path:
+    """Writes the annotations of the held-out pairs of one study, the same for all its runs; returns the file."""
+    pairs, left_out = load_frame_pairs(data_dir, "val", args.resolution, frames.choice)
     if left_out:
         print(f"held-out clips: {describe_left_out(left_out)}")
     chosen = {pair.video_id for pair in choose_pairs(pairs, args.num_samples, SPLIT_SEED)}
     if not chosen:
         raise UserError(
-            f"no held-out video of {data_dir} has both frames {args.input_frame_idx} and {target_frame_idx}; look at:"
+            f"no held-out video of {data_dir} has both frames ({frames}); look at:"
             f" python -m data.sthv2_dataset_hf --data_dir {data_dir} --resolution {args.resolution}"
         )
     if len(chosen) < ENOUGH_PAIRS:
-        print(
-            f"only {len(chosen)} held-out pairs for {args.input_frame_idx} -> {target_frame_idx}: small differences"
-            f" need {ENOUGH_PAIRS} or more"
-        )
+        print(f"only {len(chosen)} held-out pairs for {frames}: small differences need {ENOUGH_PAIRS} or more")
     entries = [entry for entry in read_annotations(filtered_annotations_path(data_dir, "val")) if entry["id"] in chosen]
     content = json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
-    name = f"held_out_{args.input_frame_idx}_to_{target_frame_idx}_{digest(content)}.json"
+    name = f"held_out_{file_name(frames)}_{digest(content)}.json"
     make_folder(args.work_dir)
     write_file(args.work_dir / name, content)
     return args.work_dir / name
+
+
+def file_name(frames: Frames) -> str:
+    return str(frames).replace(" -> ", "_to_").replace("+", "plus_")
+
+
+# The estimators.
+
+
+def estimator_folder(args: argparse.Namespace, data_dir: Path, source: str) -> Path:
+    """Where the estimator of a source lies, named after all it depends on."""
+    annotations = filtered_annotations_path(data_dir, "train").read_text(encoding="utf-8")
+    key = digest(annotations, model_files(args), *estimator_flags(args, data_dir, source))
+    return args.work_dir / "estimators" / f"{source}_{key}"
+
+
+def estimator_flags(args: argparse.Namespace, data_dir: Path, source: str) -> list[str]:
+    return [
+        f"--data_dir={data_dir}",
+        f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}",
+        f"--resolution={args.resolution}",
+        f"--max_train_steps={0 if source == CONSTANT else args.estimator_steps}",
+    ]
+
+
+def train_estimators(args: argparse.Namespace, data_dir: Path) -> None:
+    """Trains the estimators of the sources that need one; without a step it says the training median."""
+    for source in (source for source in args.sources if source in (CONSTANT, ESTIMATED)):
+        folder = estimator_folder(args, data_dir, source)
+        if not (folder / "progress_estimator.json").is_file():
+            flags = estimator_flags(args, data_dir, source)
+            call(["-m", "pecn.progress", "train", f"--output_dir={folder}", *flags])
+
+
+def prompt_flags(args: argparse.Namespace, data_dir: Path, source: str) -> list[str]:
+    """How training is told what its prompts tell; sampling finds it with the model."""
+    flags = [f"--add_progress={source != NO_PROGRESS}"]
+    if source in (CONSTANT, ESTIMATED):
+        folder = estimator_folder(args, data_dir, source)
+        flags += [f"--progress_source={ESTIMATED}", f"--progress_estimator={folder}"]
+    return flags
 
 
 # The runs.
@@ -167,8 +241,8 @@ def choose_held_out(args: argparse.Namespace, data_dir: Path, target_frame_idx: 
 class Run:
     """One training and the prediction of all held-out pairs. `folder` is named after all settings of both."""
 
-    target_frame_idx: int
-    add_progress: bool
+    frames: Frames
+    source: str  # of the progress in prompts
     seed: int
     folder: Path
     training: list[str]
@@ -179,20 +253,20 @@ class Run:
         return self.folder / "samples" / "metrics.json"
 
     def __str__(self) -> str:
-        return f"-> {self.target_frame_idx} {'with' if self.add_progress else 'without'} progress, seed {self.seed}"
+        return f"{self.frames}, progress {self.source}, seed {self.seed}"
 
 
 def plan_runs(args: argparse.Namespace, data_dir: Path) -> list[Run]:
-    """All runs, in an order that gives whole comparisons early: both prompts of a seed, then the next seed."""
-    held_out = {target: choose_held_out(args, data_dir, target) for target in args.target_frame_idx}
+    """All runs, in an order that gives whole comparisons early: all sources of a seed, then the next seed."""
+    held_out = {frames: choose_held_out(args, data_dir, frames) for frames in all_frames(args)}
     # The commands' defaults are settings, too: where a script changes, results of before it do not count.
     files = (filtered_annotations_path(data_dir, "train"), TRAIN, SAMPLE)
     shared = digest(*(path.read_text(encoding="utf-8") for path in files), model_files(args))
     return [
-        plan_run(args, data_dir, held_out[target], target, add_progress, seed, shared)
+        plan_run(args, data_dir, held_out[frames], frames, source, seed, shared)
         for seed in args.seeds
-        for target in args.target_frame_idx
-        for add_progress in (False, True)
+        for frames in held_out
+        for source in args.sources
     ]
 
 
@@ -200,18 +274,17 @@ def plan_run(
     args: argparse.Namespace,
     data_dir: Path,
     held_out: Path,
-    target_frame_idx: int,
-    add_progress: bool,
+    frames: Frames,
+    source: str,
     seed: int,
     shared: str,  # a hash of what all runs have in common
 ) -> Run:
-    frames = [f"--input_frame_idx={args.input_frame_idx}", f"--target_frame_idx={target_frame_idx}"]
     training = [
         f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}",
         f"--train_data_dir={data_dir}",
         f"--resolution={args.resolution}",
-        *frames,
-        f"--add_progress={add_progress}",
+        *frames.flags,
+        *prompt_flags(args, data_dir, source),
         f"--max_train_steps={args.max_train_steps}",
         f"--train_batch_size={args.train_batch_size}",
         f"--learning_rate={args.learning_rate}",
@@ -229,15 +302,14 @@ def plan_run(
     sampling = [
         f"--frames_dir={frames_dir(data_dir, args.resolution)}",
         f"--val_annotations={held_out}",
-        *frames,
+        *frames.flags,
         "--num_samples=all",
-        f"--seed={seed}",
+        f"--seed={SPLIT_SEED}",
         *(f"--{name}={value}" for name, value in vars(sampling_options(args)).items()),
     ]
     key = digest(shared, *training, *sampling)
-    prompts = "with_progress" if add_progress else "without_progress"
-    name = f"{args.input_frame_idx}_to_{target_frame_idx}_{prompts}_seed_{seed}_{key}"
-    return Run(target_frame_idx, add_progress, seed, args.work_dir / "runs" / name, training, sampling)
+    name = f"{file_name(frames)}_progress_{source}_seed_{seed}_{key}"
+    return Run(frames, source, seed, args.work_dir / "runs" / name, training, sampling)
 
 
 def model_files(args: argparse.Namespace) -> str:
@@ -310,10 +382,10 @@ def run_child(command: Sequence[str], output: Any) -> int:
 
 
 def collect_pairs(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The PSNR of one horizon's held-out pairs, from its runs' metrics: of the expected frame where one was made.
+    """The PSNR of one study's held-out pairs, from its runs' metrics: of the expected frame where one was made.
 
-    Returns one dictionary a pair: `video_id`, `task`, and for each of MEASURES {"copy": dB, "without": [dB for each
-    seed], "with": [dB for each seed]}; `moving_psnr` is None where nothing moves.
+    Returns one dictionary a pair: `video_id`, `task`, and for each of MEASURES {"copy": dB, source: [dB for each seed]}
+    with all sources; `moving_psnr` is None where nothing moves.
     """
     pairs: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -327,9 +399,8 @@ def collect_pairs(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 if scores is None:
                     pair[measure] = None
                     continue
-                cells = pair.setdefault(measure, {"copy": scores["copy"], "without": [], "with": []})
-                predicted = scores.get("expected", scores["sample"])
-                cells["with" if run.add_progress else "without"].append(predicted)
+                cells = pair.setdefault(measure, {"copy": scores["copy"]})
+                cells.setdefault(run.source, []).append(scores.get("expected", scores["sample"]))
     return list(pairs.values())
 
 
@@ -351,13 +422,13 @@ def main(args: argparse.Namespace) -> None:
         )
     data_dir = args.data_dir or prepare_clips(args)
     runs = plan_runs(args, data_dir)
+    train_estimators(args, data_dir)
     execute(runs, args.keep_models)
 
     horizons, scores = {}, {}
-    for target in args.target_frame_idx:
-        horizon = f"{args.input_frame_idx} -> {target}"
-        scores[horizon] = collect_pairs([run for run in runs if run.target_frame_idx == target])
-        horizons[horizon] = compare_all(scores[horizon])
+    for frames in all_frames(args):
+        scores[str(frames)] = collect_pairs([run for run in runs if run.frames == frames])
+        horizons[str(frames)] = compare_all(scores[str(frames)], args.sources)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     settings |= {"data": "rendered clips" if args.data_dir is None else str(args.data_dir)}
     results = {"settings": settings, "comparisons": horizons, "pairs": scores}
