@@ -332,8 +332,7 @@ def train(
 
 def main() -> None:
     args = ARGS
-    frames = (args.input_frame_idx, args.target_frame_idx)
-    choice = frame_choice(*frames, args.horizon, progress_source=args.progress_source)
+    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.progress_source)
     clips = find_clips_of(args, choice, "train", args.max_train_samples)
     num_validation = args.num_validation_images
     validation_clips = find_clips_of(args, choice, "val", num_validation) if num_validation else []

@@ -155,7 +155,7 @@ class Frames:
 
     @property
     def choice(self) -> FrameChoice:
-        return FrameChoice(self.start, (self.horizon,), add_progress=True)
+        return FrameChoice(self.start, (self.horizon,), progress_source=ORACLE)
 
     @property
     def flags(self) -> list[str]:

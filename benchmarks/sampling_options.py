@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.frame_choice import DEFAULT_CHOICE, frame_choice
+from data.frame_choice import DEFAULT_CHOICE, NO_PROGRESS, ORACLE, frame_choice
 from data.layout import CommandParser, UserError, number, run_command, write_file
 from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
 
@@ -102,7 +102,7 @@ def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FrameP
     choice = DEFAULT_CHOICE
     if "input_frame_idx" in trained:
         frames = (trained["input_frame_idx"], trained["target_frame_idx"], trained.get("horizon"))
-        choice = frame_choice(*frames, trained.get("add_progress", False))
+        choice = frame_choice(*frames, ORACLE if trained.get("add_progress") else NO_PROGRESS)
     pairs, _ = load_frame_pairs(args.data_dir, "val", resolution, choice, args.seed)
     if not pairs:
         raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")

@@ -24,14 +24,18 @@ class FrameChoice:
 
     start: int | None = DEFAULT_INPUT_FRAME_IDX  # index of the input frame; None: any
     horizons: Sequence[int] = (DEFAULT_TARGET_FRAME_IDX - DEFAULT_INPUT_FRAME_IDX,)  # in frames, each equally likely
-    add_progress: bool = False
+    progress_source: str = NO_PROGRESS  # of the progress that prompts tell, if any
     tell_horizon: bool = False
-    progress_source: str = ORACLE  # of the progress that prompts tell: ORACLE or ESTIMATED
+
+    @property
+    def add_progress(self) -> bool:
+        """Whether prompts tell progress."""
+        return self.progress_source != NO_PROGRESS
 
     @property
     def is_estimated(self) -> bool:
         """Whether prompts tell an estimated progress."""
-        return self.add_progress and self.progress_source == ESTIMATED
+        return self.progress_source == ESTIMATED
 
     @property
     def is_one_pair(self) -> bool:
@@ -139,14 +143,12 @@ def frame_choice(
     input_frame_idx: int | str,
     target_frame_idx: int,
     horizon: str | None,
-    add_progress: bool = False,
+    progress_source: str = NO_PROGRESS,
     tell_horizon: bool | None = None,
-    progress_source: str | None = None,
 ) -> FrameChoice:
     """The choice that the flags describe; `tell_horizon` is None where there is no other model to follow.
 
-    A `progress_source` replaces `add_progress`, which stands for the oracle. With any start and no horizon the target
-    is the next frame. Raises UserError where both indices are the same.
+    With any start and no horizon the target is the next frame. Raises UserError where both indices are the same.
     """
     if horizon is not None:
         horizons = horizons_of(horizon)
@@ -157,6 +159,4 @@ def frame_choice(
     if horizons[0] == 0:
         raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: choose a later target")
     tell_horizon = tells_horizon(horizon) if tell_horizon is None else tell_horizon
-    start = None if input_frame_idx == ANY else input_frame_idx
-    source = progress_source or (ORACLE if add_progress else NO_PROGRESS)
-    return FrameChoice(start, horizons, source != NO_PROGRESS, tell_horizon, source)
+    return FrameChoice(None if input_frame_idx == ANY else input_frame_idx, horizons, progress_source, tell_horizon)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from data import layout
 from data.dataset import sampling_rank
-from data.frame_choice import DEFAULT_CHOICE, FrameChoice, add_frame_options, frame_choice
+from data.frame_choice import DEFAULT_CHOICE, NO_PROGRESS, ORACLE, FrameChoice, add_frame_options, frame_choice
 from data.layout import UserError
 
 if TYPE_CHECKING:
@@ -309,7 +309,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress)
+    progress_source = ORACLE if args.add_progress else NO_PROGRESS
+    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, progress_source)
     total = 0
     for split in layout.SPLITS:
         pairs, left_out = load_frame_pairs(args.data_dir, split, args.resolution, choice)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from data import layout
-from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, FrameChoice
+from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, ORACLE, FrameChoice
 from data.layout import UserError, number
 from data.sthv2_dataset_hf import Clip, derive_seed, describe_left_out, load_clips
 
-EVERY_CUT = FrameChoice(start=None, add_progress=True)  # every frame but the last, which none follows
+EVERY_CUT = FrameChoice(start=None, progress_source=ORACLE)  # every frame but the last, which none follows
 CACHE = "encoded_cache"  # of a data directory: training's, so that no frame is encoded twice
 WITHIN = 8  # points; the share of estimates that are nearer to the truth is told
 

@@ -114,7 +114,7 @@ def roll_out_pairs(
     pipeline: StableDiffusionInstructPix2PixPipeline, pairs: Sequence[FramePair], args: argparse.Namespace
 ) -> list[Rollout]:
     """Direct rollouts of the pairs' videos, each from its pair's input frame, at ROLLOUT_HORIZONS horizons at most."""
-    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.add_progress)
+    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.progress_source)
     starts = {pair.video_id: int(pair.paths[0].stem) for pair in pairs}
     entries = [entry for entry in read_filtered_annotations(args.train_data_dir, "val") if entry["id"] in starts]
     clips, _ = find_clips(entries, frames_dir(args.train_data_dir, args.resolution), choice)

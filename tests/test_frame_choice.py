@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.frame_choice import ANY, FrameChoice, frame_choice, horizons_of, tells_horizon
+from data.frame_choice import ANY, ORACLE, FrameChoice, frame_choice, horizons_of, tells_horizon
 from data.layout import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
 from data.sthv2_dataset_hf import find_frame_pairs, load_clips, swap_left_and_right, verify_frames
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
@@ -84,7 +84,7 @@ def batches(encoded, **options):
 
 
 def test_any_start_trains_on_pairs_that_the_prompt_describes(tmp_path):
-    pipeline, choice = make_tiny_pipeline(), FrameChoice(None, range(1, 4), add_progress=True, tell_horizon=True)
+    pipeline, choice = make_tiny_pipeline(), FrameChoice(None, range(1, 4), progress_source=ORACLE, tell_horizon=True)
     encoded, left_out = encode(pipeline, make_data_dir(tmp_path), choice, random_flip=True)
     assert left_out == [] and len(encoded.moments) == 2 * (6 * 5 + 2)  # each frame once, and once mirrored
     assert encoded.embeddings is None
@@ -184,10 +184,10 @@ def test_sampling_follows_a_model_of_any_start(any_start_model, data_dir, tmp_pa
         return done, json.loads((tmp_path / "metrics.json").read_text())["samples"]
 
     done, rows = sample()
-    assert "any frame to that 1 to 3 later, " in done.stdout and len(rows) == 4
+    assert "any frame to that 1 to 3 later (progress from an oracle), " in done.stdout and len(rows) == 4
     assert all(row["edit_prompt"].endswith("later.") and "of the action" in row["edit_prompt"] for row in rows)
     done, rows = sample("--target_frame_idx", 23)
-    assert "frame 20 to 23, " in done.stdout and "warning" not in done.stderr
+    assert "frame 20 to 23 (progress" in done.stdout and "warning" not in done.stderr
     assert all(row["edit_prompt"].endswith("The frame is 3 frames later.") for row in rows)
     done, _ = sample("--input_frame_idx", 19, "--horizon", 4)
     assert "warning: predicting frame 19 to 23" in done.stderr
@@ -200,4 +200,4 @@ def test_any_start_needs_the_length_of_every_video_for_progress(tmp_path):
     entries[1]["num_frames"] = 22
     write_annotations(path, entries)
     with pytest.raises(UserError, match="train1 is 22, though frame 22 exists"):
-        load_clips(data_dir, "train", SIDE, FrameChoice(None, (1,), add_progress=True))
+        load_clips(data_dir, "train", SIDE, FrameChoice(None, (1,), progress_source=ORACLE))

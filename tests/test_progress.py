@@ -154,7 +154,7 @@ def estimated_clips(data_dir, split, choice, estimator, pipeline, seed=None, cac
 
 
 def test_estimates_depend_on_no_frame_after_the_input(rigged, estimator, pipeline, tmp_path):
-    choice = FrameChoice(6, (1,), add_progress=True, progress_source=ESTIMATED)
+    choice = FrameChoice(6, (1,), progress_source=ESTIMATED)
     before = estimated_clips(rigged, "val", choice, estimator, pipeline)
     assert len({clip.estimated_progress[6] for clip in before}) > 2  # 6 of 9 frames, 6 of 33
     data_dir = tmp_path / "cut_off"
@@ -167,7 +167,7 @@ def test_estimates_depend_on_no_frame_after_the_input(rigged, estimator, pipelin
 
 
 def test_training_pairs_of_any_start_tell_their_own_estimate(rigged, estimator, pipeline, monkeypatch):
-    choice = FrameChoice(None, (1,), add_progress=True, progress_source=ESTIMATED)
+    choice = FrameChoice(None, (1,), progress_source=ESTIMATED)
     cache_dir = rigged / "encoded_cache"
     monkeypatch.setattr(pipeline.vae, "encode", lambda *_: pytest.fail("a frame was encoded again"))
     clips = estimated_clips(rigged, "train", choice, estimator, pipeline, cache_dir=cache_dir)
@@ -215,7 +215,7 @@ def training(data_dir: Path, model: Path, output_dir: Path, *options: object) ->
 def test_estimated_prompts_reach_the_model_as_it_was_trained(rigged, trained, estimator, pipeline, tmp_path):
     arguments = json.loads((trained / "training_config.json").read_text())["arguments"]
     assert (arguments["progress_source"], arguments["progress_estimator"]) == ("estimated", str(estimator))
-    choice = FrameChoice(6, (1,), add_progress=True, progress_source=ESTIMATED)
+    choice = FrameChoice(6, (1,), progress_source=ESTIMATED)
     clips = estimated_clips(rigged, "val", choice, estimator, pipeline, seed=42)
     expected = {pair.video_id: pair.edit_prompt for pair in draw_pairs(clips, choice, 42)}
     data_dir = tmp_path / "without_lengths"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.frame_choice import FrameChoice
+from data.frame_choice import ORACLE, FrameChoice
 from data.layout import filtered_annotations_path, frame_path, frames_dir, video_path
 from data.sthv2_dataset_hf import Clip, build_prompt, choose_pairs, load_frame_pairs
 from data.video_decoder import frame_rate, load_picture
@@ -26,7 +26,7 @@ from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, run, write_f
 
 LABEL = "pushing a cup from left to right"
 OPTIONS = SamplingOptions(num_inference_steps=1, image_guidance_scale=1.0)
-ANY_START = FrameChoice(start=None, horizons=range(1, 4), add_progress=True, tell_horizon=True)
+ANY_START = FrameChoice(start=None, horizons=range(1, 4), progress_source=ORACLE, tell_horizon=True)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_chained_feeds_each_prediction_back_and_moves_the_progress_on(pipeline, 
 
 
 def test_a_model_of_one_horizon_is_chained_by_it(pipeline, clips):
-    choice = rollout_choice(FrameChoice(start=18, horizons=(2,), add_progress=True), 5, "chained")
+    choice = rollout_choice(FrameChoice(start=18, horizons=(2,), progress_source=ORACLE), 5, "chained")
     assert list(choice.horizons) == [2, 4] and choice.start == 18
     clip = replace(clips[0], frames=(20, 22), num_frames=23)
     [rollout] = roll_out(pipeline, [clip], choice, "chained", 7, 8, OPTIONS, False)

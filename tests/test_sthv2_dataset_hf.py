@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.frame_choice import FrameChoice, frame_choice
+from data.frame_choice import ORACLE, FrameChoice, frame_choice
 from data.layout import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
 from data.sthv2_dataset_hf import (
     action_progress,
@@ -67,7 +67,7 @@ def test_derived_seeds_differ_by_every_argument():
 
 
 def test_dataset_has_the_promised_columns_and_pictures(data_dir):
-    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, FrameChoice(add_progress=True))
+    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, FrameChoice(progress_source=ORACLE))
     dataset = frame_pairs_dataset(pairs)
     assert dataset.column_names == ["input_image", "edited_image", "edit_prompt", "video_id", "task", "num_frames"]
     assert list(dataset["video_id"]) == [f"train{number}" for number in range(6)]
@@ -131,11 +131,11 @@ def test_progress_without_num_frames_says_what_to_run(tmp_path):
     del entries[2]["num_frames"]
     write_annotations(path, entries)
     with pytest.raises(UserError, match="train2 is not recorded.*: python -m data.video_loader"):
-        load_frame_pairs(data_dir, "train", SIDE, FrameChoice(add_progress=True))
+        load_frame_pairs(data_dir, "train", SIDE, FrameChoice(progress_source=ORACLE))
     entries[2]["num_frames"] = 20
     write_annotations(path, entries)
     with pytest.raises(UserError, match="train2 is 20, though frame 20 exists"):
-        load_frame_pairs(data_dir, "train", SIDE, FrameChoice(add_progress=True))
+        load_frame_pairs(data_dir, "train", SIDE, FrameChoice(progress_source=ORACLE))
     assert len(load_frame_pairs(data_dir, "train", SIDE)[0]) == 6
 
 
