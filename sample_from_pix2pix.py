@@ -23,11 +23,13 @@ from data.frame_choice import (
     ANY,
     DEFAULT_INPUT_FRAME_IDX,
     DEFAULT_TARGET_FRAME_IDX,
+    ESTIMATED,
+    NO_PROGRESS,
     FrameChoice,
     add_frame_options,
+    choice_of,
     frame_choice,
     horizons_of,
-    tells_horizon,
 )
 from data.layout import SWITCH, UserError, number
 from data.sthv2_dataset_hf import (
@@ -47,7 +49,7 @@ DEFAULTS = {  # for a model that does not say how it was trained and validated, 
     "input_frame_idx": DEFAULT_INPUT_FRAME_IDX,
     "target_frame_idx": DEFAULT_TARGET_FRAME_IDX,
     "horizon": None,
-    "progress_source": None,
+    "progress_source": NO_PROGRESS,
     "progress_estimator": None,
     **vars(DEFAULT_OPTIONS),
 }
@@ -95,6 +97,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--progress and --resolution need --image and --prompt")
     if args.image is not None and args.horizon is not None and len(horizons_of(args.horizon)) > 1:
         parser.error("--image is followed by one prediction: give --horizon one number")
+    if args.image is not None and (args.input_frame_idx is not None or args.target_frame_idx is not None):
+        parser.error("--input_frame_idx and --target_frame_idx are of videos; for --image there is --horizon")
+    if args.progress_estimator is not None and args.progress_source not in (None, ESTIMATED):
+        parser.error(f"--progress_estimator is for --progress_source {ESTIMATED}")
     others = args.image or args.against or args.lpips or args.target_frame_idx is not None
     if args.rollout and (others or args.input_frame_idx == ANY):
         parser.error("--rollout goes without --image, --against, --lpips, --target_frame_idx, --input_frame_idx any")
@@ -140,17 +146,15 @@ def as_trained(args: argparse.Namespace, trained: dict[str, Any]) -> argparse.Na
     known = DEFAULTS | {name: trained[name] for name in DEFAULTS if name in trained}
     known["frames_dir"] = layout.frames_dir(known["train_data_dir"], known["resolution"])
     known["val_annotations"] = layout.filtered_annotations_path(known["train_data_dir"], "val")
-    if known["input_frame_idx"] == ANY and known["horizon"] is None:
-        known["horizon"] = "1"  # what training with any start takes for none
-    known["tell_horizon"] = tells_horizon(known["horizon"]) or (args.image is not None and args.horizon is not None)
+    learned = choice_of(known)
+    known["tell_horizon"] = learned.tell_horizon or (args.image is not None and args.horizon is not None)
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "target_frame_idx" in given and "horizon" not in given:  # a target in place of the horizons
         known["horizon"] = None
-        if known["input_frame_idx"] == ANY and "input_frame_idx" not in given:
+        if learned.start is None and "input_frame_idx" not in given:
             known["input_frame_idx"] = DEFAULT_INPUT_FRAME_IDX
-    if args.rollout and args.input_frame_idx is not None:  # from another start, with the model's horizon
-        learned = frame_choice(known["input_frame_idx"], known["target_frame_idx"], known["horizon"])
-        known["target_frame_idx"] = args.input_frame_idx + learned.horizons[0]
+    elif learned.start is None or args.input_frame_idx == ANY or args.rollout:  # another start keeps the horizon
+        known["horizon"] = known["horizon"] or str(learned.horizons[0])
     known["rollout_mode"] = "direct" if known["tell_horizon"] else "chained"
     return argparse.Namespace(**vars(args) | known | given)
 
@@ -176,16 +180,17 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
             f" one data directory, and extract its frames with: {layout.extraction_command(args.frames_dir)}"
         )
     clips = choose_pairs(clips, args.num_samples, args.seed)
+    check_frames(clips, asked if args.rollout_mode == "chained" else choice, args.model_dir, trained)
     if choice.is_estimated:
-        pipeline = load_pipeline(model, variant=args.variant)  # in float32, as the estimator was trained
-        clips = with_estimates(clips, choice, args.seed, args.progress_estimator, pipeline, PartialState().device)
+        exact = load_pipeline(model, variant=args.variant)  # in float32, as the estimator was trained
+        clips = with_estimates(clips, choice, args.seed, args.progress_estimator, exact, PartialState().device)
+        del exact
     samples = clips if args.rollout else draw_pairs(clips, choice, args.seed)
     if all(len(sample.paths) == 1 for sample in samples):
         raise UserError(
             f"none of the {len(samples)} videos chosen has both frames ({choice}) in {args.frames_dir}: choose an"
             f" earlier {'INPUT' if args.rollout else 'TARGET'}_FRAME_IDX"
         )
-    check_frames(samples, asked if args.rollout_mode == "chained" else choice, args.model_dir, trained)
     (roll_out_clips if args.rollout else predict_and_score)(args, model, samples, choice)
 
 
@@ -217,7 +222,7 @@ def roll_out_clips(args: argparse.Namespace, model: Path, clips: Sequence[Clip],
     with layout.only_one(args.output_dir, "sampling"):
         how = (args.rollout_mode, args.seed, args.batch_size, sampling_options(args))
         rollouts = roll_out(load_model(args, model), clips, choice, *how)
-        summary = save_rollouts(rollouts, args.output_dir, f"{args.model_dir}, {choice}, {args.rollout_mode}")
+        summary = save_rollouts(rollouts, args.output_dir, f"{args.model_dir}, {choice.in_full}, {args.rollout_mode}")
     print(f"{args.output_dir} holds films and filmstrips (samples/), quality_by_horizon.png and scores (rollout.json)")
     print(describe_rollouts(summary))
 

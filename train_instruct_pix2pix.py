@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shlex
 import signal
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import layout
-from data.frame_choice import ESTIMATED, NO_PROGRESS, FrameChoice, add_frame_options, frame_choice
+from data.frame_choice import ESTIMATED, NO_PROGRESS, FrameChoice, add_frame_options, choice_of
 from data.layout import UserError, number
 from data.sthv2_dataset_hf import (
     Clip,
@@ -121,8 +120,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser)
 
     args = parser.parse_args(arguments)
-    if args.progress_source == ESTIMATED and not (args.add_progress and args.progress_estimator):
-        parser.error("--progress_source estimated needs --add_progress and --progress_estimator DIR")
+    estimated = (args.progress_source == ESTIMATED, args.progress_estimator is not None, args.add_progress)
+    if any(estimated[:2]) and not all(estimated):
+        parser.error("estimated progress needs --add_progress, --progress_source estimated, --progress_estimator DIR")
     args.progress_source = args.progress_source if args.add_progress else NO_PROGRESS
     for package, is_needed in (("bitsandbytes", args.use_8bit_adam), ("wandb", args.report_to == "wandb")):
         if is_needed and not find_spec(package):
@@ -141,6 +141,7 @@ from tqdm import tqdm
 from pecn import checkpoints, optimization
 from pecn.diffusion import add_image_channels, changed_scheduler
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
+from pecn.frame_store import encoded_cache
 from pecn.interruption import Interrupted, StopRequest
 from pecn.lora import add_adapter
 from pecn.model import create_hub_repository, find_model, load_pipeline, upload
@@ -200,10 +201,7 @@ def train(
 
     pipeline = load_base_model(args)
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
-    cache_dir = args.train_data_dir / "encoded_cache"
-    if not os.access(cache_dir if cache_dir.is_dir() else args.train_data_dir, os.W_OK):
-        cache_dir = args.output_dir / "encoded_cache"
-        accelerator.print(f"{args.train_data_dir} cannot be written to: what is encoded is kept in {cache_dir}")
+    cache_dir = encoded_cache(args.train_data_dir, args.output_dir)
     if choice.is_estimated:
         estimator = (args.progress_estimator, pipeline, accelerator.device)
         clips = on_main_process(accelerator, with_estimates, clips, choice, None, *estimator, cache_dir)
@@ -332,7 +330,7 @@ def train(
 
 def main() -> None:
     args = ARGS
-    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.progress_source)
+    choice = choice_of(vars(args))
     clips = find_clips_of(args, choice, "train", args.max_train_samples)
     num_validation = args.num_validation_images
     validation_clips = find_clips_of(args, choice, "val", num_validation) if num_validation else []

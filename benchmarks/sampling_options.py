@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.frame_choice import DEFAULT_CHOICE, NO_PROGRESS, ORACLE, frame_choice
+from data.frame_choice import DEFAULT_CHOICE, choice_of
 from data.layout import CommandParser, UserError, number, run_command, write_file
 from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
 
@@ -101,8 +101,9 @@ def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FrameP
     resolution = trained.get("resolution", DEFAULT_RESOLUTION)
     choice = DEFAULT_CHOICE
     if "input_frame_idx" in trained:
-        frames = (trained["input_frame_idx"], trained["target_frame_idx"], trained.get("horizon"))
-        choice = frame_choice(*frames, ORACLE if trained.get("add_progress") else NO_PROGRESS)
+        choice = choice_of(trained)
+    if choice.is_estimated:
+        raise UserError(f"{args.model_dir} was trained with estimated progress, which this comparison does not know")
     pairs, _ = load_frame_pairs(args.data_dir, "val", resolution, choice, args.seed)
     if not pairs:
         raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.layout import UserError, number
 
@@ -61,17 +62,19 @@ class FrameChoice:
         return offered[horizon][int(for_start * len(offered[horizon]))], horizon
 
     def spread(self, frames: Collection[int], most: int, turn: int) -> set[int]:
-        """At most `most` frames, as pairs whose starts are spread over the video, and whose horizons take turns.
+        """At most `most` of frames that offer a pair, as pairs spread over the video, whose horizons take turns.
 
         `turn` is the video's number, so that all videos together have each horizon equally often.
         """
         chosen: set[int] = set()
         num_pairs = max(1, most // 2)
+        offered = [horizon for horizon in self.horizons if self.starts(frames, horizon)]
         for place in range(num_pairs):
-            horizon = self.horizons[(turn * num_pairs + place) % len(self.horizons)]
-            if starts := self.starts(frames, horizon):
-                start = starts[int((place + 0.5) / num_pairs * len(starts))]
-                chosen |= {start, start + horizon}
+            # No horizon has a place of its own in the video.
+            horizon = offered[(turn * num_pairs + (place + turn) % num_pairs) % len(offered)]
+            starts = self.starts(frames, horizon)
+            start = starts[int((place + 0.5) / num_pairs * len(starts))]
+            chosen |= {start, start + horizon}
         return chosen
 
     def __str__(self) -> str:
@@ -148,15 +151,24 @@ def frame_choice(
 ) -> FrameChoice:
     """The choice that the flags describe; `tell_horizon` is None where there is no other model to follow.
 
-    With any start and no horizon the target is the next frame. Raises UserError where both indices are the same.
+    With any start and no horizon the target is the next frame. Raises UserError where both indices are the same, and
+    where a target other than the default is asked for with any start.
     """
     if horizon is not None:
         horizons = horizons_of(horizon)
     elif input_frame_idx == ANY:
-        horizons = FrameChoice.horizons
+        if target_frame_idx != DEFAULT_TARGET_FRAME_IDX:
+            raise UserError(f"any start has no target {target_frame_idx}: say with HORIZON how many frames later it is")
+        horizons = (1,)
     else:
         horizons = (target_frame_idx - input_frame_idx,)
     if horizons[0] == 0:
         raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: choose a later target")
     tell_horizon = tells_horizon(horizon) if tell_horizon is None else tell_horizon
     return FrameChoice(None if input_frame_idx == ANY else input_frame_idx, horizons, progress_source, tell_horizon)
+
+
+def choice_of(arguments: Mapping[str, Any]) -> FrameChoice:
+    """The choice of a training's arguments: parsed ones, or those that its model's training config records."""
+    frames = (arguments["input_frame_idx"], arguments["target_frame_idx"], arguments.get("horizon"))
+    return frame_choice(*frames, arguments.get("progress_source", NO_PROGRESS))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.layout import UserError
+
 UNFINISHED_SUFFIX = ".unfinished"  # `.<name>.unfinished`: the first rows, to go on from
 
 
@@ -24,6 +26,7 @@ def stored_array(
     """
     if path.is_file():
         return np.load(path, mmap_mode="r")
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}{UNFINISHED_SUFFIX}")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
@@ -39,6 +42,9 @@ def stored_array(
             for block in rows_from(done):
                 file.write(np.ascontiguousarray(block, dtype))
             file.flush()
+            os.fsync(file.fileno())
+            if os.fstat(file.fileno()).st_size != header.tell() + shape[0] * row_size:  # locks did not hold
+                raise UserError(f"two processes have written {unfinished}; delete it, and run one after the other")
             os.replace(unfinished, path)
     unfinished.unlink(missing_ok=True)  # of the one that waited
     return np.load(path, mmap_mode="r")

@@ -22,7 +22,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from data.frame_choice import FrameChoice
 from data.sthv2_dataset_hf import Clip, derive_seed, swap_left_and_right
 from pecn.diffusion import conditioning_dropout
-from pecn.frame_store import digest, stored_frames, stored_prompts
+from pecn.frame_store import digest, first_rows, stored_frames, stored_prompts
 from pecn.model import encode_prompts
 
 
@@ -63,26 +63,24 @@ def encode_once(
     What `cache_dir` holds already is not done again. With `random_flip` mirrored frames are added. Where pairs of a
     clip differ in their prompts, these are too many to keep: they are encoded as they are drawn.
     """
-    prompts = {""}
+    prompts = [""]
     if choice.has_one_prompt:
         own = [clip.prompt(choice, *choice.draw(clip.frame_set, 0, 0)) for clip in clips]
-        prompts |= {*own, *(map(swap_left_and_right, own) if random_flip else ())}
+        prompts = sorted({"", *own, *(map(swap_left_and_right, own) if random_flip else ())})
     # Then the first one of each machine, which finds nothing where machines share no files.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        cache_dir.mkdir(exist_ok=True)
         moments, frames_key = stored_frames(pipeline, clips, frames_hash, random_flip, cache_dir, accelerator.device)
-        embeddings, prompts_key = stored_prompts(pipeline, sorted(prompts), cache_dir, accelerator.device)
-    num_frames = [len(clip.frames) for clip in clips]
+        embeddings, prompts_key = stored_prompts(pipeline, prompts, cache_dir, accelerator.device)
     told = [(clip.label, clip.num_frames, clip.frames, clip.estimated_progress) for clip in clips]
     contents = json.dumps([asdict(choice) | {"horizons": list(choice.horizons)}, told]).encode()
     return EncodedClips(
         clips=clips,
         choice=choice,
         moments=moments,
-        first_rows=[sum(num_frames[:index]) for index in range(len(clips))],
-        mirrored_rows=sum(num_frames) if random_flip else None,
+        first_rows=first_rows(clips),
+        mirrored_rows=len(moments) // 2 if random_flip else None,
         embeddings=embeddings if choice.has_one_prompt else None,
-        prompts={prompt: row for row, prompt in enumerate(sorted(prompts))},
+        prompts={prompt: row for row, prompt in enumerate(prompts)},
         key=digest([frames_key.encode(), prompts_key.encode(), contents]),
     )
 
@@ -92,9 +90,9 @@ class TrainingBatches(torch.utils.data.Dataset):
     """The micro-batches of a whole run, for a DataLoader: item k is the k-th pass of this process.
 
     Samples are drawn as one endless stream of epochs, each a new permutation of the clips; which of a clip's pairs is
-    seen is drawn each time. Everything random in an optimizer
-    step is drawn for its whole global batch from a generator seeded by (seed, step), of which each process takes
-    its share: nothing depends on how often a generator was called before, or on how the batch is divided.
+    seen is drawn each time. Everything random in an optimizer step is drawn for its whole global batch from a generator
+    seeded by (seed, step), of which each process takes its share: nothing depends on how often a generator was called
+    before, or on how the batch is divided.
     """
 
     encoded: EncodedClips
@@ -198,6 +196,7 @@ def load_batches(
         sampler=range(steps_done * batches.gradient_accumulation_steps, len(batches)),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if num_workers else None,  # other ways would copy the files' content
     )
     for batch in loader:
         prompts = batch.pop("prompts", None)

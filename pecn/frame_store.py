@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,11 +24,27 @@ from data.layout import UserError
 from data.sthv2_dataset_hf import Clip
 from data.stored_array import stored_array
 from pecn.model import encode_pictures, encode_prompts, tokenize
+from pecn.processes import is_first_process
 
 STORE_FORMAT = b"4"  # raise it when what the files hold changes
 ENCODING_BATCH = 16  # frames, or prompts
 
 Input = TypeVar("Input")
+
+
+def encoded_cache(data_dir: Path, output_dir: Path) -> Path:
+    """The folder for what is encoded: in the data directory, if that can be written to."""
+    folder = data_dir / "encoded_cache"
+    if not os.access(folder if folder.is_dir() else data_dir, os.W_OK):
+        folder = output_dir / "encoded_cache"
+        if is_first_process():
+            print(f"{data_dir} cannot be written to: what is encoded is kept in {folder}")
+    return folder
+
+
+def first_rows(clips: Sequence[Clip]) -> list[int]:
+    """The row of each clip's first frame in what `stored_frames` returns."""
+    return [0, *itertools.accumulate(len(clip.frames) for clip in clips)][:-1]
 
 
 def stored_frames(

@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from data.frame_choice import ANY, NO_PROGRESS, ORACLE, FrameChoice, frame_choice, tells_horizon
+from data.frame_choice import ANY, NO_PROGRESS, ORACLE, FrameChoice, choice_of, tells_horizon
 from data.layout import UserError, one_line, warn
 from data.sthv2_dataset_hf import Clip, FramePair, verify_frames
 from pecn.sampling_options import DEFAULT_OPTIONS
@@ -128,7 +128,7 @@ def check_frames(
     if trained.get("resolution", side) != side:
         warn(f"the frames' resolution is {side}, but {model_dir} was trained with {trained['resolution']}")
     if "input_frame_idx" in trained:
-        learned = frame_choice(trained["input_frame_idx"], trained["target_frame_idx"], trained.get("horizon"))
+        learned = choice_of(trained)
         if learned.start not in (None, choice.start) or not set(choice.horizons) <= set(learned.horizons):
             warn(f"predicting {choice}, but {model_dir} was trained with {learned}")
 

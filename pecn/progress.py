@@ -22,7 +22,6 @@ from data.layout import UserError, number
 from data.sthv2_dataset_hf import Clip, derive_seed, describe_left_out, load_clips
 
 EVERY_CUT = FrameChoice(start=None, progress_source=ORACLE)  # every frame but the last, which none follows
-CACHE = "encoded_cache"  # of a data directory: training's, so that no frame is encoded twice
 WITHIN = 8  # points; the share of estimates that are nearer to the truth is told
 
 
@@ -57,6 +56,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from pecn.frame_store import encoded_cache
 from pecn.model import find_model, load_pipeline
 from pecn.progress_model import (
     Cut,
@@ -117,7 +117,9 @@ def train(args: argparse.Namespace) -> None:
     """Trains an estimator on any cut of every training clip, and saves it."""
     clips = find_all_frames(args, "train")
     pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
-    seen = encode_clips(pipeline, clips, args.resolution, args.data_dir / CACHE, PartialState().device)
+    seen = encode_clips(
+        pipeline, clips, args.resolution, encoded_cache(args.data_dir, args.output_dir), PartialState().device
+    )
     config = {
         "resolution": args.resolution,
         "hash_of_vae_and_text_encoder": hash_of_models(pipeline),
@@ -129,8 +131,10 @@ def train(args: argparse.Namespace) -> None:
     network = ProgressNetwork(config["latent_channels"], config["text_width"], config["training_median"])
     fit(network, seen, args)
     save_estimator(ProgressEstimator(network.cpu(), config), args.output_dir)
+    same = f"--data_dir {args.data_dir} --resolution {args.resolution} --output_dir {args.output_dir}"
     print(
         f"the progress estimator is in {args.output_dir}; compare it with constants: python -m pecn.progress evaluate"
+        f" {same} --pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     )
 
 
@@ -140,14 +144,14 @@ def fit(network: ProgressNetwork, seen: SeenClips, args: argparse.Namespace) -> 
     network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=max(2, args.max_train_steps), pct_start=0.1
+        optimizer, args.learning_rate, total_steps=max(20, args.max_train_steps), pct_start=0.1
     )
     cuts = [cuts_of(clip) for clip in seen.clips]
     with tqdm(total=args.max_train_steps, desc="Training", unit="step") as progress_bar:
         for step in range(args.max_train_steps):
             rng = np.random.default_rng(derive_seed(args.seed, "cuts", step))
             drawn = [(index, rng.choice(cuts[index])) for index in rng.integers(len(cuts), size=args.train_batch_size)]
-            truth = torch.tensor([true_share(seen.clips[index], cut) for index, cut in drawn])
+            truth = torch.tensor([true_share(seen.clips[index], cut) for index, cut in drawn], dtype=torch.float32)
             shown = seen.show(drawn, mirrored=rng.random() < 0.5)
             shares = network(*(tensor.to(device) for tensor in shown))
             loss = (shares - truth.to(device)).abs().mean()
@@ -214,7 +218,9 @@ def evaluate(args: argparse.Namespace) -> None:
     clips = find_all_frames(args, "val")
     pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
     estimator = load_estimator(args.output_dir, pipeline, args.resolution)
-    seen = encode_clips(pipeline, clips, args.resolution, args.data_dir / CACHE, PartialState().device)
+    seen = encode_clips(
+        pipeline, clips, args.resolution, encoded_cache(args.data_dir, args.output_dir), PartialState().device
+    )
     every_cut = [(index, cut) for index, clip in enumerate(clips) for cut in cuts_of(clip)]
     at_default = [(index, cut) for index, cut in every_cut if cut == DEFAULT_INPUT_FRAME_IDX]
     for title, cuts in ((f"cuts at frame {DEFAULT_INPUT_FRAME_IDX}", at_default), ("any cut", every_cut)):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from data.frame_choice import FrameChoice
 from data.layout import UserError, extracted_frames, make_folder, one_line, parts_replaced_together
 from data.sthv2_dataset_hf import Clip, progress_percent, swap_left_and_right, verify_frames
-from pecn.frame_store import digest, module_bytes, stored_frames, stored_prompts
+from pecn.frame_store import digest, first_rows, module_bytes, stored_frames, stored_prompts
 from pecn.model import tokenize
 
 WEIGHTS, CONFIG = "progress_estimator.safetensors", "progress_estimator.json"
@@ -80,22 +80,21 @@ def encode_clips(
     device: torch.device,
 ) -> SeenClips:
     """Passes all frames of the clips through the VAE and their labels through the text encoder, as training does it."""
-    cache_dir.mkdir(exist_ok=True)
     frames_hash = verify_frames(clips, resolution)
     moments, _ = stored_frames(pipeline, clips, frames_hash, False, cache_dir, device)
     own, mirrored = ([change(clip.label) for clip in clips] for change in (str, swap_left_and_right))
     labels = sorted({*own, *mirrored})
     states, _ = stored_prompts(pipeline, labels, cache_dir, device)
-    is_word = (tokenize(pipeline, labels) != pipeline.tokenizer.pad_token_id)[..., None]
-    pooled = (torch.tensor(states) * is_word).sum(dim=1) / is_word.sum(dim=1)
-    num_frames = [len(clip.frames) for clip in clips]
+    is_word = (tokenize(pipeline, labels) != pipeline.tokenizer.pad_token_id).numpy()
+    # One label at a time: the states of all would be gigabytes.
+    pooled = {label: torch.from_numpy(state[words]).mean(dim=0) for label, state, words in zip(labels, states, is_word)}
     return SeenClips(
         clips=clips,
         extracted=[sorted(extracted_frames(clip.folder)) for clip in clips],
         moments=moments,
-        first_rows=[sum(num_frames[:index]) for index in range(len(clips))],
-        sentences=pooled[[labels.index(label) for label in own]],
-        mirrored_sentences=pooled[[labels.index(label) for label in mirrored]],
+        first_rows=first_rows(clips),
+        sentences=torch.stack([pooled[label] for label in own]),
+        mirrored_sentences=torch.stack([pooled[label] for label in mirrored]),
         scaling_factor=pipeline.vae.config.scaling_factor,
     )
 
@@ -215,8 +214,8 @@ def with_estimates(
     """The clips with the progress that the estimator in `folder` sees, for the prompts of the pair that `seed` draws of
     each, or of all their pairs (None).
 
-    With a `cache_dir` the latents are kept there, of all frames of the clips where these include what is seen: those of
-    training, then. Raises UserError as `load_estimator` does, and where a frame that is seen cannot be read.
+    With a `cache_dir` the latents are kept there, of all frames of the clips where these include what is seen.
+    Raises UserError as `load_estimator` does, and where a frame that is seen cannot be read.
     """
     if not clips:
         return []

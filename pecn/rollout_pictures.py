@@ -137,5 +137,4 @@ def _plot_line(axes: Axes, horizons: Sequence[int], figures: Sequence[dict], tit
     """The means at the horizons, and a band for their intervals; a single video has none."""
     axes.plot(horizons, [of_horizon["mean"] for of_horizon in figures], "o-", color=color, label=title)
     intervals = [of_horizon["interval"] or (of_horizon["mean"],) * 2 for of_horizon in figures]
-    if intervals:
-        axes.fill_between(horizons, *zip(*intervals), color=color, alpha=0.15, linewidth=0)
+    axes.fill_between(horizons, *zip(*intervals), color=color, alpha=0.15, linewidth=0)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 
-from data.frame_choice import ESTIMATED, frame_choice, tells_horizon
+from data.frame_choice import ESTIMATED, choice_of, tells_horizon
 from data.layout import frames_dir, one_line, read_filtered_annotations, warn
 from data.sthv2_dataset_hf import TASK_OF_ALL_PROMPTS, FramePair, find_clips
 from pecn.optimization import current_unet
@@ -114,7 +114,7 @@ def roll_out_pairs(
     pipeline: StableDiffusionInstructPix2PixPipeline, pairs: Sequence[FramePair], args: argparse.Namespace
 ) -> list[Rollout]:
     """Direct rollouts of the pairs' videos, each from its pair's input frame, at ROLLOUT_HORIZONS horizons at most."""
-    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, args.progress_source)
+    choice = choice_of(vars(args))
     starts = {pair.video_id: int(pair.paths[0].stem) for pair in pairs}
     entries = [entry for entry in read_filtered_annotations(args.train_data_dir, "val") if entry["id"] in starts]
     clips, _ = find_clips(entries, frames_dir(args.train_data_dir, args.resolution), choice)

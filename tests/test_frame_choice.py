@@ -32,6 +32,8 @@ def test_flags_say_which_pairs_are_meant():
     assert [tells_horizon(text) for text in (None, "5", "1-2")] == [False, False, True]
     with pytest.raises(UserError, match="both 20: choose a later target"):
         frame_choice(20, 20, None)
+    with pytest.raises(UserError, match="any start has no target 25: say with HORIZON"):
+        frame_choice(ANY, 25, None)
     for text in ("0", "-3", "10-1", "5-", "x", "1-2-3", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="neither a number of frames"):
             horizons_of(text)
@@ -68,7 +70,9 @@ def test_a_spread_of_frames_has_pairs_of_every_horizon_from_all_over_the_video()
     assert max(starts) < 15 and min(max(frames) for frames in spreads) > 25
     horizons = Counter(h for frames in spreads for h in choice.horizons if choice.starts(frames, h))
     assert min(horizons[h] for h in choice.horizons) >= 20  # of 50 videos with 4 of the 10 each
-    assert choice.spread({0, 1, 2}, 2, turn=0) == {1, 2} or choice.spread({0, 1, 2}, 2, turn=0) == {0, 1}
+    firsts = [starts[0] for frames in spreads if (starts := choice.starts(frames, 1))]
+    assert max(firsts) - min(firsts) > 10  # no horizon has a place of its own
+    assert all(choice.spread(range(3), 2, turn) for turn in range(10))  # where not every horizon fits
 
 
 def encode(pipeline, data_dir, choice, random_flip=False):
@@ -189,6 +193,9 @@ def test_sampling_follows_a_model_of_any_start(any_start_model, data_dir, tmp_pa
     done, rows = sample("--target_frame_idx", 23)
     assert "frame 20 to 23 (progress" in done.stdout and "warning" not in done.stderr
     assert all(row["edit_prompt"].endswith("The frame is 3 frames later.") for row in rows)
+    command = ("--image", tmp_path / "input.png", "--prompt", "a cup", "--target_frame_idx", 23)
+    refused = run("python", "sample_from_pix2pix.py", "--model_dir", any_start_model, *command, check=False)
+    assert refused.returncode == 2 and "for --image there is --horizon" in refused.stderr
     done, _ = sample("--input_frame_idx", 19, "--horizon", 4)
     assert "warning: predicting frame 19 to 23" in done.stderr
 

@@ -96,6 +96,21 @@ def test_other_frames_than_trained_work_with_a_warning(data_dir, model_with_conf
     assert "completed" not in json.loads((tmp_path / "metrics.json").read_text())["samples"][0]["edit_prompt"]
 
 
+def test_a_model_without_a_config_is_told_no_progress(data_dir, tiny_model, tmp_path):
+    done = sample(data_dir, tiny_model, tmp_path, "--num_samples", 1)
+    [row] = json.loads((tmp_path / "metrics.json").read_text())["samples"]
+    assert "of the action" not in row["edit_prompt"] and "oracle" not in done.stdout
+
+
+def test_any_start_keeps_the_horizon_of_a_fixed_pair(data_dir, tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    arguments = {"resolution": SIDE, "input_frame_idx": 20, "target_frame_idx": 22, "add_progress": False}
+    (model / "training_config.json").write_text(json.dumps({"arguments": arguments}))
+    done = sample(data_dir, model, tmp_path / "out", "--input_frame_idx", "any", "--num_samples", 2)
+    assert "any frame to that 2 later, " in done.stdout
+
+
 def test_what_is_left_out_is_as_the_model_was_trained_and_validated(data_dir, tiny_model, tmp_path):
     arguments = {"train_data_dir": str(data_dir), "resolution": SIDE, "input_frame_idx": 19, "target_frame_idx": 22}
     options = {"num_inference_steps": 2, "guidance_scale": 2.0, "image_guidance_scale": 1.25, "scheduler": "ddim"}
