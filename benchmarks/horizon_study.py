@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.progress_study import PROJECT, SAMPLE, TRAIN, call
+from benchmarks.commands import PROJECT, SAMPLE, TRAIN, call, render_clips
 from data.layout import CommandParser, filtered_annotations_path, frames_dir, number, run_command
 
-UNSEEN_SEED = 777
+TRAINING_SEED, UNSEEN_SEED = 42, 777  # of the clips
 ALL_HORIZONS = "1-10"
 RESOLUTION = 96
 # Two models (input frame, horizons) that are compared, and the horizon at which they are.
@@ -48,16 +48,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_val_clips", type=count, default=240, help="held out (%(default)s)")
     add("--max_train_steps", type=count, default=800, help="of 8 samples, for each model (%(default)s)")
     return parser.parse_args(arguments)
-
-
-def prepare_clips(folder: Path, seed: int, split: str, num_clips: int) -> None:
-    """Renders clips for one split and extracts their frames."""
-    counts = {"train": 1, "val": 1} | {split: num_clips}
-    clips = [f"--num_{name}_clips={number}" for name, number in counts.items()]
-    entries = [f"--{name}_samples_per_task={number}" for name, number in counts.items()]  # as many as there are
-    call(["-m", "demo.make_clips", f"--output_dir={folder}", f"--seed={seed}", *clips])
-    call(["-m", "data.dataset", f"--data_dir={folder}", *entries])
-    call(["-m", "data.video_loader", f"--data_dir={folder}", f"--resolutions={RESOLUTION}"])
 
 
 def train(args: argparse.Namespace, start: int | str, horizons: str) -> Path:
@@ -97,21 +87,16 @@ def expected_as_sample(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return scores
 
 
-def with_interval(gain: float, interval: tuple[float, float] | None) -> str:
-    return f"{gain:+.2f}" + (f" ± {(interval[1] - interval[0]) / 2:.2f}" if interval else "")
-
-
 def table_rows(names: Sequence[str], horizon: int, both: Sequence[list[dict[str, Any]]]) -> list[str]:
     """A line for each of two models, the second one's with its difference to the first."""
-    from pecn.scores import paired_difference, summarize
+    from pecn.scores import paired_difference, summarize, with_spread
 
     differences = [paired_difference(expected_as_sample(both[1]), expected_as_sample(both[0])), None]
     rows = []
     for name, scores, difference in zip(names, both, reversed(differences)):
         moving = summarize(scores)["moving"]
-        psnr = [moving["psnr"][way] for way in ("sample", "expected")]
-        gains = [with_interval(of_way["gain"], of_way["gain_interval"]) for of_way in psnr]
-        paired = difference and difference["moving"]["psnr"]["sample"]
+        gains = [with_spread(moving["psnr"][way], "gain", "+.2f") for way in ("sample", "expected")]
+        paired = with_spread(difference["moving"]["psnr"]["sample"], "gain", "+.2f") if difference else ""
         rows.append(
             ROW.format(
                 horizon,
@@ -119,7 +104,7 @@ def table_rows(names: Sequence[str], horizon: int, both: Sequence[list[dict[str,
                 f"{moving['sharpness']['sample']['median']:.2f}",
                 f"{moving['frames']['sample']['share']:.0%}",
                 *gains,
-                with_interval(paired["gain"], paired["gain_interval"]) if paired else "",
+                paired,
             )
         )
     return rows
@@ -127,8 +112,8 @@ def table_rows(names: Sequence[str], horizon: int, both: Sequence[list[dict[str,
 
 def main() -> None:
     args = parse_args()
-    prepare_clips(args.work_dir / "clips", 42, "train", args.num_train_clips)
-    prepare_clips(args.work_dir / "unseen", UNSEEN_SEED, "val", args.num_val_clips)
+    render_clips(args.work_dir / "clips", RESOLUTION, TRAINING_SEED, args.num_train_clips, num_val=1)
+    render_clips(args.work_dir / "unseen", RESOLUTION, UNSEEN_SEED, 1, args.num_val_clips)
     lines = []
     for title, comparisons in COMPARISONS.items():
         names = title.split(", ")

@@ -25,13 +25,12 @@ import json
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import SAMPLE, TRAIN, call, render_clips
 from data.frame_choice import ANY, DEFAULT_INPUT_FRAME_IDX, ESTIMATED, NO_PROGRESS, ORACLE, FrameChoice
 from data.layout import (
     CommandParser,
@@ -47,8 +46,6 @@ from data.layout import (
 from data.sthv2_dataset_hf import choose_pairs, describe_left_out, load_frame_pairs
 from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
 
-PROJECT = Path(__file__).parents[1]
-TRAIN, SAMPLE = PROJECT / "train_instruct_pix2pix.py", PROJECT / "sample_from_pix2pix.py"
 DEMO_MODEL = Path("demo/base_model")
 CLIP_SEED = 20_260  # of the rendered clips; 42 is demo.make_clips' own, the base model's training has another
 SPLIT_SEED = 0  # of filtering, of choosing held-out pairs, and of sampling, which draws the starts
@@ -132,18 +129,6 @@ from tqdm import tqdm
 from benchmarks.progress_comparison import ALL_TASKS, answer, compare_all, format_table, how_to_read
 
 # The data.
-
-
-def prepare_clips(args: argparse.Namespace) -> Path:
-    """Renders, filters and extracts the study's own clips (what is there already stays); their data directory."""
-    data_dir = args.work_dir / "clips"
-    counts = {"train": args.num_train_clips, "val": args.num_val_clips}
-    clips = [f"--num_{split}_clips={count}" for split, count in counts.items()]
-    entries = [f"--{split}_samples_per_task={count}" for split, count in counts.items()]  # as many as there are
-    call(["-m", "demo.make_clips", f"--output_dir={data_dir}", f"--seed={CLIP_SEED}", *clips])
-    call(["-m", "data.dataset", f"--data_dir={data_dir}", f"--seed={SPLIT_SEED}", *entries])
-    call(["-m", "data.video_loader", f"--data_dir={data_dir}", f"--resolutions={args.resolution}"])
-    return data_dir
 
 
 @dataclass(frozen=True)
@@ -342,42 +327,6 @@ def execute(runs: Sequence[Run], keep_models: bool) -> None:
             progress_bar.update()
 
 
-def call(words: Sequence[str | Path], log: Path | None = None) -> None:
-    """Runs a Python command of the repository, its output in `log` or on the terminal.
-
-    An interruption is passed on, so that training can save what it has. Raises UserError with the command's own
-    last line where it fails.
-    """
-    command = [sys.executable, *(str(word) for word in words)]
-    if log is None:
-        if run_child(command, None):
-            raise UserError(f"a step of the study failed, see above: {shlex.join(command)}")
-        return
-    make_folder(log.parent)
-    with open(log, "wb") as file:
-        status = run_child(command, file)
-    if status:
-        lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
-        said = [line for line in lines if line.startswith("error:")] or [line for line in lines if line.strip()] or [""]
-        raise UserError(
-            f"{said[-1].removeprefix('error:').strip() or 'it said nothing'} (exit status {status} of"
-            f" {Path(words[0]).name}, all it said is in {log}; the same command goes on from here)"
-        )
-
-
-def run_child(command: Sequence[str], output: Any) -> int:
-    # In a session of its own Ctrl-C reaches it once, through us, and we wait until it has saved what it has.
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-    ) as child:
-        try:
-            return child.wait()
-        except BaseException:
-            child.terminate()
-            child.wait()
-            raise
-
-
 # Their scores.
 
 
@@ -420,7 +369,8 @@ def main(args: argparse.Namespace) -> None:
             f"there is no {DEMO_MODEL}; run this in the project's folder, or name a base model with"
             " --pretrained_model_name_or_path (python -m demo.make_model makes one)"
         )
-    data_dir = args.data_dir or prepare_clips(args)
+    counts = (args.num_train_clips, args.num_val_clips)
+    data_dir = args.data_dir or render_clips(args.work_dir / "clips", args.resolution, CLIP_SEED, *counts)
     runs = plan_runs(args, data_dir)
     train_estimators(args, data_dir)
     execute(runs, args.keep_models)
