@@ -27,17 +27,17 @@ else
   python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
   python -m data.video_loader --data_dir "$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
-  # Progress prompts, mirrored clips too, and a validation every two epochs.
+  # Progress prompts, mirrored clips too, and a validation every four epochs.
   export PROGRESS=${PROGRESS:-True}
   export EXTRA_ARGS=${EXTRA_ARGS:---random_flip}
-  export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-2} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
+  export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-4} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
 fi
 # The demo's model is small: it learns fast. Of 8 predictions the one nearest to their mean is the sample, and the mean
 # the expected frame. Any other model is sampled from as sample_from_pix2pix.sh does it.
 if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
   export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-800} LEARNING_RATE=${LEARNING_RATE:-3e-4}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
-  export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-5} SCHEDULER=${SCHEDULER:-euler}
+  export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-10} SCHEDULER=${SCHEDULER:-euler}
   export IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1} NUM_PREDICTIONS=${NUM_PREDICTIONS:-8}
 else
   export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}

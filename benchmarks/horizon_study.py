@@ -31,7 +31,7 @@ COMPARISONS = {
 }
 # As the quick test trains and samples.
 TRAINING = ["--learning_rate=3e-4", "--lr_scheduler=cosine", "--lr_warmup_steps=30", "--add_progress", "--random_flip"]
-SAMPLING = ["--num_inference_steps=5", "--scheduler=euler", "--image_guidance_scale=1", "--num_predictions=8"]
+SAMPLING = ["--num_inference_steps=10", "--scheduler=euler", "--image_guidance_scale=1", "--num_predictions=8"]
 ROW = "{:>3}  {:<22}{:>9}{:>9}{:>17}{:>17}{:>28}"
 
 
