@@ -48,7 +48,7 @@ from pecn.sampling_options import add_sampling_options, number_of_samples, sampl
 
 DEMO_MODEL = Path("demo/base_model")
 CLIP_SEED = 20_260  # of the rendered clips; 42 is demo.make_clips' own, the base model's training has another
-SPLIT_SEED = 0  # of filtering, of choosing held-out pairs, and of sampling, which draws the starts
+SPLIT_SEED = 0  # of choosing held-out pairs, and of sampling, which draws the starts
 CONSTANT = "constant"
 SOURCES = [NO_PROGRESS, ORACLE, CONSTANT, ESTIMATED]
 ENOUGH_PAIRS = 200
