@@ -47,13 +47,10 @@ class Prediction(PredictedFrame):
 
 def create_scheduler(name: str, config: dict[str, Any], num_inference_steps: int) -> Any:
     """The scheduler called `name` in SCHEDULERS, for a model whose own scheduler has `config`."""
-    options: dict[str, Any] = {}
+    class_name, options = SCHEDULERS[name]
     if num_inference_steps == 1:
-        options = {"timestep_spacing": "trailing"}  # the only one whose single step begins where all is noise
-    if name == "ddim":
-        # Latents are not bounded by 1 as pictures are, and DDIM's steps fit no other spacing.
-        options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **options)
+        options = options | {"timestep_spacing": "trailing"}  # the only one whose single step begins where all is noise
+    return getattr(diffusers, class_name).from_config(config, **options)
 
 
 def guided_prediction(

@@ -10,11 +10,14 @@ from dataclasses import dataclass, fields
 
 from data.layout import SWITCH, number
 
+# Names of diffusers' classes, and the options in which they differ from a model's own scheduler.
 SCHEDULERS = {
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "ddim": "DDIMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    # Latents are not bounded by 1 as pictures are, and DDIM's steps fit no other spacing.
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "dpmsolver++karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
 
 
