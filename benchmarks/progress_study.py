@@ -52,7 +52,7 @@ SPLIT_SEED = 0  # of choosing held-out pairs, and of sampling, which draws the s
 CONSTANT = "constant"
 SOURCES = [NO_PROGRESS, ORACLE, CONSTANT, ESTIMATED]
 ENOUGH_PAIRS = 200
-# For the demo's base model, which predicts velocity: late timesteps, the mean of 4, a single step without guidance.
+# For the demo's base model: the mean of 4 predictions of a single step is the expected frame, at the least cost.
 DEMO_OPTIONS = {
     "training_options": "--lr_scheduler cosine",
     "num_inference_steps": 1,
