@@ -235,9 +235,10 @@ def train(
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
-    lr_scheduler = optimization.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
     ema = optimization.MovingAverage(optimization.trained_weights(unet)) if args.use_ema else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    # Of the prepared one, since DeepSpeed replaces the optimizer where it offloads it to the CPU.
+    lr_scheduler = optimization.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_train_steps)
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
     config = checkpoints.training_config(
         args,
