@@ -146,7 +146,13 @@ def gather_unet(accelerator: Accelerator, unet: torch.nn.Module) -> UNet2DCondit
     unwrapped = accelerator.unwrap_model(unet)
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return unwrapped
-    state_dict = accelerator.get_state_dict(unet)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.utils import safe_get_full_fp32_param  # optional
+
+        # accelerate would give those that are computed with, which bf16 and fp16 have rounded
+        state_dict = {name: safe_get_full_fp32_param(weight).cpu() for name, weight in unwrapped.named_parameters()}
+    else:
+        state_dict = accelerator.get_state_dict(unet)
     if not accelerator.is_main_process:
         return unwrapped  # only the main process has the whole, and uses it
     gathered = type(unwrapped).from_config(unwrapped.config)
