@@ -83,7 +83,7 @@ def optimizer_step(
     """One update of the weights from all its passes.
 
     Returns this process's mean loss, the gradient's norm (a number or None under DeepSpeed), and whether the weights
-    were updated: fp16's scaler skips a step whose gradients overflow, and lowers its scale.
+    were updated: fp16's scaler, or DeepSpeed's, skips a step whose gradients overflow, and lowers its scale.
     """
     losses, scaler = [], accelerator.scaler
     scale = scaler.get_scale() if scaler else 1.0  # a fused optimizer skips by itself, which accelerate cannot see
@@ -96,7 +96,8 @@ def optimizer_step(
                 grad_norm = clip_gradients(accelerator, model, optimizer, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    return sum(losses) / len(losses), grad_norm, scaler is None or scaler.get_scale() >= scale > 0
+    skipped = optimizer.step_was_skipped or (scaler is not None and not scaler.get_scale() >= scale > 0)
+    return sum(losses) / len(losses), grad_norm, not skipped
 
 
 def clip_gradients(
