@@ -32,8 +32,8 @@ CHECKPOINTS_TOTAL_LIMIT=${CHECKPOINTS_TOTAL_LIMIT:-2}  # each holds the UNet and
 RESUME=${RESUME:-}                         # latest, or a checkpoint's directory
 VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-5}
 NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-4}  # the same entries each time, spread over the tasks
-# For several machines, DeepSpeed or FSDP: a file made by `accelerate config --config_file accelerate.yaml`, whose
-# launch settings are taken in place of those here.
+# For several machines, FSDP or DeepSpeed (pip install deepspeed; ZeRO stage 1 or 2): a file made by
+# `accelerate config --config_file accelerate.yaml`, whose launch settings are taken in place of those here.
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-}
 # Any other flags of train_instruct_pix2pix.py: "--use_ema --random_flip". A model that predicts the noise, which
 # timbrooks/instruct-pix2pix does, cannot draw a frame in one step; "--prediction_type v_prediction

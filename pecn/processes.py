@@ -45,12 +45,13 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     for option in ("use_ema", "use_lora"):
         if getattr(args, option) and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise UserError(
-                f"--{option} needs the whole UNet in each process, which FSDP and DeepSpeed share out: leave it out"
-            )
-    if accelerator.state.deepspeed_plugin is not None:
+            raise UserError(f"--{option} does not go together with FSDP or DeepSpeed: leave it out")
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        if plugin.zero_stage not in (1, 2):  # 0 has no master weights to save; 3 shares out the text encoder too
+            raise UserError(f"DeepSpeed's ZeRO stage {plugin.zero_stage} is not supported: set zero_stage to 1 or 2")
         # DeepSpeed takes the first two from the DataLoader that is prepared, which ours is not, and clips by itself.
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config = plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm

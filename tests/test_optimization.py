@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
+from data.layout import UserError
 from pecn.diffusion import diffusion_loss
 from pecn.optimization import (
     MovingAverage,
@@ -62,6 +63,18 @@ def test_moving_average_is_diffusers_own(options):
     torch.testing.assert_close(ours.shadow_params, theirs.shadow_params)
 
 
+OPTIONS = {
+    "mixed_precision": "auto",
+    "gradient_accumulation_steps": 1,
+    "report_to": "none",
+    "output_dir": Path("run"),
+    "logging_dir": "logs",
+    "use_ema": False,
+    "use_lora": False,
+    "allow_tf32": False,
+}
+
+
 @pytest.mark.parametrize(("bf16_supported", "expected"), [(True, "bf16"), (False, "fp16")])
 def test_auto_precision_follows_the_gpu(monkeypatch, bf16_supported, expected):
     """Accelerator is replaced by what it was given: there is no GPU here."""
@@ -76,16 +89,19 @@ def test_auto_precision_follows_the_gpu(monkeypatch, bf16_supported, expected):
         return SimpleNamespace(distributed_type="NO", state=SimpleNamespace(deepspeed_plugin=None))
 
     monkeypatch.setattr("pecn.processes.Accelerator", accelerator)
-    options = {"mixed_precision": "auto", "gradient_accumulation_steps": 1, "report_to": "none"}
-    options |= {
-        "output_dir": Path("run"),
-        "logging_dir": "logs",
-        "use_ema": False,
-        "use_lora": False,
-        "allow_tf32": False,
-    }
-    create_accelerator(SimpleNamespace(**options))
+    create_accelerator(SimpleNamespace(**OPTIONS))
     assert given["mixed_precision"] == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), [({"use_ema": True}, "use_ema does not go together"), ({}, "set zero_stage to 1 or 2")]
+)
+def test_what_deepspeed_cannot_do_is_refused_before_anything_is_loaded(monkeypatch, changed, message):
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
+    monkeypatch.setattr("pecn.processes.Accelerator", lambda **_: accelerator)
+    with pytest.raises(UserError, match=message):
+        create_accelerator(SimpleNamespace(**OPTIONS | changed))
 
 
 @pytest.mark.parametrize(("passes", "processes", "graphs"), [(1, 1, True), (2, 1, False), (1, 2, False)])
