@@ -33,7 +33,7 @@ PRELOADED = ["torch._dynamo", "tensorboard", "pecn.checkpoints", "pecn.encoded_f
 PRELOADED += ["pecn.optimization", "pecn.processes", "pecn.validation"]
 
 # For this process and all that it starts: tests run side by side, and have neither a network nor a GPU.
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -221,21 +222,39 @@ def test_lora_resumes_and_is_saved_merged_with_the_adapter_beside(data_dir, tiny
     assert max((fused[name] - trained[name]).abs().max() for name in attention) < 1e-6
 
 
-@pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_processes_that_share_out_the_weights_end_near_one(trained, data_dir, tiny_model, tmp_path, state_dict_type):
-    """FSDP 2: it trains, validates, saves and resumes. (FSDP 1 refuses to start where there is no GPU.)"""
-    kind = ["--use_fsdp", "--fsdp_version", 2, "--fsdp_state_dict_type", state_dict_type]
-    kind += ["--fsdp_auto_wrap_policy", "NO_WRAP", "-m", "tests.fsdp_on_cpu"]
-    options = ("--add_progress", "--num_validation_images", 1, "--validation_epochs", 4)
-    train(data_dir, tiny_model, tmp_path, *options, "--max_train_steps", 3, processes=2, kind=kind)
-    assert any((tmp_path / "checkpoint-3").glob("*fsdp*"))
-    resume = ("--resume_from_checkpoint", "latest")
-    resumed = train(data_dir, tiny_model, tmp_path, *options, *resume, processes=2, kind=kind)
-    assert f"resuming from {tmp_path}/checkpoint-3" in resumed.stdout and "warning: " not in resumed.stderr
-    one, two = (scalars(path / "logs", "train/grad_norm") for path in (trained[0], tmp_path))
-    assert two == pytest.approx(one, rel=1e-3)
-    assert largest_mean_difference(tmp_path, trained[0]) < 1e-4
-    pictures = sorted(path.name[:11] for path in (tmp_path / "validation").iterdir())
+FSDP = ("--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "NO_WRAP", "--fsdp_state_dict_type")
+DEEPSPEED = ("--use_deepspeed", "--zero_stage", 2)
+without_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="the package deepspeed is not installed")
+
+
+@pytest.mark.parametrize(
+    "sharing",
+    [
+        (*FSDP, "FULL_STATE_DICT"),
+        (*FSDP, "SHARDED_STATE_DICT"),
+        pytest.param((*DEEPSPEED, "--mixed_precision", "no"), marks=without_deepspeed),
+        pytest.param((*DEEPSPEED, "--mixed_precision", "bf16"), marks=without_deepspeed),
+    ],
+    ids=lambda sharing: sharing[-1],
+)
+def test_processes_that_share_out_the_weights_end_near_one(data_dir, tiny_model, tmp_path, sharing):
+    """They clip, accumulate, warm up, validate, save and resume. (FSDP 1 refuses to start where there is no GPU.)"""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("--lr_warmup_steps", 4, "--max_grad_norm", 0.1, "--adam_epsilon", 1e-3)  # with which clipping matters
+    options += ("--num_validation_images", 1, "--validation_epochs", 4)
+    train(data_dir, tiny_model, one, *options)
+    launched = {"processes": 2, "kind": [*sharing, "-m", "tests.sharing_on_cpu"]}
+    options += ("--train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    train(data_dir, tiny_model, two, *options, "--max_train_steps", 3, **launched)
+    assert any((two / "checkpoint-3").glob("pytorch_model*"))  # FSDP's and DeepSpeed's own
+    resumed = train(data_dir, tiny_model, two, *options, "--resume_from_checkpoint", "latest", **launched)
+    assert f"resuming from {two}/checkpoint-3" in resumed.stdout and "warning: " not in resumed.stderr
+    tolerance, weights_tolerance = (3e-2, 5e-4) if sharing[-1] == "bf16" else (1e-3, 1e-4)
+    for figure in ("loss", "grad_norm"):
+        expected, shared = (scalars(path / "logs", f"train/{figure}") for path in (one, two))
+        assert shared == pytest.approx(expected, rel=tolerance), figure
+    assert largest_mean_difference(one, two) < weights_tolerance  # float32 is saved, whatever computes
+    pictures = sorted(path.name[:11] for path in (two / "validation").iterdir())
     assert pictures == ["step-000003", "step-000006", "step-000008"]
 
 
