@@ -30,7 +30,7 @@ PROGRESS_ESTIMATOR=${PROGRESS_ESTIMATOR:-}      # for estimated: what "python -m
 NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-}    # denoising steps (20)
 IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-}  # how closely to follow the input frame; 1, the least, is none (1.5)
 GUIDANCE_SCALE=${GUIDANCE_SCALE:-}              # how closely to follow the sentence; 1, the least, is none (1)
-SCHEDULER=${SCHEDULER:-}                        # euler_ancestral, euler, ddim, dpmsolver++ or dpmsolver++karras (euler_ancestral)
+SCHEDULER=${SCHEDULER:-}                        # or euler, ddim, dpmsolver++, dpmsolver++karras (euler_ancestral)
 STRENGTH=${STRENGTH:-}                          # below 1: this share of the steps, from the noised input frame (1)
 NUM_PREDICTIONS=${NUM_PREDICTIONS:-}            # of each frame; of several their mean and spread are shown too (1)
 # Keeps the input frame where the model changes nothing: each pixel lies between it and the decoded prediction, by

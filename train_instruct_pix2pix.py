@@ -120,8 +120,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser)
 
     args = parser.parse_args(arguments)
-    estimated = (args.progress_source == ESTIMATED, args.progress_estimator is not None, args.add_progress)
-    if any(estimated[:2]) and not all(estimated):
+    estimated, estimator = args.progress_source == ESTIMATED, args.progress_estimator
+    if (estimated or estimator) and not (estimated and estimator and args.add_progress):
         parser.error("estimated progress needs --add_progress, --progress_source estimated, --progress_estimator DIR")
     args.progress_source = args.progress_source if args.add_progress else NO_PROGRESS
     for package, is_needed in (("bitsandbytes", args.use_8bit_adam), ("wandb", args.report_to == "wandb")):

@@ -31,8 +31,7 @@ COMPARISONS = {
 }
 # As the quick test trains and samples.
 TRAINING = ["--learning_rate=3e-4", "--lr_scheduler=cosine", "--lr_warmup_steps=30", "--add_progress", "--random_flip"]
-SAMPLING = ["--num_inference_steps=8", "--scheduler=dpmsolver++karras", "--image_guidance_scale=1"]
-SAMPLING += ["--num_predictions=8"]
+SAMPLING = "--num_inference_steps=8 --scheduler=dpmsolver++karras --image_guidance_scale=1 --num_predictions=8".split()
 ROW = "{:>3}  {:<22}{:>9}{:>9}{:>17}{:>17}{:>28}"
 
 
