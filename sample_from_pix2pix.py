@@ -113,12 +113,11 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
 
-import torch
 from accelerate import PartialState
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from data.video_decoder import read_picture
-from pecn.model import check_frames, find_model, load_pipeline, read_training_config
+from pecn.model import DTYPES, check_frames, find_model, load_pipeline, read_training_config
 from pecn.pictures import check_output_dir, comparison_picture, read_scores, save_prediction, save_results
 from pecn.progress_model import with_estimates
 from pecn.rollout_pictures import ROLLOUT_FILE, save_rollouts
@@ -257,8 +256,7 @@ def load_model(args: argparse.Namespace, model: Path) -> StableDiffusionInstruct
     """Loads the model for prediction and moves it to the device it will run on."""
     device = PartialState().device
     precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    pipeline = load_pipeline(model, dtype, args.variant)
+    pipeline = load_pipeline(model, DTYPES[precision], args.variant)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
         raise UserError(f"{args.model_dir} takes no input frame; train it first, or name another")
     return pipeline.to(device)

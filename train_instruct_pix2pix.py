@@ -344,7 +344,7 @@ def main() -> None:
                 layout.remove_leftovers(args.output_dir)
             train(args, clips, choice, validation_clips, accelerator, stop)
     except OSError as error:  # such as a full disk while the frames are encoded
-        raise UserError(f"{layout.one_line(error)}; mend that and run the same command again") from error
+        raise UserError(f"{layout.one_line(error)}; fix that and run the same command again") from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

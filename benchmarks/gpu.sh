@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All that this project measures on a GPU, in one command; what it prints goes to outputs/gpu/log.txt too. It has not been
-# run on a GPU yet. On a CPU, small (the variables of the first line are the quick test's):
+# On a GPU, in one command: the quick test, a run of the real size, the speed of training and sampling, and the memory
+# that training takes. What it prints goes to outputs/gpu/log.txt too. It has not been run on a GPU yet. On a CPU, small
+# (the variables of the first line are the quick test's), it takes 5 minutes on one core:
 #   NUM_TRAIN_CLIPS=9 NUM_VAL_CLIPS=6 MAX_TRAIN_STEPS=2 \
 #     MODEL=demo RESOLUTION=96 STEPS=4 BATCH_SIZE=2 PRECISIONS=no QUICK=True bash benchmarks/gpu.sh
 set -euo pipefail
@@ -11,7 +12,7 @@ RESOLUTION=${RESOLUTION:-128}
 STEPS=${STEPS:-200}                     # of a training with a checkpoint half way, from which it is resumed
 BATCH_SIZE=${BATCH_SIZE:-16}
 PRECISIONS=${PRECISIONS:-fp16 bf16}
-QUICK=${QUICK:-False}                   # True: few steps in the benchmarks
+QUICK=${QUICK:-False}                   # True: few steps in the benchmarks, of the demo's model
 DATA_DIR=${DATA_DIR:-data/demo}         # where the quick test puts the embedded default
 OUTPUT=${OUTPUT:-outputs/gpu}
 
@@ -42,6 +43,9 @@ for precision in $PRECISIONS; do
   python -m benchmarks.train_step --models "$MODEL" --resolution "$RESOLUTION" --mixed_precision "$precision" \
     --batch_sizes "$BATCH_SIZE" "${quick[@]}"
 done
+
+echo "== speed of sampling"
+python -m benchmarks.sampling "${quick[@]}"
 
 echo "== memory of a training step"
 python -m benchmarks.memory --resolution "$RESOLUTION" --batch_size "$BATCH_SIZE" "${quick[@]}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace, start: int | str, horizons: str) -> Path:
     """The folder of a trained model."""
-    folder = args.work_dir / f"from_{start}_horizon_{horizons}"
+    settings = repr((str(args.model), args.num_train_clips, args.max_train_steps)).encode()
+    key = hashlib.blake2b(settings, digest_size=4).hexdigest()
+    folder = args.work_dir / f"from_{start}_horizon_{horizons}_{key}"
     if not (folder / "model_index.json").is_file():
         print(f"training from {'frame 20 alone' if start == 20 else 'any start'}, horizon {horizons}", flush=True)
         frames = [f"--input_frame_idx={start}", f"--horizon={horizons}"]
@@ -67,7 +70,7 @@ def predict(args: argparse.Namespace, model: Path, horizon: int) -> list[dict[st
     """The scores of the held-out pairs from frame 20, `horizon` frames ahead."""
     from pecn.pictures import read_scores
 
-    unseen, folder = args.work_dir / "unseen", model / f"unseen_20_to_{20 + horizon}"
+    unseen, folder = args.work_dir / "unseen", model / f"{args.num_val_clips}_unseen_20_to_{20 + horizon}"
     if not (folder / "metrics.json").is_file():
         frames = [f"--frames_dir={frames_dir(unseen, RESOLUTION)}", "--input_frame_idx=20", f"--horizon={horizon}"]
         annotations = f"--val_annotations={filtered_annotations_path(unseen, 'val')}"

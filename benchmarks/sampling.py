@@ -55,7 +55,7 @@ from PIL import Image
 from benchmarks.models import build_model
 from data.sthv2_dataset_hf import build_prompt
 from demo.renderer.clip import render_clip
-from pecn.model import find_model, load_pipeline
+from pecn.model import DTYPES, find_model, load_pipeline
 from pecn.sampling import predict_frames
 from pecn.sampling_options import SamplingOptions
 
@@ -75,10 +75,9 @@ def load_model(name: str, mixed_precision: str | None) -> StableDiffusionInstruc
     """The pipeline to time, on the device and in the precision that sampling would choose."""
     device = PartialState().device
     precision = mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     pipeline = build_model(name) if name in ("demo", "sd15") else load_pipeline(find_model(name))
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, dtype)
+    return pipeline.to(device, DTYPES[precision])
 
 
 def predict_one_by_one(
@@ -146,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
             seconds[name].append(time.perf_counter() - started)
     reference, *others = pictures.values()
     largest = max(int(np.abs(picture - reference).max()) for picture in others)
-    precision = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[pipeline.unet.dtype]
+    [precision] = [name for name, dtype in DTYPES.items() if dtype == pipeline.unet.dtype]
     print(
         f"{args.num_samples} predictions at {args.resolution} pixels, {args.num_inference_steps} steps, model"
         f" {args.model}, {device.type}, {torch.get_num_threads()} threads, mixed precision {precision},"

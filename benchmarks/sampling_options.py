@@ -2,9 +2,9 @@
 
     python -m benchmarks.sampling_options --model_dir outputs/run --data_dir data/sthv2
 
-Each row changes what its name says and leaves the rest as the flags have it, which are those of
-`sample_from_pix2pix.py`; the first five start from the paper's settings instead. All rows predict the same pairs from
-the same seeds.
+Each row changes what its name says of the way the model was validated, which the flags of `sample_from_pix2pix.py`
+change for all rows; the first five start from the paper's settings instead. All rows predict the same pairs from the
+same seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from data.frame_choice import DEFAULT_CHOICE, choice_of
 from data.layout import CommandParser, UserError, number, run_command, write_file
-from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
+from pecn.sampling_options import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions, add_sampling_options
 
 PAPER = SamplingOptions(
     num_inference_steps=20,
@@ -32,7 +32,7 @@ PAPER = SamplingOptions(
     num_predictions=1,
     residual=False,
 )
-BASE_ROW = "as the flags say, or the defaults"  # the sixth; the rows below it start from it
+BASE_ROW = "as validated, or as the flags say"  # the sixth; the rows below it start from it
 DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
 QUICK_ROWS, QUICK_SAMPLES, QUICK_STEPS = 6, 3, 2
 COLUMNS = "{:>11}{:>8}{:>7}{:>8}"  # of the table, for the sample and for the expected frame
@@ -49,6 +49,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, help="JSON file for all scores of all pairs")
     add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 6 of the rows")
     add_sampling_options(parser)
+    parser.set_defaults(**dict.fromkeys(vars(DEFAULT_OPTIONS)))  # so that what is left out is known
     args = parser.parse_args(arguments)
     if args.quick:
         args.num_samples = QUICK_SAMPLES
@@ -96,6 +97,12 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
     return rows
 
 
+def base_options(args: argparse.Namespace, trained: dict[str, Any]) -> SamplingOptions:
+    """As the flags say, and what they leave out as the model's training config or the defaults have it."""
+    known = {name: trained.get(name, value) for name, value in vars(DEFAULT_OPTIONS).items()}
+    return SamplingOptions(**known | {name: value for name in known if (value := getattr(args, name)) is not None})
+
+
 def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FramePair]:
     """Validation pairs that have their target, as the model was trained for (its training config)."""
     resolution = trained.get("resolution", DEFAULT_RESOLUTION)
@@ -126,13 +133,14 @@ def format_row(name: str, summary: dict[str, Any], seconds: float) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    rows = alternatives(sampling_options(args))
+    model = find_model(args.model_dir)  # first: it says which frames to look for
+    trained = read_training_config(model)
+    rows = alternatives(base_options(args, trained))
     if args.quick:
         rows = {
             name: replace(options, num_inference_steps=QUICK_STEPS) for name, options in list(rows.items())[:QUICK_ROWS]
         }
-    model = find_model(args.model_dir)  # first: it says which frames to look for
-    pairs = find_pairs(args, read_training_config(model))
+    pairs = find_pairs(args, trained)
     pipeline = load_pipeline(model).to(PartialState().device)
     print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}")
     if args.quick:

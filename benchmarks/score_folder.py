@@ -114,13 +114,17 @@ def find_pairs(folder: Path, pictures: dict[str, Path], args: argparse.Namespace
 
 
 def read_single(pair: FramePair, path: Path) -> Prediction:
-    """A prediction beside its video's frames. Raises UserError where the sizes differ."""
+    """A prediction beside its video's frames. Raises UserError where the sizes differ, or sampling had other frames."""
     frames = [load_picture(file) for file in (pair.input_image, pair.edited_image, path)]
     if len({frame.shape for frame in frames}) > 1:
         sizes = ", ".join(f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames)
         raise UserError(
             f"{path}: input, target and prediction are of {sizes} pixels; name its --frames_dir, or --layout strip"
         )
+    for name, frame in zip(("input", "target"), frames):
+        saved = path.with_name(f"{name}.png")  # beside the predictions of our own sampling
+        if path.name == "prediction.png" and saved.is_file() and not np.array_equal(load_picture(saved), frame):
+            raise UserError(f"{path} is of other frames; name them with --input_frame_idx and --target_frame_idx")
     return make_prediction(pair.video_id, pair.task, pair.edit_prompt, *frames)
 
 

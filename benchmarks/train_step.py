@@ -72,7 +72,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="for all alternatives")
     add("--use_8bit_adam", action="store_true", help="ours with AdamW of bitsandbytes; plain keeps torch's")
     add("--allow_tf32", action="store_true", help="for all alternatives")
-    add("--channels_last", action="store_true", help="the UNet's weights in that order, for all alternatives")
     add("--steps", type=count, help="optimizer steps timed in a turn (chosen for model and device)")
     add("--rounds", type=count, default=3, help="turns of each alternative (%(default)s)")
     add("--quick", action="store_true", help="under a minute: the demo's model, batch 4, 2 steps, nothing compiled")
@@ -352,7 +351,7 @@ def benchmark(model_name: str, args: argparse.Namespace, accelerator: Accelerato
     clips = write_clips(folder, args.resolution)
     frames_hash, cache_dir = verify_frames(clips, args.resolution), folder / "encoded_cache"
     encoded = encode_once(pipeline, clips, DEFAULT_CHOICE, frames_hash, False, cache_dir, accelerator)
-    unet = pipeline.unet.to(memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    unet = pipeline.unet
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet = accelerator.prepare(unet.train())

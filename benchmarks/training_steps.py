@@ -19,11 +19,10 @@ from data.sthv2_dataset_hf import derive_seed
 from pecn import optimization
 from pecn.diffusion import diffusion_loss
 from pecn.encoded_frames import TrainingBatches, load_batches
-from pecn.model import tokenize
+from pecn.model import DTYPES, tokenize
 
 # Training's defaults.
 LEARNING_RATE, MAX_GRAD_NORM = 5e-6, 1.0
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Timed = tuple[Any, str, str]  # (owner, name) of a function, and the part of the step that it is
 
@@ -42,7 +41,7 @@ class PlainStep:
         batches: TrainingBatches,
     ) -> None:
         self.accelerator, self.pipeline, self.noise_scheduler = accelerator, pipeline, noise_scheduler
-        self.batches, self.weight_dtype = batches, WEIGHT_DTYPES[accelerator.mixed_precision]
+        self.batches, self.weight_dtype = batches, DTYPES[accelerator.mixed_precision]
         preprocess, encoded = pipeline.image_processor.preprocess, batches.encoded
         frames = zip(*(clip.paths for clip in encoded.clips))
         self.input_pixels, self.target_pixels = (preprocess([Image.open(path) for path in paths]) for paths in frames)

@@ -2,7 +2,7 @@
 # Trains on two machines that share no files: two network namespaces joined by a cable (veth), each with its own copy of
 # the checkout, its data and its model. A run that Ctrl-C ends on one machine, and that is resumed, has to give the
 # weights of a run that nobody interrupted. On the CPU; needs Linux, root and the program ip:
-#   bash benchmarks/two_hosts.sh
+#   sudo env "PATH=$PATH" bash benchmarks/two_hosts.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +11,10 @@ STEPS=${STEPS:-60}                   # of 2 samples; training is interrupted as 
 HOSTS=(pecn-first pecn-second)       # namespaces, host names, and folders in OUTPUT
 ADDRESSES=(10.99.77.1 10.99.77.2)
 
-if (( EUID != 0 )); then echo "error: network namespaces need root: sudo bash benchmarks/two_hosts.sh" >&2; exit 1; fi
+if (( EUID != 0 )); then 
+  echo 'error: network namespaces need root: sudo env "PATH=$PATH" bash benchmarks/two_hosts.sh' >&2
+  exit 1
+fi
 
 clean_up() {
   for job in $(jobs -p); do kill -KILL -- "-$job" 2> /dev/null || true; done

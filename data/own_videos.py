@@ -67,7 +67,7 @@ def parse_csv(captions: Path, text: str) -> list[tuple[str, dict]]:
                 raise UserError(f'{place} has more values than columns; put a caption with commas in "double quotes"')
             rows.append((place, row))
     except csv.Error as error:
-        raise UserError(f"{captions}, line {reader.line_num} is not CSV ({error}); mend it") from None
+        raise UserError(f"{captions}, line {reader.line_num} is not CSV ({error}); fix it") from None
     return rows
 
 

@@ -2,7 +2,7 @@
 
     python -m demo.contact_sheet --data_dir data/demo --output data/demo/contact_sheet.png
 
-`demo/clips.png`, the picture in the main README, is made like this.
+`demo/clips.png`, the picture in demo/README.md, is made like this.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def parse_args() -> argparse.Namespace:
     add("--data_dir", type=Path, default=Path("data/demo"), help="default: %(default)s")
     add("--resolution", type=number(at_least=1), default=96, help="uses frames_<R>x<R>; default: %(default)s")
     add("--num_clips", type=number(at_least=1), default=6, help="validation clips to show; default: %(default)s")
-    add("--output", type=Path, default=Path("data/demo/contact_sheet.png"), help="a PNG file; default: %(default)s")
+    add("--output", type=Path, help="a PNG file; default: contact_sheet.png in --data_dir")
     args = parser.parse_args()
+    args.output = args.output or args.data_dir / "contact_sheet.png"
     if args.output.suffix.lower() != ".png":
         parser.error(f"--output must name a .png file, not {args.output}")
     return args

@@ -40,6 +40,7 @@ PARTS = {  # a pipeline's folders, each with a file that it must hold
     "tokenizer": "*.json",
     "scheduler": "scheduler_config.json",
 }
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the weights, by mixed precision
 HUB_TIMEOUT = 10  # seconds for each of the hub's answers
 
 # No progress bars while weights load; pecn/__init__.py silences the libraries' notes.

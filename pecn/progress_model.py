@@ -119,7 +119,7 @@ class ProgressNetwork(torch.nn.Module):
                 torch.nn.SiLU(),
             ]
         self.look = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(3), torch.nn.Flatten())
-        # Few clips are easily learned by heart, above all by their sentences.
+        # Few clips are easily memorized, above all by their sentences.
         self.read = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(text_width, 2 * WIDTH))
         self.count = torch.nn.Linear(2, 2 * WIDTH)
         self.join = torch.nn.Sequential(

@@ -49,7 +49,7 @@ def rollout_choice(choice: FrameChoice, num_frames: int, mode: str) -> FrameChoi
     """
     if mode == "direct" and not choice.tell_horizon:
         raise UserError(
-            "the model has learnt one horizon, and its prompts do not tell any: only ROLLOUT_MODE=chained is possible"
+            "the model has learned one horizon, and its prompts do not tell any: only ROLLOUT_MODE=chained is possible"
         )
     if mode == "chained" and choice.is_estimated:
         raise UserError("chained, there are no frames to estimate progress from: set PROGRESS_SOURCE to none or oracle")

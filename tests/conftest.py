@@ -105,10 +105,10 @@ def hear_ctrl_c() -> None:
 
 
 def write_frames(data_dir: Path, video_id: str, indices: range, side: int = SIDE, seed: int = 0) -> None:
-    """Frames of a bright square that moves over a coloured gradient, one pixel a frame."""
-    colour = np.random.default_rng(seed).integers(60, 200, 3)
+    """Frames of a bright square that moves over a colored gradient, one pixel a frame."""
+    color = np.random.default_rng(seed).integers(60, 200, 3)
     for index in indices:
-        frame = np.linspace(0, 1, side)[:, None, None] * colour * np.ones((side, side, 1))
+        frame = np.linspace(0, 1, side)[:, None, None] * color * np.ones((side, side, 1))
         left = index % (side - 8)
         frame[8:16, left : left + 8] = 255
         path = frame_path(frames_dir(data_dir, side), video_id, index)

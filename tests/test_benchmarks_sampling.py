@@ -18,11 +18,12 @@ def test_batches_draw_the_pictures_of_single_calls(tiny_model):
 def test_options_are_compared_on_the_same_pairs(data_dir, tiny_model, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    config = {"arguments": {"resolution": SIDE, "input_frame_idx": 20, "target_frame_idx": 22}}
-    (model / "training_config.json").write_text(json.dumps(config))
+    arguments = {"resolution": SIDE, "input_frame_idx": 20, "target_frame_idx": 22, "scheduler": "ddim"}
+    arguments |= {"num_predictions": 4, "residual": False}
+    (model / "training_config.json").write_text(json.dumps({"arguments": arguments}))
     output = tmp_path / "scores.json"
     options = ["--model_dir", model, "--data_dir", data_dir, "--output", output]
-    options += ["--residual", "False", "--num_predictions", 2]
+    options += ["--num_predictions", 2]
     done = run("python", "-m", "benchmarks.sampling_options", "--quick", *options)
     rows = json.loads(output.read_text())
     assert len(rows) == 6 and all(name in done.stdout for name in rows)
@@ -32,6 +33,7 @@ def test_options_are_compared_on_the_same_pairs(data_dir, tiny_model, tmp_path):
     samples = {row["summary"]["psnr"]["sample"]["mean"] for row in rows.values()}
     assert len(copies) == 1 and len(samples) > 1  # the same pairs, predicted differently
     assert "--num_inference_steps 2 " in done.stdout and "--num_predictions 2 --residual False" in done.stdout
+    assert "--scheduler ddim" in done.stdout  # as the model was validated
     assert f"copying: PSNR {copies.pop():.2f} dB" in done.stdout
     lines = {name: next(line for line in done.stdout.splitlines() if line.startswith(f"{name} ")) for name in rows}
     for name, row in rows.items():

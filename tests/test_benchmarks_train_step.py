@@ -1,6 +1,5 @@
 """The benchmark of the optimizer step, through its command; and that what makes the step fast changes no result."""
 
-import argparse
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.freed_memory import keep_freed_memory
-from benchmarks.train_step import Measured, Stopwatch, check_agreement, format_table
+from benchmarks.train_step import Measured, check_agreement, format_table
 from data.layout import UserError
 from pecn.optimization import clip_gradients, create_optimizer
 from tests.conftest import run
@@ -104,16 +103,6 @@ def test_different_work_is_refused(other):
     assert "the same work" in check_agreement({"plain": [(1.0, 2.0)], "ours": [(1.0001, 2.0001)]}, "no")
     with pytest.raises(UserError, match="different work"):
         check_agreement({"plain": [(1.0, 2.0)], "ours": [other]}, "no")
-
-
-def test_stopwatch_leaves_functions_as_they_were():
-    owner = argparse.Namespace(double=lambda number: 2 * number)
-    function = owner.double
-    stopwatch = Stopwatch(torch.device("cpu"))
-    with stopwatch.watching([(owner, "double", "part")]):
-        assert owner.double(2) == 4
-    assert owner.double is function
-    assert list(stopwatch.seconds) == ["part"]
 
 
 # The step itself

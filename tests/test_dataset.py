@@ -390,9 +390,3 @@ def test_sampling_depends_on_seed_and_ids_only(count, seed, numbers, random):
     assert dataset.sample_entries(entries, count + 1, seed)[:count] == sampled
     beside_others = dataset.sample_entries(entries + others, count, seed)
     assert [entry for entry in beside_others if entry["task"] == "drop_object"] == sampled
-
-
-def test_help_needs_no_heavy_import():
-    code = "import sys, data.video_loader; print([m for m in ('torch', 'cv2', 'numpy') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.strip() == "[]", result.stderr

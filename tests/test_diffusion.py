@@ -1,4 +1,4 @@
-"""What is learnt: the loss, its timesteps, and the added image channels."""
+"""What is learned: the loss, its timesteps, and the added image channels."""
 
 import pytest
 import torch

@@ -109,14 +109,6 @@ def test_it_is_small_and_holds_no_pickles(untrained):
     assert not list(untrained.parent.glob(".*"))  # no temporary folder is left
 
 
-def test_the_scheduler_is_stable_diffusions(untrained):
-    scheduler = load(untrained).scheduler
-    assert type(scheduler).__name__ == "EulerAncestralDiscreteScheduler"
-    config = scheduler.config
-    assert (config.beta_schedule, config.beta_start, config.beta_end) == ("scaled_linear", 0.00085, 0.012)
-    assert config.prediction_type == "v_prediction"
-
-
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_weights(untrained, tmp_path):
     torch.rand(3)  # the global generator's state must not matter, nor be disturbed
     state = torch.get_rng_state()
@@ -228,7 +220,6 @@ def test_all_frames_of_a_clip_are_stored_and_no_clip_is_both_trained_on_and_held
     small, large = (clip_indices(side, 3000) for side in RESOLUTIONS)
     assert small[0] == large[0] == list(range(24)) and sorted(small[1] + large[1]) == list(range(24, 3024))
     assert len(large[1]) == 375
-    assert CLIP_SEED != 42  # make_clips' own
 
 
 def test_pairs_have_any_start_and_horizon_and_their_prompts_say_so(frames):
@@ -316,7 +307,7 @@ def test_a_short_training_changes_every_model_and_shows_what_it_does(untrained, 
     assert re.search(r"text encoder: \d+% of a batch read correctly", printed)
     assert re.findall(rf"UNet, step (\d+): {figures}", printed) == ["2", "3"]
     with Image.open(work_dir / "validation" / "step-000003.png") as picture:
-        assert picture.size == (3 * (3 * 96 + 4), 96 + 4)  # both held-out pairs, and room for a third
+        assert picture.size == (2 * (3 * 2 * 96 + 8), 2 * 96)  # both held-out pairs
     for name in ("sharpness", "ssim_gain", "psnr_gain", "frames"):
         assert scalars(work_dir / "logs", f"validation/{name}").keys() == {2, 3}
     before, after = load(untrained), load(model)

@@ -24,7 +24,7 @@ from tests.conftest import make_tiny_pipeline
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"])
-def test_every_schedule_honours_its_warm_up(name):
+def test_every_schedule_follows_its_warm_up(name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = create_lr_scheduler(name, optimizer, 10, 100)
     rates = []

@@ -19,9 +19,13 @@ MAY_USE = {
     "tests": ROOMS - SCRIPTS,
     **dict.fromkeys(SCRIPTS, {"data", "pecn"}),
 }
+LARGE = {"torch", "diffusers", "transformers", "datasets", "cv2", "av", "numpy", "tqdm", "matplotlib", "scipy"}
 NOT_IN_DATA = {"torch", "diffusers", "transformers", "accelerate"}
 COMMANDS = ["data.dataset", "data.own_videos", "data.video_loader", "data.sthv2_dataset_hf", "demo.make_clips"]
-COMMANDS += ["demo.make_model", "benchmarks.score_folder", "pecn.progress"]
+COMMANDS += ["demo.make_model", "demo.contact_sheet", "pecn.progress"]
+COMMANDS += ["benchmarks.train_step", "benchmarks.memory", "benchmarks.sampling", "benchmarks.sampling_options"]
+COMMANDS += ["benchmarks.extract_frames", "benchmarks.horizon_study", "benchmarks.progress_study"]
+COMMANDS += ["benchmarks.score_folder"]
 COMMANDS += ["train_instruct_pix2pix.py", "sample_from_pix2pix.py"]
 
 
@@ -56,7 +60,7 @@ try:
     runpy.{run}({command!r}, run_name="__main__")
 except SystemExit as stop:
     assert not stop.code
-print("loaded:", *sorted({{"torch", "diffusers", "datasets", "cv2", "av", "matplotlib", "scipy"}} & set(sys.modules)))
+print("loaded:", *sorted({LARGE} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert "options" in done.stdout and done.stdout.splitlines()[-1] == "loaded:"

@@ -126,5 +126,6 @@ def test_mistakes_are_one_line_and_leave_former_results(data_dir, sampled, tmp_p
     (cut / "val0.png").write_bytes((cut / "val0.png").read_bytes()[:200])
     assert f"{cut / 'val0.png'} cannot be read as a picture" in message(cut)
     assert "make it with: python -m data.dataset" in message(large, "--val_annotations", tmp_path / "none.json")
+    assert "prediction.png is of other frames" in message(sampled, "--target_frame_idx", 22)
     shutil.copytree(sampled, tmp_path / "own")
     assert "holds predictions" in message(tmp_path / "own", "--output_dir", tmp_path / "own")

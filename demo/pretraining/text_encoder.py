@@ -1,8 +1,8 @@
 """Pre-training of the demo's text encoder: it learns to tell the sentences apart before the UNet reads them.
 
-Trained from scratch together with the UNet, the encoder went blank: as long as the UNet could not use the text, the
-text was noise to it, and the encoder learned to let nothing through (after 7,000 steps a swapped left and right
-changed no prediction). Stable Diffusion's encoder comes trained as well, and stays frozen while the UNet learns.
+Trained from scratch together with the UNet, the encoder gave the same for every text: as long as the UNet could not use
+the text, the text was noise to it, and the encoder learned to let nothing through (after 7,000 steps a swapped left and
+right changed no prediction). Stable Diffusion's encoder comes trained as well, and stays frozen while the UNet learns.
 """
 
 from __future__ import annotations

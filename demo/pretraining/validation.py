@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -14,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data.layout import make_folder
 from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
 from demo.pretraining.clips import StoredClips
-from pecn.pictures import save_picture
+from pecn.pictures import save_picture, sheet_of_strips, strip_of_frames
 from pecn.sampling import Prediction, predict_frames, reconstruct_frame
 from pecn.sampling_options import SamplingOptions
 from pecn.scores import score_prediction, summarize_group
@@ -22,7 +21,6 @@ from pecn.scores import score_prediction, summarize_group
 INPUT_FRAME, TARGET_FRAME = 20, 25
 # No guidance, and the input frame is put back nowhere: what the model itself draws.
 OPTIONS = SamplingOptions(20, guidance_scale=1, image_guidance_scale=1, scheduler="euler", residual=False)
-PAIRS_IN_A_ROW, GAP = 3, 4  # of the picture; pixels
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,18 @@ def held_out_pairs(frames: StoredClips) -> HeldOutPairs:
     return HeldOutPairs(inputs, targets, [build_prompt(c.label, p, horizon) for c, p in zip(clips, progresses)])
 
 
-def score_samples(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> dict[str, float]:
-    """Where something moves: the samples' sharpness (median), their gains over the copy, and the share of frames."""
+def compared(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> list[Prediction]:
+    """The samples beside their pairs' frames."""
     unused = dict.fromkeys(("expected", "uncertainty", "vae_ceiling"))
-    rows: list[dict[str, Any]] = []
-    for image, target, prompt, sample in zip(pairs.inputs, pairs.targets, pairs.prompts, samples):
-        names = {"video_id": "", "task": "", "edit_prompt": prompt}
-        rows.append(score_prediction(Prediction(sample=sample, input=image, target=target, **names, **unused)))
-    moving = summarize_group(rows)["moving"]
+    return [
+        Prediction(video_id="", task="", edit_prompt=prompt, input=image, sample=sample, target=target, **unused)
+        for image, target, prompt, sample in zip(pairs.inputs, pairs.targets, pairs.prompts, samples)
+    ]
+
+
+def score(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Where something moves: the samples' sharpness (median), their gains over the copy, and the share of frames."""
+    moving = summarize_group([score_prediction(prediction) for prediction in predictions])["moving"]
     return {
         "sharpness": moving["sharpness"]["sample"]["median"],
         "ssim_gain": moving["ssim"]["sample"]["gain"],
@@ -69,7 +71,8 @@ def scores_in_words(scores: dict[str, float]) -> str:
 
 def vae_ceiling(pipeline: StableDiffusionInstructPix2PixPipeline, pairs: HeldOutPairs) -> str:
     """In words what a perfect prediction would score: the targets after one trip through the VAE."""
-    return scores_in_words(score_samples(pairs, [reconstruct_frame(pipeline, target) for target in pairs.targets]))
+    reconstructed = [reconstruct_frame(pipeline, target) for target in pairs.targets]
+    return scores_in_words(score(compared(pairs, reconstructed)))
 
 
 def validate(
@@ -81,21 +84,13 @@ def validate(
 ) -> None:
     """Draws one sample of each pair, and logs, prints and saves what came of it; the noise is the same each time."""
     seeds = [derive_seed(args.seed, "validation", index) for index in range(len(pairs.inputs))]
-    samples = [frame.sample for frame in predict_frames(pipeline, pairs.inputs, pairs.prompts, seeds, OPTIONS)]
-    scores = score_samples(pairs, samples)
+    predicted = predict_frames(pipeline, pairs.inputs, pairs.prompts, seeds, OPTIONS)
+    predictions = compared(pairs, [frame.sample for frame in predicted])
+    scores = score(predictions)
     for name, value in scores.items():
         logs.add_scalar(f"validation/{name}", value, step)
-    picture = comparison(pairs, samples)
+    picture = sheet_of_strips([strip_of_frames(prediction) for prediction in predictions])
     logs.add_image("validation/input_sample_target", picture, step, dataformats="HWC")
     make_folder(args.work_dir / "validation")
     save_picture(args.work_dir / "validation" / f"step-{step:06}.png", picture)
     print(f"UNet, step {step}: {scores_in_words(scores)}", flush=True)
-
-
-def comparison(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> np.ndarray:
-    """input | sample | target of each pair, PAIRS_IN_A_ROW of them in a row: one uint8 RGB picture."""
-    cells = [np.concatenate(frames, axis=1) for frames in zip(pairs.inputs, samples, pairs.targets)]
-    cells = [np.pad(cell, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for cell in cells]
-    cells += [np.full_like(cells[0], 255)] * (-len(cells) % PAIRS_IN_A_ROW)
-    rows = [cells[start : start + PAIRS_IN_A_ROW] for start in range(0, len(cells), PAIRS_IN_A_ROW)]
-    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
