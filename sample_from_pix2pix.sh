@@ -38,7 +38,6 @@ NUM_PREDICTIONS=${NUM_PREDICTIONS:-}            # of each frame; of several thei
 # disagree on. False decodes the whole picture (True).
 RESIDUAL=${RESIDUAL:-}
 
-export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub}
 
 arguments=()
 for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED LPIPS BATCH_SIZE IMAGE PROMPT ROLLOUT ROLLOUT_MODE FRAMES_DIR \

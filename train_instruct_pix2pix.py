@@ -1,8 +1,9 @@
 """Fine-tunes InstructPix2Pix to predict a future frame of a video.
 
-    accelerate launch train_instruct_pix2pix.py --train_data_dir data/sthv2 --resolution 128 --output_dir outputs/run
+    accelerate launch train_instruct_pix2pix.py --train_data_dir data/sthv2 --mixed_precision auto
 
-The frozen VAE and text encoder see every frame and every prompt once, before the first step; a step is the UNet alone.
+The frozen VAE and text encoder see every frame and every prompt once, before the first step; a step is the UNet alone,
+but where the prompts of a video's pairs differ (several horizons, any start with progress): these are encoded in steps.
 What a step sees is a pure function of the seed and the step's number: a resumed run equals an uninterrupted one, and
 several processes equal one. Both are the work of pecn/encoded_frames.py.
 """
@@ -31,7 +32,7 @@ from data.sthv2_dataset_hf import (
 from pecn.sampling_options import add_sampling_options
 
 PROJECT_NAME = "instruct_pix2pix"
-NOT_UPLOADED = ("checkpoint-*/**", "encoded_cache/**", "train.log", ".*")
+NOT_UPLOADED = ("checkpoint-*/**", "encoded_cache/**", "validation/**", "train.log", ".*")  # nor any video's frames
 # A run resumes only with the same of these, which shape its result.
 FROZEN_FOR_RESUME = (
     "resolution input_frame_idx target_frame_idx horizon frames_per_video add_progress progress_source"
@@ -72,7 +73,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataloader_num_workers", type=index, default=0, help="processes that prepare batches (%(default)s)")
 
     add = parser.add_argument_group("steps").add_argument
-    add("--train_batch_size", type=count, default=8, help="samples a process and pass (%(default)s)")
+    add("--train_batch_size", type=count, default=16, help="samples a process and pass (%(default)s)")
     add("--gradient_accumulation_steps", type=count, default=1, help="passes per optimizer step (%(default)s)")
     add("--num_train_epochs", type=count, default=20, help="(%(default)s)")
     add("--max_train_steps", type=count, help="optimizer steps, overrides --num_train_epochs")
@@ -84,7 +85,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--snr_gamma", type=positive, help="min-SNR weighting of the loss (Hang et al., 2023), 5.0 is usual")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=not_negative, default=5e-6, help="(%(default)s)")
+    add("--learning_rate", type=not_negative, help="(5e-6, with --use_lora 1e-4)")
     add("--scale_lr", action="store_true", help="multiply the learning rate by the global batch size")
     schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     add("--lr_scheduler", choices=schedules, default="constant", help="(%(default)s)")
@@ -110,7 +111,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--logging_dir", default="logs", help="for TensorBoard, inside the output directory (%(default)s)")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="(%(default)s)")
     add("--checkpointing_steps", type=count, help="steps between checkpoints (spaced to cost under 2%% of the time)")
-    add("--checkpoints_total_limit", type=count, help="keep only this many checkpoints, the newest")
+    limit_help = "keep only this many checkpoints, the newest (%(default)s)"
+    add("--checkpoints_total_limit", type=count, default=2, help=limit_help)
     add("--resume_from_checkpoint", help="a checkpoint's directory, or 'latest'")
     add("--validation_epochs", type=count, default=5, help="epochs between validations (%(default)s)")
     add("--num_validation_images", type=index, default=4, help="validation pairs to predict, 0: none (%(default)s)")
@@ -124,6 +126,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if (estimated or estimator) and not (estimated and estimator and args.add_progress):
         parser.error("estimated progress needs --add_progress, --progress_source estimated, --progress_estimator DIR")
     args.progress_source = args.progress_source if args.add_progress else NO_PROGRESS
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.use_lora else 5e-6
     for package, is_needed in (("bitsandbytes", args.use_8bit_adam), ("wandb", args.report_to == "wandb")):
         if is_needed and not find_spec(package):
             parser.error(f"the package {package} is missing: pip install {package}, or leave its option out")

@@ -20,7 +20,7 @@ BATCH_SIZE=${BATCH_SIZE:-16}               # samples a step on each GPU
 GRADIENT_ACCUM=${GRADIENT_ACCUM:-1}        # passes a step: 2 with BATCH_SIZE=8 are 16 samples too, in less memory
 EPOCHS=${EPOCHS:-20}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-}       # overrides EPOCHS
-LEARNING_RATE=${LEARNING_RATE:-5e-6}       # with LORA=True about 1e-4, and 1e-3 for the demo's model
+LEARNING_RATE=${LEARNING_RATE:-}           # empty: 5e-6, with LORA=True 1e-4 (the demo's model: 3e-4 and 1e-3)
 LORA=${LORA:-False}                        # True: an adapter is trained, in much less memory, and merged when saved
 LR_SCHEDULER=${LR_SCHEDULER:-constant}
 LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-0}      # every schedule honors it
@@ -28,7 +28,7 @@ SEED=${SEED:-42}
 MIXED_PRECISION=${MIXED_PRECISION:-auto}   # bf16, fp16 or no; auto: bf16 if the GPU has it, else fp16, on a CPU no
 NUM_PROCESSES=${NUM_PROCESSES:-1}          # GPUs to use
 CHECKPOINTING_STEPS=${CHECKPOINTING_STEPS:-}  # empty: as often as costs less than 2% of the time
-CHECKPOINTS_TOTAL_LIMIT=${CHECKPOINTS_TOTAL_LIMIT:-2}  # each holds the UNet and two moments for every weight
+CHECKPOINTS_TOTAL_LIMIT=${CHECKPOINTS_TOTAL_LIMIT:-2}  # each is the UNet three times, 10 GB; one more while saving
 RESUME=${RESUME:-}                         # latest, or a checkpoint's directory
 VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-5}
 NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-4}  # the same entries each time, spread over the tasks
@@ -53,7 +53,6 @@ arguments=(
   --train_batch_size "$BATCH_SIZE"
   --gradient_accumulation_steps "$GRADIENT_ACCUM"
   --num_train_epochs "$EPOCHS"
-  --learning_rate "$LEARNING_RATE"
   --lr_scheduler "$LR_SCHEDULER"
   --lr_warmup_steps "$LR_WARMUP_STEPS"
   --seed "$SEED"
@@ -64,6 +63,7 @@ arguments=(
 if [[ -n $HORIZON ]]; then arguments+=(--horizon "$HORIZON"); fi
 if [[ -n $FRAMES_PER_VIDEO ]]; then arguments+=(--frames_per_video "$FRAMES_PER_VIDEO"); fi
 if [[ -n $PROGRESS_ESTIMATOR ]]; then arguments+=(--progress_estimator "$PROGRESS_ESTIMATOR"); fi
+if [[ -n $LEARNING_RATE ]]; then arguments+=(--learning_rate "$LEARNING_RATE"); fi
 if [[ -n $MAX_TRAIN_STEPS ]]; then arguments+=(--max_train_steps "$MAX_TRAIN_STEPS"); fi
 if [[ -n $CHECKPOINTING_STEPS ]]; then arguments+=(--checkpointing_steps "$CHECKPOINTING_STEPS"); fi
 if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
@@ -82,7 +82,7 @@ else
 fi
 if [[ -z $ACCELERATE_CONFIG ]]; then arguments+=(--mixed_precision "$MIXED_PRECISION"); fi
 
-export HF_HUB_CACHE=${HF_HUB_CACHE:-$PWD/.cache/huggingface/hub} PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 # Seconds that torch's launcher leaves its processes after a signal, for saving a checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # glibc keeps freed memory for the next step, which on a CPU halves the time of a step of Stable Diffusion's size. A

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.commands import PROJECT
 from data.layout import (
     SPLITS,
     CommandParser,
@@ -48,7 +49,6 @@ from data.layout import (
     write_annotations,
 )
 
-PROJECT = Path(__file__).parents[1]
 RESOLUTIONS = (96, 128)
 PLAIN, FFMPEG, FFMPEG_FAST, OURS = "plain loader", "ffmpeg", "ffmpeg, fast PNGs", "ours"
 # Mean over all pixels and colors, of 255. OpenCV's conversion of decoded frames alone is 1.1 too dark.
@@ -237,15 +237,15 @@ def cpu_seconds() -> float:
 
 
 def run_rounds(
-    clips: Clips, alternatives: dict[str, Callable], work_dir: Path, num_rounds: int, num_workers: int
+    clips: Clips, alternatives: dict[str, Callable], work_dir: Path, rounds: int, num_workers: int
 ) -> Iterator[tuple[str, float, float]]:
-    """Run all alternatives in turn, `num_rounds` times, and yield each run's name, seconds and CPU seconds.
+    """Run all alternatives in turn, `rounds` times, and yield each run's name, seconds and CPU seconds.
 
     The frames of the last round stay, in `work_dir / name`. Raises UserError if a run's frame counts differ
     from those of the first.
     """
     expected = None
-    for _ in range(num_rounds):
+    for _ in range(rounds):
         for name, extract in alternatives.items():
             output_dir = work_dir / name
             shutil.rmtree(output_dir, ignore_errors=True)
@@ -302,7 +302,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--clips_dir", type=Path, help="folder for the clips, kept (default: a temporary one)")
     clips, count = number(at_least=4), number(at_least=1)
     parser.add_argument("--num_clips", type=clips, default=110, help="clips to render; the filter drops 1 in 20")
-    parser.add_argument("--num_rounds", type=count, default=3, help="how often each alternative runs")
+    parser.add_argument("--rounds", type=count, default=3, help="how often each alternative runs")
     parser.add_argument("--num_workers", type=count, default=available_cores(), help="processes or threads")
     parser.add_argument("--quick", action="store_true", help="12 clips, 2 rounds: under a minute")
     return parser
@@ -311,20 +311,20 @@ def build_parser() -> CommandParser:
 def main() -> None:
     args = build_parser().parse_args()
     if args.quick:
-        args.num_clips, args.num_rounds = min(args.num_clips, 12), min(args.num_rounds, 2)
+        args.num_clips, args.rounds = min(args.num_clips, 12), min(args.rounds, 2)
     with tempfile.TemporaryDirectory(prefix="extract_frames_") as temporary:
         clips = prepare_clips(args.clips_dir or Path(temporary) / "clips", args.num_clips, args.num_workers)
-        compare(clips, Path(temporary), args.num_rounds, args.num_workers)
+        compare(clips, Path(temporary), args.rounds, args.num_workers)
 
 
-def compare(clips: Clips, work_dir: Path, num_rounds: int, num_workers: int) -> None:
+def compare(clips: Clips, work_dir: Path, rounds: int, num_workers: int) -> None:
     """Run everything and print the tables."""
     from tqdm import tqdm
 
     alternatives = find_alternatives()
     runs = {name: [] for name in alternatives}
-    with tqdm(total=num_rounds * len(alternatives), unit="run", desc="extracting") as bar:
-        for name, seconds, cpu in run_rounds(clips, alternatives, work_dir, num_rounds, num_workers):
+    with tqdm(total=rounds * len(alternatives), unit="run", desc="extracting") as bar:
+        for name, seconds, cpu in run_rounds(clips, alternatives, work_dir, rounds, num_workers):
             runs[name].append((seconds, cpu))
             bar.set_postfix_str(f"{name}: {seconds:.2f} s", refresh=False)
             bar.update()

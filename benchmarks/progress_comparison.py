@@ -67,21 +67,21 @@ def compare_all(pairs: Sequence[dict[str, Any]], sources: Sequence[str]) -> list
     return [compare(pairs, measure, source, base, task) for measure in MEASURES for source in others for task in tasks]
 
 
-def format_table(horizons: dict[str, list[dict[str, Any]]]) -> str:
-    """The comparisons of each horizon ("20 -> 25") as text of about 120 columns."""
+def format_table(comparisons: dict[str, list[dict[str, Any]]]) -> str:
+    """The comparisons of each choice of frames ("20 -> 25") as text of about 120 columns."""
     heads = f"{'copying':>9}{'base':>9}{'source':>8}{'source - base (95%)':>27}{'p':>8}   for each seed"
     lines = [f"{'progress':>20}{'pairs':>22}{heads}"]
     for measure, title in MEASURES.items():
         lines.append(title)
-        for horizon, rows in horizons.items():
+        for frames, rows in comparisons.items():
             for row in rows:
                 if row["measure"] == measure:
-                    lines.append(_table_row(horizon, row))
+                    lines.append(_table_row(frames, row))
     return "\n".join(lines)
 
 
-def _table_row(horizon: str, row: dict[str, Any]) -> str:
-    line = f"  {horizon:<9} {row['source']:<12}{row['task']:<12}{row['num_pairs']:>6}"
+def _table_row(frames: str, row: dict[str, Any]) -> str:
+    line = f"  {frames:<9} {row['source']:<12}{row['task']:<12}{row['num_pairs']:>6}"
     if not row["num_pairs"]:
         return f"{line}{'nothing moves':>17}"
     interval = "" if row["interval"] is None else "({:+.2f} to {:+.2f})".format(*row["interval"])
@@ -92,10 +92,10 @@ def _table_row(horizon: str, row: dict[str, Any]) -> str:
     return f"{line}{p_value:>8}   {seeds}"
 
 
-def answer(horizon: str, row: dict[str, Any]) -> str:
+def answer(frames: str, row: dict[str, Any]) -> str:
     """One sentence for the row over all tasks: what the interval and the seeds allow to say."""
     where = "where something moves" if row["measure"] == "moving_psnr" else "over the whole picture"
-    about = f"{horizon}, progress {row['source']} against {row['base']}, {where}"
+    about = f"{frames}, progress {row['source']} against {row['base']}, {where}"
     if row["num_pairs"] < FEW_SAMPLES:
         return f"{about}: {row['num_pairs']} pairs are too few for an answer, it takes {FEW_SAMPLES} or more."
     low, high = row["interval"]

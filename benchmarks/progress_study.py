@@ -375,21 +375,21 @@ def main(args: argparse.Namespace) -> None:
     train_estimators(args, data_dir)
     execute(runs, args.keep_models)
 
-    horizons, scores = {}, {}
+    comparisons, scores = {}, {}
     for frames in all_frames(args):
         scores[str(frames)] = collect_pairs([run for run in runs if run.frames == frames])
-        horizons[str(frames)] = compare_all(scores[str(frames)], args.sources)
+        comparisons[str(frames)] = compare_all(scores[str(frames)], args.sources)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     settings |= {"data": "rendered clips" if args.data_dir is None else str(args.data_dir)}
-    results = {"settings": settings, "comparisons": horizons, "pairs": scores}
+    results = {"settings": settings, "comparisons": comparisons, "pairs": scores}
     write_file(args.work_dir / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
-    rows = [row for rows in horizons.values() for row in rows]
-    print(format_table(horizons))
-    for horizon, of_horizon in horizons.items():
-        for row in of_horizon:
+    rows = [row for rows in comparisons.values() for row in rows]
+    print(format_table(comparisons))
+    for frames, compared in comparisons.items():
+        for row in compared:
             if row["task"] == ALL_TASKS:
-                print(answer(horizon, row))
+                print(answer(frames, row))
     print(how_to_read(len(rows), len(args.seeds), rendered=args.data_dir is None))
     print(f"every pair's scores: {args.work_dir / 'results.json'}")
 

@@ -100,7 +100,7 @@ def add_frame_options(add: argparse._ActionsContainer, defaults: bool = True, pr
     With `progress` these include where the progress in prompts comes from, and the estimator's directory.
     """
     start, target = (DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX) if defaults else (None, None)
-    start_help = f"frame that is given, or '{ANY}': each in turn ({DEFAULT_INPUT_FRAME_IDX})"
+    start_help = f"frame that is given, or '{ANY}': drawn for each video ({DEFAULT_INPUT_FRAME_IDX})"
     add.add_argument("--input_frame_idx", type=start_frame, default=start, help=start_help)
     target_help = f"frame to predict ({DEFAULT_TARGET_FRAME_IDX})"
     add.add_argument("--target_frame_idx", type=number(at_least=0, at_most=999_999), default=target, help=target_help)

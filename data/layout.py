@@ -44,7 +44,7 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interruption:
-        where = f" {interruption}" if str(interruption) else ": run the same command again to continue"
+        where = f" {interruption}" if str(interruption) else ": run the same command again"
         if rank == "0":
             print(f"interrupted{where}", file=sys.stderr)
         sys.exit(getattr(interruption, "exit_status", 130))

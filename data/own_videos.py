@@ -156,6 +156,13 @@ def assign_splits(rows: list[dict[str, str]], val_fraction: float) -> dict[str, 
 # The command.
 
 
+def check_lists_are_own(data_dir: Path) -> None:
+    """Raise UserError where the data directory lists other videos, Something-Something's, which would be lost."""
+    for path in (layout.filtered_annotations_path(data_dir, split) for split in SPLITS):
+        if path.is_file() and any("file" not in entry for entry in layout.read_annotations(path)):
+            raise UserError(f"{path} lists other videos than your own: name another --data_dir")
+
+
 def check_id_is_free(data_dir: Path, video_id: str, source: Path) -> None:
     """Raise UserError where the data directory has another video of this id, whose frames may be there too."""
     present = layout.find_video(data_dir, video_id)
@@ -196,6 +203,7 @@ def main() -> None:
     for row, video_id in zip(rows, make_ids([row["file"] for row in rows])):
         row["id"] = video_id
     chosen = assign_splits(rows, args.val_fraction)
+    check_lists_are_own(args.data_dir)
     for row, source in zip(rows, sources):
         check_id_is_free(args.data_dir, row["id"], source)
 

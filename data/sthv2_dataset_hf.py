@@ -173,15 +173,13 @@ def find_frame_pairs(
     entries: Sequence[dict[str, Any]],
     frames_folder: Path,
     choice: FrameChoice = DEFAULT_CHOICE,
-    target_required: bool = True,
     seed: int = 0,
 ) -> tuple[list[FramePair], list[tuple[str, str]]]:
     """One pair of frames of each entry of filtered annotations; where a video offers several, `seed` draws it.
 
-    Returns the pairs, and (video id, reason) for each video that lacks a frame. Without `target_required` a missing
-    target frame of a given start is None instead of a reason. Raises UserError as `find_clips` does.
+    Returns the pairs, and (video id, reason) for each video that lacks a frame. Raises UserError as `find_clips` does.
     """
-    clips, left_out = find_clips(entries, frames_folder, choice, target_required=target_required)
+    clips, left_out = find_clips(entries, frames_folder, choice)
     return draw_pairs(clips, choice, seed), left_out
 
 

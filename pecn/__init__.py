@@ -1,7 +1,10 @@
 """The method: models, encoding, training, sampling, scoring. All modules but sampling_options load torch."""
 
 import os
+from pathlib import Path
 
+# Where downloaded models lie; what reads these variables is imported later.
+os.environ.setdefault("HF_HUB_CACHE", str(Path(__file__).parents[1] / ".cache/huggingface/hub"))
 for _library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes, as that torchvision is missing, are of no use here
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 if os.environ.get("HF_ENDPOINT"):  # a mirror; Xet, which is read on import, would fetch large files from elsewhere

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -179,6 +180,11 @@ def order_of_epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
+def leave_sigterm_to_the_main_process(_worker: int) -> None:
+    """In a worker, in place of torch's handler: a signal to all processes would end it before the step is saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def load_batches(
     batches: TrainingBatches,
     steps_done: int,
@@ -197,6 +203,7 @@ def load_batches(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if num_workers else None,  # other ways would copy the files' content
+        worker_init_fn=leave_sigterm_to_the_main_process,
     )
     for batch in loader:
         prompts = batch.pop("prompts", None)

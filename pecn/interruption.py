@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT) and SIGTERM as requests to stop at a point where nothing is lost."""
+"""Ctrl-C (SIGINT), SIGTERM and a closed terminal (SIGHUP) as requests to stop at a point where nothing is lost."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Receives SIGINT and SIGTERM for the process that makes it.
+    """Receives SIGINT, SIGTERM and SIGHUP for the process that makes it; the last only if it is not ignored (nohup).
 
-    A signal raises `Interrupted` at once, except inside `deferred()`, where it is noted for `agree()` to tell. A
-    second SIGINT then ends the process on the spot, with nothing more saved. A further SIGTERM does not: launchers
-    pass on as SIGTERM what the terminal has sent to all processes already.
+    A signal raises `Interrupted` at once, except inside `deferred()`, where it is noted for `agree()` to tell. After
+    a SIGINT another one, or a SIGTERM, ends the process on the spot, with nothing more saved: torch's launcher passes
+    the first Ctrl-C on as SIGINT and the second as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -39,20 +39,21 @@ class StopRequest:
         # A group of its own, on the CPU: asking at every step must not wait for the GPU.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if distributed else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
             return  # a data loading process, which ends with the one that it serves
         if not self.is_deferred:
             raise Interrupted(number)
-        if number == self.signal_number == signal.SIGINT:
-            write_error_line("stopped without saving; the last complete checkpoint remains")
-            os._exit(128 + number)
         if self.signal_number != signal.SIGINT:
             self.signal_number = number
             write_error_line("stopping: this step is finished and saved first; Ctrl-C again stops without saving")
+        elif number != signal.SIGHUP:
+            write_error_line("stopped without saving; the last complete checkpoint remains")
+            os._exit(128 + signal.SIGINT)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

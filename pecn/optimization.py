@@ -22,10 +22,12 @@ from pecn.diffusion import diffusion_loss
 
 LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device
 MANY_SKIPPED = 20  # steps in a row: halving in each, fp16's scale has come from 65,536 to below 1
+# A resumed run keeps both, and takes the same steps again.
 HOW_TO_KEEP_FINITE = (
-    "training stopped, earlier checkpoints are untouched. Lower LEARNING_RATE, or use bf16 or no mixed precision"
+    "earlier checkpoints are untouched, but go on to the same. Start in another OUTPUT_DIR with a lower LEARNING_RATE,"
+    " or with bf16 or no mixed precision"
 )
-WHY_SKIPPED = "gradients are not finite in fp16; use MIXED_PRECISION=bf16, or no"
+WHY_SKIPPED = "gradients are not finite in fp16; start in another OUTPUT_DIR with MIXED_PRECISION=bf16, or no"
 
 
 def trained_weights(unet: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -22,7 +22,7 @@ def clips(tmp_path_factory):
 
 
 def test_quick_run_prints_every_alternative_and_stage(clips):
-    done = run("python", "-m", "benchmarks.extract_frames", "--quick", "--num_clips", 4, "--num_rounds", 1,
+    done = run("python", "-m", "benchmarks.extract_frames", "--quick", "--num_clips", 4, "--rounds", 1,
                "--num_workers", 1, "--clips_dir", clips.folder)  # fmt: skip
     rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("| ")}
     assert {extract_frames.PLAIN, extract_frames.OURS, "decode (the floor)", "resize", "PNG", "write"} <= set(rows)

@@ -75,6 +75,7 @@ def command_line(data_dir: Path, model: Path, output_dir: Path, *options: object
     words += ["--resolution", SIDE, "--train_batch_size", 4, "--learning_rate", 1e-3, "--num_validation_images", 0]
     # By themselves checkpoints of so small a model come every few seconds.
     words += ["--max_train_steps", STEPS, "--checkpointing_steps", 500]
+    words += ["--checkpoints_total_limit", STEPS]
     return [str(word) for word in [*words, *options]]
 
 
@@ -164,7 +165,7 @@ def test_a_signal_before_the_first_step_gets_one_line(start, tmp_path):
     training.when(lambda: (data_dir / "encoded_cache").is_dir(), signal.SIGTERM)
     status, printed = training.end()
     assert status == 128 + signal.SIGTERM
-    assert last_line(printed) == "interrupted: run the same command again to continue"
+    assert last_line(printed) == "interrupted: run the same command again"
     assert not list((data_dir / "encoded_cache").glob("tmp*"))
 
 
@@ -210,7 +211,8 @@ def launch_by_hand(data_dir: Path, model: Path, output_dir: Path) -> list[object
     ("number", "whole_group", "processes"),
     [
         pytest.param(signal.SIGINT, True, 1, id="Ctrl-C"),
-        pytest.param(signal.SIGTERM, False, 1, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, True, 1, id="SIGTERM to the data loader's process, too"),
+        pytest.param(signal.SIGHUP, True, 1, id="closed terminal"),
         pytest.param(signal.SIGINT, True, 2, id="Ctrl-C, two processes"),
         pytest.param(signal.SIGTERM, False, 2, id="SIGTERM, two processes"),
         pytest.param(signal.SIGINT, True, 0, id="Ctrl-C, launched by hand"),
@@ -221,6 +223,8 @@ def test_interrupted_training_saves_a_checkpoint(number, whole_group, processes,
     output_dir, log = tmp_path / "output", tmp_path / "log"
     variables = {"DATA_DIR": data_dir, "PRETRAINED_MODEL": tiny_model, "OUTPUT_DIR": output_dir, "RESOLUTION": SIDE}
     variables |= {"MAX_TRAIN_STEPS": 5000, "NUM_VALIDATION_IMAGES": 0, "NUM_PROCESSES": processes, "BATCH_SIZE": 1}
+    if processes == 1:
+        variables["EXTRA_ARGS"] = "--dataloader_num_workers 1"
     command = ["bash", "train_instruct_pix2pix.sh"] if processes else launch_by_hand(data_dir, tiny_model, output_dir)
     status = interrupt(command, number, log, whole_group, **variables)
     *_, step = checkpoint_steps(output_dir)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.layout import SPLITS, filtered_annotations_path, find_video, read_filtered_annotations
+from data.layout import SPLITS, filtered_annotations_path, find_video, read_filtered_annotations, write_annotations
 from tests.conftest import SIDE, run
 from tests.test_video_loader import write_video
 
@@ -144,3 +144,13 @@ def test_frames_of_another_video_are_never_taken_for_those_of_this_one(prepare, 
     (tmp_path / "mine" / "videos" / "shut.mp4").write_bytes(b"another")
     done = prepare(csv_of(["shut.avi", "pour_milk.mp4"]), check=False)
     assert done.returncode == 1 and "shut.mp4 is another video than" in done.stderr
+
+
+def test_the_lists_of_other_videos_are_not_replaced(prepare, tmp_path):
+    path = filtered_annotations_path(tmp_path / "mine", "val")
+    path.parent.mkdir(parents=True)
+    write_annotations(path, [{"id": "74225", "label": "moving a cup up", "task": "move_object"}])
+    before = path.read_bytes()
+    done = prepare(csv_of(["shut.avi", "pour_milk.mp4"]), check=False)
+    assert done.returncode == 1 and f"{path} lists other videos than your own" in done.stderr
+    assert path.read_bytes() == before

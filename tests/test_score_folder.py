@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.frame_choice import DEFAULT_CHOICE
 from data.layout import filtered_annotations_path, frames_dir, read_annotations
-from data.sthv2_dataset_hf import find_frame_pairs
+from data.sthv2_dataset_hf import draw_pairs, find_clips
 from pecn.pictures import save_results
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import SamplingOptions
@@ -26,9 +27,10 @@ def score(data_dir, *options, check=True):
 def sampled(data_dir, tmp_path_factory):
     """What sampling leaves: four pairs, one of which has no target."""
     entries = read_annotations(filtered_annotations_path(data_dir, "val"))
-    pairs, _ = find_frame_pairs(entries, frames_dir(data_dir, SIDE), target_required=False)
+    clips, _ = find_clips(entries, frames_dir(data_dir, SIDE), DEFAULT_CHOICE, target_required=False)
     options = SamplingOptions(num_inference_steps=1, num_predictions=2)
     folder = tmp_path_factory.mktemp("sampled")
+    pairs = draw_pairs(clips, DEFAULT_CHOICE, seed=0)
     save_results(predict_pairs(make_tiny_pipeline(), pairs, 42, 4, options, show_progress=False), folder, "")
     return folder
 

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.frame_choice import ORACLE, FrameChoice, frame_choice
+from data.frame_choice import DEFAULT_CHOICE, ORACLE, FrameChoice, frame_choice
 from data.layout import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
 from data.sthv2_dataset_hf import (
     action_progress,
     build_prompt,
     derive_seed,
     describe_left_out,
-    find_frame_pairs,
+    draw_pairs,
+    find_clips,
     frame_pairs_dataset,
     load_frame_pairs,
     swap_left_and_right,
@@ -118,8 +119,9 @@ def test_many_left_out_stay_one_readable_line():
 
 def test_target_may_be_missing_where_it_is_only_predicted(data_dir):
     entries = read_annotations(filtered_annotations_path(data_dir, "val"))
-    pairs, left_out = find_frame_pairs(entries, frames_dir(data_dir, SIDE), target_required=False)
+    clips, left_out = find_clips(entries, frames_dir(data_dir, SIDE), DEFAULT_CHOICE, target_required=False)
     assert left_out == []
+    pairs = draw_pairs(clips, DEFAULT_CHOICE, seed=0)
     assert [pair.video_id for pair in pairs if pair.edited_image is None] == ["val_short"]
     assert frame_pairs_dataset(pairs)[3]["edited_image"] is None
 
