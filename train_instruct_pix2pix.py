@@ -100,7 +100,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("speed and memory").add_argument
     precisions = ["auto", "no", "fp16", "bf16"]
-    precision_help = "auto: bf16 where the GPU has it, else fp16; both become no on a CPU"
+    precision_help = "auto: bf16 where the GPU or CPU is fast in it, else fp16 (on a CPU no)"
     add("--mixed_precision", choices=precisions, help=f"{precision_help} (what accelerate is configured for)")
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")

@@ -29,9 +29,12 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if on_cpu:
+        # For the short sequences of a frame's latents plain steps are faster than torch's fused attention.
+        torch.backends.cuda.enable_flash_sdp(False)
     if mixed_precision in ("auto", "fp16") and on_cpu:
-        mixed_precision = "no"
-        state.print("no GPU found: training on the CPU without mixed precision")
+        mixed_precision = "bf16" if mixed_precision == "auto" and cpu_is_fast_in_bf16() else "no"
+        state.print(f"no GPU found: training on the CPU, mixed precision: {mixed_precision}")
     elif mixed_precision == "auto":
         mixed_precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     accelerator = Accelerator(
@@ -58,6 +61,11 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolutions are found once
     return accelerator
+
+
+def cpu_is_fast_in_bf16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16 (AMX, AVX-512 BF16), without which it is slow in it."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def is_first_process() -> bool:

@@ -69,6 +69,7 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
         "RESOLUTION": SIDE,
         "OUTPUT_DIR": tmp_path / "model",
         "MAX_TRAIN_STEPS": 2,
+        "MIXED_PRECISION": "fp16",
         "NUM_VALIDATION_IMAGES": 1,
         "NUM_INFERENCE_STEPS": 1,
         "NUM_PREDICTIONS": 3,  # two would be equally near to their mean
@@ -77,12 +78,12 @@ def test_training_script_trains_and_logs_and_sampling_script_samples(data_dir, t
     }
     script = PROJECT / "train_instruct_pix2pix.sh"
     done = run("bash", "-c", f"cd {tmp_path} && bash {script}", **variables)
-    assert "training on the CPU without mixed precision" in done.stdout
+    assert "training on the CPU, mixed precision: no" in done.stdout
     log = (tmp_path / "model" / "train.log").read_text()
     assert "training on 6 frame pairs" in log and "the trained pipeline is in" in log
     arguments = json.loads((tmp_path / "model" / "training_config.json").read_text())["arguments"]
     assert (arguments["add_progress"], arguments["global_batch_size"]) == (True, 16)
-    assert arguments["mixed_precision"] == "no"  # what auto has become
+    assert arguments["mixed_precision"] == "no"  # what fp16 has become
     assert arguments["learning_rate"] == 5e-6
     assert (arguments["num_inference_steps"], arguments["residual"]) == (1, False)  # of the validation
     sampling = f"MODEL_DIR={tmp_path / 'model'} bash sample_from_pix2pix.sh"

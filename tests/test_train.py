@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from data.layout import UserError
 from data.sthv2_dataset_hf import load_frame_pairs
 from pecn.model import create_hub_repository, encode_pictures, encode_prompts, load_pipeline, upload
+from pecn.processes import cpu_is_fast_in_bf16
 from pecn.sampling import denoise
 from pecn.sampling_options import SamplingOptions
 from tests.conftest import LABELS, SIDE, make_tiny_pipeline, run, scalars
@@ -265,21 +266,20 @@ def test_a_noise_model_becomes_a_velocity_model_that_predicts_in_one_step(data_d
 
 
 def test_options_work_together(data_dir, tmp_path):
-    """A plain 4-channel model, EMA, accumulation, mirrored pairs, a schedule with warm-up, bfloat16, workers, …"""
+    """A plain 4-channel model, EMA, accumulation, mirrored pairs, a schedule with warm-up, a precision, workers, …"""
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     model = tmp_path / "model"
     make_tiny_pipeline(in_channels=4, prediction_type="v_prediction").save_pretrained(model)
     options = "--use_ema --random_flip --gradient_accumulation_steps 2 --lr_scheduler constant --lr_warmup_steps 4"
-    options += (
-        " --snr_gamma 5 --gradient_checkpointing --scale_lr --mixed_precision bf16 --allow_tf32 --max_train_samples 3"
-    )
-    options += (
-        " --dataloader_num_workers 1 --num_validation_images 1 --learning_rate 1e-4 --use_ema --hub_token hf_secret"
-    )
+    options += " --snr_gamma 5 --gradient_checkpointing --scale_lr --mixed_precision auto --allow_tf32"
+    options += " --max_train_samples 3 --dataloader_num_workers 1 --num_validation_images 1 --learning_rate 1e-4"
+    options += " --hub_token hf_secret"
     output_dir = tmp_path / "output"
     done = train(data_dir, model, output_dir, *options.split())
     assert "training on 3 frame pairs" in done.stdout
+    precision = "bf16" if cpu_is_fast_in_bf16() else "no"
+    assert f"training on the CPU, mixed precision: {precision}" in done.stdout
     rates = scalars(output_dir / "logs", "train/learning_rate")
     assert rates == pytest.approx({step: 8e-4 * min(1, (step - 1) / 4) for step in range(1, STEPS + 1)})
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data.layout import UserError, one_line, whole_or_absent
 from data.sthv2_dataset_hf import derive_seed
 from pecn.optimization import MovingAverage, averaged_weights, create_lr_scheduler, create_optimizer
+from pecn.processes import cpu_is_fast_in_bf16
 
 BETAS, MAX_GRAD_NORM, EMA_DECAY = (0.9, 0.99), 1.0, 0.999
 LOG_EVERY = 10  # steps; reading a loss waits for the device
@@ -108,12 +109,12 @@ def load_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, int])
 
 @contextmanager
 def fast_arithmetic(device: torch.device) -> Iterator[None]:
-    """bfloat16 where it is fast: on a GPU, and on a CPU that knows its products (AVX-512 BF16, AMX). Elsewhere float32.
+    """bfloat16 where it is fast: on a GPU, and on CPUs with instructions for it. Elsewhere float32.
 
     On a CPU attention is computed in plain steps, which for these short sequences are faster than torch's fused ones.
     """
     on_cpu = device.type == "cpu"
-    fast = not on_cpu or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = not on_cpu or cpu_is_fast_in_bf16()
     attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
     with torch.autocast(device.type, torch.bfloat16, enabled=fast), attention:
         yield
