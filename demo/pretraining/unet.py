@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch.nn.functional import avg_pool2d
 from torch.utils.tensorboard import SummaryWriter
 
 from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
@@ -20,6 +21,8 @@ from pecn.model import encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
 LAST_TIMESTEP = 0.4  # share of the samples that are all noise, where motion is decided
+WINDOW = 16  # side of the windows of latents that most steps train on
+WHOLE_FRAMES = 0.25  # share of the steps that train on whole frames
 
 
 def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[str]]:
@@ -34,6 +37,22 @@ def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> t
         progress = action_progress(start, clip.num_frames) if rng.random() < TOLD else None
         prompts.append(build_prompt(clip.label, progress, horizon if rng.random() < TOLD else None))
     return inputs, targets, prompts
+
+
+def moving_windows(moments: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    """Of each pair of frames, moments (B, 2 C, h, w), the same window (B, 2 C, WINDOW, WINDOW).
+
+    Its place is drawn in proportion to the squared change of the latents' means in it: little happens elsewhere.
+    """
+    input_means, target_means = (each.chunk(2, dim=1)[0] for each in moments)
+    change = (target_means - input_means).square().mean(dim=1, keepdim=True)
+    in_window = avg_pool2d(change, WINDOW, stride=1)
+    width = in_window.shape[-1]
+    places = torch.multinomial(in_window.flatten(1) + 1e-6, 1, generator=generator).flatten().tolist()
+    corners = [divmod(place, width) for place in places]
+    return [
+        torch.stack([one[:, y : y + WINDOW, x : x + WINDOW] for one, (y, x) in zip(each, corners)]) for each in moments
+    ]
 
 
 def noised_batch(
@@ -81,7 +100,10 @@ def unet_batch(
     latents = pick_size(sizes, rng)
     inputs, targets, prompts = draw_pairs(latents.training, batch_size, rng)
     moments = [torch.from_numpy(latents.rows[rows].astype(np.float32)) for rows in (inputs, targets)]
-    return noised_batch(pipeline, *moments, prompts, step_generator(seed, "unet", step))
+    generator = step_generator(seed, "unet", step)
+    if rng.random() >= WHOLE_FRAMES:
+        moments = moving_windows(moments, generator)
+    return noised_batch(pipeline, *moments, prompts, generator)
 
 
 def train_unet(
