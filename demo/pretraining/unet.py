@@ -20,7 +20,7 @@ from pecn.diffusion import conditioning_dropout, diffusion_loss
 from pecn.model import encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
-LAST_TIMESTEP = 0.4  # share of the samples that are all noise, where motion is decided
+LAST_TIMESTEP = 0.2  # share of the samples that are all noise, where motion is decided
 WINDOW = 16  # side of the windows of latents that most steps train on
 WHOLE_FRAMES = 0.25  # share of the steps that train on whole frames
 
