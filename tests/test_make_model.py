@@ -27,7 +27,7 @@ from demo.pretraining.clips import (
 from demo.pretraining.recipe import pretrain
 from demo.pretraining.text_encoder import TEMPLATES, read_sentences, sentence_batch
 from demo.pretraining.tokenizer import build_tokenizer
-from demo.pretraining.unet import draw_pairs, noised_batch, unet_batch
+from demo.pretraining.unet import WINDOW, draw_pairs, moving_windows, noised_batch, unet_batch
 from demo.pretraining.untrained import build_pipeline, count_parameters
 from demo.pretraining.vae import encode_all, vae_batch
 from demo.renderer.clip import plan_clip
@@ -249,19 +249,36 @@ def test_training_steps_are_functions_of_the_seed_and_the_step(frames):
     assert {vae_batch(frames, step, 0, 4, cropped=False).shape[1] for step in range(30)} == {96, 128}
 
     pipeline = build_pipeline(seed=0)
-    rows = np.random.default_rng(0).normal(size=(len(frames[0].rows), 8, 4, 4)).astype(np.float16)
+    rows = np.random.default_rng(0).normal(size=(len(frames[0].rows), 8, 24, 24)).astype(np.float16)
     latents = [StoredClips(frames[0].held_out, frames[0].training, rows)]
     batch, again, other = (unet_batch(pipeline, latents, step, 0, 512) for step in (7, 7, 8))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert not any(torch.equal(batch[name], other[name]) for name in batch)
     late, last = ((batch["timesteps"] >= first).float().mean().item() for first in (500, 999))
-    assert last == pytest.approx(0.42, abs=0.06) and late == pytest.approx(0.4 + 0.6 * 0.5**0.5, abs=0.06)
+    assert last == pytest.approx(0.22, abs=0.06) and late == pytest.approx(0.2 + 0.8 * 0.5**0.5, abs=0.06)
     no_image = (batch["image_latents"] == 0).flatten(1).all(dim=1)
     with torch.no_grad():
         empty = encode_prompts(pipeline, [""])
     no_text = torch.isclose(batch["prompt_embeds"], empty, atol=1e-4).flatten(1).all(dim=1)
     for dropped in (no_image & ~no_text, no_image & no_text, ~no_image & no_text):
         assert dropped.float().mean().item() == pytest.approx(0.05, abs=0.03)
+
+
+def test_most_steps_train_on_the_same_window_of_both_frames_where_something_moves(frames):
+    rows = np.zeros((len(frames[0].rows), 8, 24, 24), np.float16)
+    rows[:, 0] = np.arange(24 * 24).reshape(24, 24)  # where a value comes from
+    rows[1::2, 1, 20:, 20:] = 1  # what changes between two frames an odd number apart
+    even, odd = (torch.from_numpy(rows[row : row + 1].astype(np.float32)).repeat(64, 1, 1, 1) for row in (0, 1))
+    windows = moving_windows([even, odd], torch.Generator().manual_seed(0))
+    assert all(window.shape == (64, 8, WINDOW, WINDOW) for window in windows)
+    assert torch.equal(windows[0][:, 0], windows[1][:, 0])
+    assert (windows[1][:, 1] == 1).flatten(1).any(dim=1).all()
+    nothing_moves = moving_windows([even, even], torch.Generator().manual_seed(0))
+    assert len(nothing_moves[0][:, 0, 0, 0].unique()) > 20
+
+    pipeline, latents = build_pipeline(seed=0), [StoredClips(frames[0].held_out, frames[0].training, rows)]
+    sides = [unet_batch(pipeline, latents, step, 0, 4)["target_latents"].shape[-1] for step in range(60)]
+    assert set(sides) == {WINDOW, 24} and sides.count(WINDOW) / len(sides) == pytest.approx(0.75, abs=0.15)
 
 
 def test_the_loss_of_a_batch_is_the_mean_squared_error_of_its_velocity():
