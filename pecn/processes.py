@@ -29,9 +29,6 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if on_cpu:
-        # For the short sequences of a frame's latents plain steps are faster than torch's fused attention.
-        torch.backends.cuda.enable_flash_sdp(False)
     if mixed_precision in ("auto", "fp16") and on_cpu:
         mixed_precision = "bf16" if mixed_precision == "auto" and cpu_is_fast_in_bf16() else "no"
         state.print(f"no GPU found: training on the CPU, mixed precision: {mixed_precision}")

@@ -100,8 +100,9 @@ def execute_script(
 
 
 def hear_ctrl_c() -> None:
-    """For `preexec_fn`: tests that run in the background ignore SIGINT, and so would the command."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """For `preexec_fn`: tests that run in the background ignore SIGINT or SIGHUP, and so would the command."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def write_frames(data_dir: Path, video_id: str, indices: range, side: int = SIDE, seed: int = 0) -> None:

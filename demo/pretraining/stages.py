@@ -9,18 +9,23 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.layout import UserError, one_line, whole_or_absent
 from data.sthv2_dataset_hf import derive_seed
-from pecn.optimization import MovingAverage, averaged_weights, create_lr_scheduler, create_optimizer
+from pecn.optimization import (
+    MovingAverage,
+    averaged_weights,
+    create_lr_scheduler,
+    create_optimizer,
+    fast_attention,
+)
 from pecn.processes import cpu_is_fast_in_bf16
 
 BETAS, MAX_GRAD_NORM, EMA_DECAY = (0.9, 0.99), 1.0, 0.999
@@ -109,14 +114,9 @@ def load_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, int])
 
 @contextmanager
 def fast_arithmetic(device: torch.device) -> Iterator[None]:
-    """bfloat16 where it is fast: on a GPU, and on CPUs with instructions for it. Elsewhere float32.
-
-    On a CPU attention is computed in plain steps, which for these short sequences are faster than torch's fused ones.
-    """
-    on_cpu = device.type == "cpu"
-    fast = not on_cpu or cpu_is_fast_in_bf16()
-    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast), attention:
+    """bfloat16 where it is fast: on a GPU, and on CPUs with instructions for it. Elsewhere float32."""
+    in_bf16 = device.type != "cpu" or cpu_is_fast_in_bf16()
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16), fast_attention(device, in_bf16):
         yield
 
 

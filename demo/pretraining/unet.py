@@ -20,7 +20,7 @@ from pecn.diffusion import conditioning_dropout, diffusion_loss
 from pecn.model import encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
-LAST_TIMESTEP = 0.2  # share of the samples that are all noise, where motion is decided
+LAST_TIMESTEP = 0.1  # share of the samples that are all noise, where motion is decided
 WINDOW = 16  # side of the windows of latents that most steps train on
 WHOLE_FRAMES = 0.25  # share of the steps that train on whole frames
 
@@ -72,9 +72,8 @@ def noised_batch(
     posterior_noise, noise = torch.randn(2, *posterior.mean.shape, generator=generator)
     drop_text, drop_image = conditioning_dropout(torch.rand(len(prompts), generator=generator), dropout)
     num_timesteps = pipeline.scheduler.config.num_train_timesteps
-    # The others have any timestep, late ones more often: what lies where and its color are decided there.
-    early = torch.rand(len(prompts), generator=generator).square()
-    timesteps = ((1 - early) * num_timesteps).long().clamp(max=num_timesteps - 1)
+    # The others have any timestep: late ones decide what lies where, early ones its color and detail.
+    timesteps = torch.randint(num_timesteps, (len(prompts),), generator=generator)
     timesteps[torch.rand(len(prompts), generator=generator) < last_timestep] = num_timesteps - 1
     latents = {
         "target_latents": (posterior.mean + posterior.std * posterior_noise) * pipeline.vae.config.scaling_factor,
