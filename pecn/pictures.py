@@ -118,8 +118,8 @@ def describe_gain(gain: float) -> str:
 def choose_for_overview(gains: Sequence[float | None]) -> list[tuple[int, str]]:
     """The pairs to show, best first: (index, title) of the best, median and worst ones by their `psnr_gain`.
 
-    Up to three times OVERVIEW_PER_GROUP pairs are all shown. Pairs without a target (None) are shown only where
-    no pair has one.
+    Up to three times OVERVIEW_PER_GROUP pairs are all shown. Pairs of which there is none (no target, or nothing
+    moves) are shown only where no pair has one.
     """
     ranked = sorted((index for index, gain in enumerate(gains) if gain is not None), key=lambda i: -gains[i])
     if not ranked:

@@ -140,11 +140,8 @@ def _score_region(
 
 
 def psnr_gain(scores: dict[str, Any]) -> float | None:
-    """How many dB the sample is above copying, where something moves if anything does; None without a target."""
-    if scores["psnr"] is None:
-        return None
-    of_pair = (scores["moving"] or scores)["psnr"]
-    return of_pair["sample"] - of_pair["copy"]
+    """How many dB the sample is above copying where something moves; None without a target, or if nothing moves."""
+    return scores["moving"] and scores["moving"]["psnr"]["sample"] - scores["moving"]["psnr"]["copy"]
 
 
 # Statistics.
