@@ -64,9 +64,9 @@ start() {
     cd "${HOSTS[$1]}"
     # Only to this script is the machine's name one of its own.
     exec ip netns exec "${HOSTS[$1]}" unshare --uts bash -c 'hostname "$0"; exec "$@"' "${HOSTS[$1]}" \
-      env ACCELERATE_CONFIG=accelerate.yaml GLOO_SOCKET_IFNAME=eth0 DATA_DIR=data/tiny PRETRAINED_MODEL=model \
-      OUTPUT_DIR="$2" RESUME="${3:-}" RESOLUTION=64 BATCH_SIZE=1 MAX_TRAIN_STEPS="$STEPS" NUM_VALIDATION_IMAGES=0 \
-      CHECKPOINTS_TOTAL_LIMIT=1 \
+      env OMP_NUM_THREADS=1 ACCELERATE_CONFIG=accelerate.yaml GLOO_SOCKET_IFNAME=eth0 DATA_DIR=data/tiny \
+      PRETRAINED_MODEL=model OUTPUT_DIR="$2" RESUME="${3:-}" RESOLUTION=64 BATCH_SIZE=1 MAX_TRAIN_STEPS="$STEPS" \
+      NUM_VALIDATION_IMAGES=0 CHECKPOINTS_TOTAL_LIMIT=1 \
       bash train_instruct_pix2pix.sh
   ) > "$1-$2.log" 2>&1 &
 }
