@@ -11,7 +11,7 @@ STEPS=${STEPS:-60}                   # of 2 samples; training is interrupted as 
 HOSTS=(pecn-first pecn-second)       # namespaces, host names, and folders in OUTPUT
 ADDRESSES=(10.99.77.1 10.99.77.2)
 
-if (( EUID != 0 )); then 
+if (( EUID != 0 )); then
   echo 'error: network namespaces need root: sudo env "PATH=$PATH" bash benchmarks/two_hosts.sh' >&2
   exit 1
 fi

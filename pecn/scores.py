@@ -141,7 +141,10 @@ def _score_region(
 
 def psnr_gain(scores: dict[str, Any]) -> float | None:
     """How many dB the sample is above copying where something moves; None without a target, or if nothing moves."""
-    return scores["moving"] and scores["moving"]["psnr"]["sample"] - scores["moving"]["psnr"]["copy"]
+    if scores["moving"] is None:
+        return None
+    of_pair = scores["moving"]["psnr"]
+    return of_pair["sample"] - of_pair["copy"]
 
 
 # Statistics.

@@ -159,24 +159,6 @@ def test_second_ctrl_c_ends_at_once_and_half_a_checkpoint_never_counts(start, tm
     assert not unfinished(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("signals", "status"), [("INT TERM", 130), ("INT INT", 130), ("TERM TERM HUP", 0), ("HUP INT", 0), ("INT HUP", 0)]
-)
-def test_which_second_signal_ends_at_once(signals, status):
-    """Torch's launcher passes the first Ctrl-C on as SIGINT, the second as SIGTERM."""
-    code = f"""
-import os, signal
-from pecn.interruption import StopRequest
-request = StopRequest()
-with request.deferred():
-    for name in {signals.split()}:
-        os.kill(os.getpid(), signal.Signals["SIG" + name])
-"""
-    done = run("python", "-c", code, check=False)
-    assert done.returncode == status
-    assert ("stopped without saving" in done.stderr) == (status == 130)
-
-
 def test_a_signal_before_the_first_step_gets_one_line(start, tmp_path):
     data_dir = make_data_dir(tmp_path / "data")
     training = start(tmp_path / "output", data_dir=data_dir)
@@ -229,6 +211,7 @@ def launch_by_hand(data_dir: Path, model: Path, output_dir: Path) -> list[object
     ("number", "whole_group", "processes"),
     [
         pytest.param(signal.SIGINT, True, 1, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, False, 1, id="SIGTERM"),
         pytest.param(signal.SIGTERM, True, 1, id="SIGTERM to the data loader's process, too"),
         pytest.param(signal.SIGHUP, True, 1, id="closed terminal"),
         pytest.param(signal.SIGINT, True, 2, id="Ctrl-C, two processes"),

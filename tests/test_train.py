@@ -265,6 +265,13 @@ def test_a_noise_model_becomes_a_velocity_model_that_predicts_in_one_step(data_d
     assert scheduler["timestep_spacing"] == "trailing"
 
 
+def test_an_adapter_has_a_learning_rate_of_its_own(data_dir, tiny_model, tmp_path):
+    command = ["python", "train_instruct_pix2pix.py", "--train_data_dir", data_dir, "--resolution", SIDE]
+    command += ["--pretrained_model_name_or_path", tiny_model, "--output_dir", tmp_path, "--use_lora"]
+    run(*command, "--max_train_steps", 1, "--num_validation_images", 0)
+    assert json.loads((tmp_path / "training_config.json").read_text())["arguments"]["learning_rate"] == 1e-4
+
+
 def test_options_work_together(data_dir, tmp_path):
     """A plain 4-channel model, EMA, accumulation, mirrored pairs, a schedule with warm-up, a precision, workers, …"""
     from diffusers import StableDiffusionInstructPix2PixPipeline
