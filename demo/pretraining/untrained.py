@@ -68,7 +68,7 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 128, 160),
+        block_out_channels=(128, 128, 160),
         layers_per_block=1,
         norm_num_groups=16,
         attention_head_dim=4,
