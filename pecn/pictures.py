@@ -141,10 +141,14 @@ def titled(picture: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([np.asarray(bar), picture])
 
 
+def names_in_strip(prediction: Prediction) -> list[str]:
+    """Which frames `strip_of_frames` shows, from left to right."""
+    return [name for name in ("input", "sample", "expected", "target") if getattr(prediction, name) is not None]
+
+
 def strip_of_frames(prediction: Prediction) -> np.ndarray:
     """Input, sample, expected frame and target side by side, those that there are, twice their size; uint8 RGB."""
-    frames = (prediction.input, prediction.sample, prediction.expected, prediction.target)
-    strip = np.concatenate([frame for frame in frames if frame is not None], axis=1)
+    strip = np.concatenate([getattr(prediction, name) for name in names_in_strip(prediction)], axis=1)
     strip = Image.fromarray(strip).resize((2 * strip.shape[1], 2 * strip.shape[0]), Image.Resampling.BICUBIC)
     return np.asarray(strip)
 
@@ -244,7 +248,8 @@ def save_results(
                 comparison = new / SAMPLES / records[index]["video_id"] / "comparison.png"
                 overview.append(titled(np.asarray(Image.open(comparison)), title))
             save_picture(new / "overview.png", np.concatenate(overview))
-            save_picture(new / "random_pairs.png", sheet_of_strips(strips))
+            sheet = titled(sheet_of_strips(strips), f"from left to right: {', '.join(names_in_strip(prediction))}")
+            save_picture(new / "random_pairs.png", sheet)
             save_scores_plot(new / "scores.png", records, note)
             metrics = {"summary": summarize(records), "samples": records}
             text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)

@@ -15,6 +15,8 @@ from PIL import Image
 import pecn.pictures
 from data.layout import UserError
 from pecn.pictures import (
+    GAP,
+    LINE_HEIGHT,
     check_output_dir,
     choose_for_overview,
     color_map,
@@ -197,10 +199,12 @@ def test_sheet_shows_the_first_pairs_two_in_a_row(tmp_path):
     made = [result(number) for number in range(22)]
     save_results(made, tmp_path, "model")
     sheet, side = np.asarray(Image.open(tmp_path / "random_pairs.png")), 2 * made[0].input.shape[0]
-    height, width = sheet.shape[0] // 10, sheet.shape[1] // 2
+    bar = LINE_HEIGHT + GAP  # with the columns' names above all, and with the sentence above each pair
+    height, width = side + bar, sheet.shape[1] // 2
+    assert len(sheet) == bar + 10 * height
     for number in (0, 1, 19):
         row, column = divmod(number, 2)
-        strip = sheet[row * height :, column * width :][height - side : height]
+        strip = sheet[bar + row * height :, column * width :][bar:height]
         for place, field in enumerate(("input", "sample", "expected", "target")):
             enlarged = Image.fromarray(getattr(made[number], field)).resize((side, side), Image.Resampling.BICUBIC)
             # Enlarged side by side, neighbors mix at the edges alone.
