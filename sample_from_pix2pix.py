@@ -36,7 +36,7 @@ from data.sthv2_dataset_hf import (
     Clip,
     FramePair,
     build_prompt,
-    choose_pairs,
+    choose_samples,
     describe_left_out,
     draw_pairs,
     find_clips,
@@ -178,7 +178,7 @@ def predict_validation_videos(args: argparse.Namespace, model: Path, trained: di
             f"no video of {args.val_annotations} has what is asked for ({choice}) in {args.frames_dir}: name both from"
             f" one data directory, and extract its frames with: {layout.extraction_command(args.frames_dir)}"
         )
-    clips = choose_pairs(clips, args.num_samples, args.seed)
+    clips = choose_samples(clips, args.num_samples, args.seed)
     check_frames(clips, asked if args.rollout_mode == "chained" else choice, args.model_dir, trained)
     if choice.is_estimated:
         exact = load_pipeline(model, variant=args.variant)  # in float32, as the estimator was trained

@@ -2,8 +2,8 @@
 
     accelerate launch train_instruct_pix2pix.py --train_data_dir data/sthv2 --mixed_precision auto
 
-The frozen VAE and text encoder see every frame and every prompt once, before the first step; a step is the UNet alone,
-but where the prompts of a video's pairs differ (several horizons, any start with progress): these are encoded in steps.
+The frozen VAE and text encoder see every frame and every prompt once, before the first step; a step runs the UNet
+alone. Where the pairs of a video differ in their prompts (several horizons, any start with progress) it encodes these.
 What a step sees is a pure function of the seed and the step's number: a resumed run equals an uninterrupted one, and
 several processes equal one. Both are the work of pecn/encoded_frames.py.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import shlex
 import signal
 from collections.abc import Sequence
@@ -23,9 +24,8 @@ from data.frame_choice import ESTIMATED, NO_PROGRESS, FrameChoice, add_frame_opt
 from data.layout import UserError, number
 from data.sthv2_dataset_hf import (
     Clip,
-    choose_pairs,
+    choose_samples,
     describe_left_out,
-    draw_pairs,
     load_clips,
     verify_frames,
 )
@@ -169,7 +169,7 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
             " choose others, or look at the list with: python -m data.sthv2_dataset_hf --data_dir"
             f" {args.train_data_dir} --resolution {args.resolution}"
         )
-    return found if most is None else choose_pairs(found, most, args.seed)
+    return found if most is None else choose_samples(found, most, args.seed)
 
 
 def load_base_model(args: argparse.Namespace) -> StableDiffusionInstructPix2PixPipeline:
@@ -207,11 +207,10 @@ def train(
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     cache_dir = encoded_cache(args.train_data_dir, args.output_dir)
     if choice.is_estimated:
-        estimator = (args.progress_estimator, pipeline, accelerator.device)
-        clips = on_main_process(accelerator, with_estimates, clips, choice, None, *estimator, cache_dir)
-        drawn = (validation_clips, choice, args.seed)
-        validation_clips = on_main_process(accelerator, with_estimates, *drawn, *estimator)
-    validation_pairs = draw_pairs(validation_clips, choice, args.seed)
+        estimator = {"folder": args.progress_estimator, "pipeline": pipeline, "device": accelerator.device}
+        estimate = functools.partial(with_estimates, choice=choice, **estimator)
+        clips = on_main_process(accelerator, estimate, clips, seed=None, cache_dir=cache_dir)  # for all of their pairs
+        validation_clips = on_main_process(accelerator, estimate, validation_clips, seed=args.seed)
     encoded = encode_once(pipeline, clips, choice, frames_hash, args.random_flip, cache_dir, accelerator)
 
     num_timesteps = noise_scheduler.config.num_train_timesteps
@@ -299,7 +298,7 @@ def train(
             stopped_by = 0 if is_last else stopped_by
             save_now = is_due or stopped_by
             # The last step's validation comes after the pipeline is saved.
-            validate_now = validation_pairs and not is_last and batches.ends_epochs(step, args.validation_epochs)
+            validate_now = validation_clips and not is_last and batches.ends_epochs(step, args.validation_epochs)
             if step % optimization.LOG_EVERY == 0 or save_now or validate_now or is_last:
                 progress_bar.set_postfix(loss=f"{step_log.flush():.4f}")
             if save_now or is_last:
@@ -313,7 +312,7 @@ def train(
                 accelerator.end_training()
                 raise Interrupted(stopped_by, f"after step {step}: go on from {saved} with {checkpoints.HOW_TO_RESUME}")
             if validate_now:
-                validate_or_warn(pipeline, unet, ema, validation_pairs, args, accelerator, step)
+                validate_or_warn(pipeline, unet, ema, validation_clips, choice, args, accelerator, step)
             if save_now or validate_now:
                 step_log.restart_clock()
     if not lr_scheduler.last_epoch:  # the number of updates
@@ -323,8 +322,8 @@ def train(
         with optimization.current_unet(pipeline, accelerator, unet, ema):
             if accelerator.is_main_process:
                 checkpoints.save_pipeline(pipeline, args.output_dir, config)
-        if validation_pairs:
-            validate_or_warn(pipeline, unet, ema, validation_pairs, args, accelerator, max_train_steps)
+        if validation_clips:
+            validate_or_warn(pipeline, unet, ema, validation_clips, choice, args, accelerator, max_train_steps)
     sampling = f"MODEL_DIR={shlex.quote(str(args.output_dir))} bash sample_from_pix2pix.sh"
     accelerator.print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling}")
     if args.push_to_hub and accelerator.is_main_process:

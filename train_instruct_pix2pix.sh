@@ -85,7 +85,7 @@ if [[ -z $ACCELERATE_CONFIG ]]; then arguments+=(--mixed_precision "$MIXED_PRECI
 export PYTHONUNBUFFERED=1
 # Seconds that torch's launcher leaves its processes after a signal, for saving a checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-# glibc keeps freed memory for the next step, which on a CPU halves the time of a step of Stable Diffusion's size. A
+# glibc keeps freed memory for the next step, which on a CPU takes a third off a step of Stable Diffusion's size. A
 # launch typed by hand (`accelerate launch train_instruct_pix2pix.py`) needs these two exported as well.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 

@@ -43,7 +43,7 @@ from data.layout import (
     run_command,
     write_file,
 )
-from data.sthv2_dataset_hf import choose_pairs, describe_left_out, load_frame_pairs
+from data.sthv2_dataset_hf import choose_samples, describe_left_out, load_frame_pairs
 from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
 
 DEMO_MODEL = Path("demo/base_model")
@@ -162,7 +162,7 @@ def choose_held_out(args: argparse.Namespace, data_dir: Path, frames: Frames) ->
     pairs, left_out = load_frame_pairs(data_dir, "val", args.resolution, frames.choice)
     if left_out:
         print(f"held-out clips: {describe_left_out(left_out)}")
-    chosen = {pair.video_id for pair in choose_pairs(pairs, args.num_samples, SPLIT_SEED)}
+    chosen = {pair.video_id for pair in choose_samples(pairs, args.num_samples, SPLIT_SEED)}
     if not chosen:
         raise UserError(
             f"no held-out video of {data_dir} has both frames ({frames}); look at:"

@@ -64,7 +64,7 @@ if __name__ == "__main__":
 
 from accelerate import PartialState
 
-from data.sthv2_dataset_hf import FramePair, choose_pairs, load_frame_pairs, verify_frames
+from data.sthv2_dataset_hf import FramePair, choose_samples, load_frame_pairs, verify_frames
 from pecn.model import find_model, load_pipeline, read_training_config
 from pecn.sampling import predict_pairs
 from pecn.scores import PREDICTED, score_prediction, summarize
@@ -114,7 +114,7 @@ def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FrameP
     pairs, _ = load_frame_pairs(args.data_dir, "val", resolution, choice, args.seed)
     if not pairs:
         raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")
-    pairs = choose_pairs(pairs, args.num_samples, args.seed)
+    pairs = choose_samples(pairs, args.num_samples, args.seed)
     verify_frames(pairs, resolution)
     return pairs
 

@@ -151,8 +151,8 @@ def frame_choice(
 ) -> FrameChoice:
     """The choice that the flags describe; `tell_horizon` is None where there is no other model to follow.
 
-    With any start and no horizon the target is the next frame. Raises UserError where both indices are the same, and
-    where a target other than the default is asked for with any start.
+    With any start and no horizon the target is the next frame. Raises UserError where the target does not come after
+    the input, and where a target other than the default is asked for with any start.
     """
     if horizon is not None:
         horizons = horizons_of(horizon)
@@ -162,8 +162,8 @@ def frame_choice(
         horizons = (1,)
     else:
         horizons = (target_frame_idx - input_frame_idx,)
-    if horizons[0] == 0:
-        raise UserError(f"input_frame_idx and target_frame_idx are both {input_frame_idx}: choose a later target")
+    if horizons[0] <= 0:
+        raise UserError(f"target_frame_idx {target_frame_idx} is not after {input_frame_idx}: choose a later target")
     tell_horizon = tells_horizon(horizon) if tell_horizon is None else tell_horizon
     return FrameChoice(None if input_frame_idx == ANY else input_frame_idx, horizons, progress_source, tell_horizon)
 

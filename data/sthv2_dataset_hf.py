@@ -267,16 +267,16 @@ def verify_frames(samples: Sequence[FramePair | Clip], resolution: int) -> str:
     return total.hexdigest()
 
 
-def choose_pairs(pairs: Sequence[Sample], num_samples: int | None, seed: int) -> list[Sample]:
-    """Draws pairs, or clips, evenly from the tasks; the same ones for the same seed, whatever the order of `pairs`.
+def choose_samples(samples: Sequence[Sample], num_samples: int | None, seed: int) -> list[Sample]:
+    """Draws pairs, or clips, evenly from the tasks; the same ones for the same seed, whatever the order of `samples`.
 
     With a larger `num_samples` the smaller choice is its beginning; None takes all.
     """
     by_task = defaultdict(list)
-    for pair in sorted(pairs, key=lambda pair: sampling_rank(seed, pair.video_id)):
-        by_task[pair.task].append(pair)
+    for sample in sorted(samples, key=lambda sample: sampling_rank(seed, sample.video_id)):
+        by_task[sample.task].append(sample)
     turns = itertools.zip_longest(*(by_task[task] for task in sorted(by_task)))
-    return [pair for turn in turns for pair in turn if pair][:num_samples]
+    return [sample for turn in turns for sample in turn if sample][:num_samples]
 
 
 def describe_left_out(left_out: Sequence[tuple[str, str]], most_named: int | None = MOST_NAMED) -> str:

@@ -1,4 +1,4 @@
-"""Make the demo's base model: a small InstructPix2Pix that any machine can fine-tune.
+"""Make the demo's base model: a small InstructPix2Pix that a CPU can fine-tune.
 
     python -m demo.make_model
 

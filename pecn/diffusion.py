@@ -23,7 +23,7 @@ def diffusion_loss(
     latents, noise, timesteps = batch["target_latents"], batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     unet_input = torch.cat([noisy_latents, batch["image_latents"]], dim=1)
-    dtype = next(unet.parameters()).dtype  # float32 but under DeepSpeed, whose weights may be bfloat16 or float16
+    dtype = next(unet.parameters()).dtype  # float32, except under DeepSpeed, whose weights may be bfloat16 or float16
     inputs = (unet_input.to(dtype), timesteps, batch["prompt_embeds"].to(dtype))
     prediction = unet(*inputs, return_dict=False)[0].float()
     velocity = noise_scheduler.config.prediction_type == "v_prediction"

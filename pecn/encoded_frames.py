@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from data.frame_choice import FrameChoice
 from data.sthv2_dataset_hf import Clip, derive_seed, swap_left_and_right
@@ -152,9 +153,8 @@ class TrainingBatches(torch.utils.data.Dataset):
         drawn = [encoded.draw(clip, *numbers, flipped) for clip, numbers, flipped in samples]
         input_rows, target_rows, prompts = zip(*drawn)
         image_latents = torch.from_numpy(encoded.moments[list(input_rows), : channels // 2])  # the posterior's mode
-        mean, logvar = torch.from_numpy(encoded.moments[list(target_rows)]).chunk(2, dim=1)
-        # The bounds are those of diffusers' DiagonalGaussianDistribution.
-        target_latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * posterior_noise
+        posterior = DiagonalGaussianDistribution(torch.from_numpy(encoded.moments[list(target_rows)]))
+        target_latents = posterior.mean + posterior.std * posterior_noise
         if self.input_noise:
             strength = self.input_noise / self.scaling_factor * torch.rand(size, 1, 1, 1, generator=generator)[share]
             image_latents = image_latents + strength * torch.randn(shape, generator=generator)[share]

@@ -102,7 +102,7 @@ def encode_all(
 ) -> Iterator[np.ndarray]:
     """What `encode` makes of the inputs with one of a pipeline's models on `device`, some at a time."""
     model.to(device)
-    with torch.no_grad():  # and no mixed precision: what is kept depends on neither the device nor the options
+    with torch.no_grad():  # and no mixed precision: what is kept is float32, whatever training uses
         bar = tqdm(total=len(inputs), desc=f"Encoding with {type(model).__name__}", unit="input")
         for start in range(0, len(inputs), ENCODING_BATCH):
             batch = inputs[start : start + ENCODING_BATCH]

@@ -232,7 +232,7 @@ def save_results(
     uncertainty.png with 16 bits: 256 times the standard deviation. A run that is interrupted, or that the disk stops
     (UserError), leaves former results whole.
     """
-    records, strips = [], []
+    records, strips, names = [], [], []
     try:
         with parts_replaced_together(output_dir, last=METRICS_FILE) as new:
             for prediction in predictions:
@@ -242,13 +242,14 @@ def save_results(
                 comparison = comparison_picture(prediction, scores, note)
                 save_prediction(new / SAMPLES / prediction.video_id, prediction, comparison)
                 if len(strips) < RANDOM_PAIRS:
+                    names = max(names, names_in_strip(prediction), key=len)  # a video may lack its target
                     strips.append(titled(strip_of_frames(prediction), prediction.edit_prompt))
             overview = []
             for index, title in choose_for_overview([psnr_gain(record) for record in records]):
                 comparison = new / SAMPLES / records[index]["video_id"] / "comparison.png"
                 overview.append(titled(np.asarray(Image.open(comparison)), title))
             save_picture(new / "overview.png", np.concatenate(overview))
-            sheet = titled(sheet_of_strips(strips), f"from left to right: {', '.join(names_in_strip(prediction))}")
+            sheet = titled(sheet_of_strips(strips), f"from left to right: {', '.join(names)}")
             save_picture(new / "random_pairs.png", sheet)
             save_scores_plot(new / "scores.png", records, note)
             metrics = {"summary": summarize(records), "samples": records}

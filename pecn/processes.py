@@ -30,10 +30,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if mixed_precision in ("auto", "fp16") and on_cpu:
-        mixed_precision = "bf16" if mixed_precision == "auto" and cpu_is_fast_in_bf16() else "no"
+        mixed_precision = "bf16" if mixed_precision == "auto" and is_fast_in_bf16("cpu") else "no"
         state.print(f"no GPU found: training on the CPU, mixed precision: {mixed_precision}")
     elif mixed_precision == "auto":
-        mixed_precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        mixed_precision = "bf16" if is_fast_in_bf16("cuda") else "fp16"
     accelerator = Accelerator(
         cpu=on_cpu,
         # Given like this, it is not overridden by what accelerate is configured for.
@@ -60,21 +60,23 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def cpu_is_fast_in_bf16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16 (AMX, AVX-512 BF16), without which it is slow in it."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+def is_fast_in_bf16(device_type: str) -> bool:
+    """Whether it has instructions for bfloat16: GPUs since NVIDIA's Ampere, CPUs with AMX or AVX-512 BF16."""
+    if device_type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
+def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """What `function` returns on the main process, handed to all; its UserError, which ends all, is printed once."""
     result_and_error = [None, None]
     if accelerator.is_main_process:
         try:
-            result_and_error[0] = function(*arguments)
+            result_and_error[0] = function(*arguments, **options)
         except UserError as error:
             result_and_error[1] = error
     result, error = broadcast_object_list(result_and_error)

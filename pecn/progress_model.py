@@ -150,7 +150,7 @@ class ProgressEstimator:
     config: dict[str, Any]
 
     def estimate(self, seen: SeenClips, cuts: Sequence[Cut]) -> np.ndarray:
-        """The share of the action done at each cut (N,), 0..1. On the CPU: the same everywhere, a resumed run's too."""
+        """The share of the action done at each cut (N,), 0..1. On the CPU: the same for the same latents."""
         self.network.eval()
         with torch.no_grad():
             batches = [cuts[start : start + ESTIMATING_BATCH] for start in range(0, len(cuts), ESTIMATING_BATCH)]

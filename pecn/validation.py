@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 
-from data.frame_choice import ESTIMATED, choice_of, tells_horizon
-from data.layout import frames_dir, one_line, read_filtered_annotations, warn
-from data.sthv2_dataset_hf import TASK_OF_ALL_PROMPTS, FramePair, find_clips
+from data.frame_choice import FrameChoice
+from data.layout import one_line, warn
+from data.sthv2_dataset_hf import TASK_OF_ALL_PROMPTS, Clip, draw_pairs
 from pecn.optimization import current_unet
 from pecn.pictures import comparison_picture, save_picture, strip_of_frames
 from pecn.rollout_pictures import filmstrip
@@ -56,7 +56,8 @@ def validate_or_warn(
     pipeline: StableDiffusionInstructPix2PixPipeline,
     unet: torch.nn.Module,
     ema: EMAModel | None,
-    pairs: Sequence[FramePair],
+    clips: Sequence[Clip],
+    choice: FrameChoice,
     args: argparse.Namespace,
     accelerator: Accelerator,
     step: int,
@@ -65,7 +66,7 @@ def validate_or_warn(
     try:
         with current_unet(pipeline, accelerator, unet, ema):
             if accelerator.is_main_process:
-                validate(pipeline, pairs, args, accelerator, step)
+                validate(pipeline, clips, choice, args, accelerator, step)
     except Exception as error:  # out of memory, a full disk, pictures that are not finite: no reason to lose the steps
         warn(f"the validation of step {step} failed ({one_line(error)}); training is not affected")
     accelerator.wait_for_everyone()
@@ -73,13 +74,14 @@ def validate_or_warn(
 
 def validate(
     pipeline: StableDiffusionInstructPix2PixPipeline,
-    pairs: Sequence[FramePair],
+    clips: Sequence[Clip],
+    choice: FrameChoice,
     args: argparse.Namespace,
     accelerator: Accelerator,
     step: int,
 ) -> None:
-    """Predicts the validation pairs, saves the pictures and logs them with their scores."""
-    options = sampling_options(args)
+    """Predicts a pair of each validation clip, saves the pictures and logs them with their scores."""
+    pairs, options = draw_pairs(clips, choice, args.seed), sampling_options(args)
     pipeline.unet.eval()
     try:
         pipeline.to(accelerator.device)
@@ -87,8 +89,7 @@ def validate(
             predictions = list(
                 predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, options, show_progress=False)
             )
-            with_rollouts = tells_horizon(args.horizon) and args.progress_source != ESTIMATED  # not estimated here
-            rollouts = roll_out_pairs(pipeline, pairs, args) if with_rollouts else []
+            rollouts = roll_out_clips(pipeline, clips, choice, args) if choice.tell_horizon else []
     finally:
         for frozen in (pipeline.vae, pipeline.text_encoder):
             frozen.to("cpu")
@@ -110,16 +111,17 @@ def validate(
     accelerator.print(f"step {step}, {verdict(summary)}; pictures in {folder}")
 
 
-def roll_out_pairs(
-    pipeline: StableDiffusionInstructPix2PixPipeline, pairs: Sequence[FramePair], args: argparse.Namespace
+def roll_out_clips(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    clips: Sequence[Clip],
+    choice: FrameChoice,
+    args: argparse.Namespace,
 ) -> list[Rollout]:
-    """Direct rollouts of the pairs' videos, each from its pair's input frame, at ROLLOUT_HORIZONS horizons at most."""
-    choice = choice_of(vars(args))
-    starts = {pair.video_id: int(pair.paths[0].stem) for pair in pairs}
-    entries = [entry for entry in read_filtered_annotations(args.train_data_dir, "val") if entry["id"] in starts]
-    clips, _ = find_clips(entries, frames_dir(args.train_data_dir, args.resolution), choice)
+    """Direct rollouts, each from its clip's drawn input frame, at ROLLOUT_HORIZONS horizons at most."""
+    starts = [clip.drawn_pair(choice, args.seed)[0] for clip in clips]
     clips = [
-        replace(clip, frames=tuple(frame for frame in clip.frames if frame >= starts[clip.video_id])) for clip in clips
+        replace(clip, frames=tuple(frame for frame in clip.frames if frame >= start))
+        for clip, start in zip(clips, starts)
     ]
     places = np.linspace(0, len(choice.horizons) - 1, min(ROLLOUT_HORIZONS, len(choice.horizons)))
     spread = replace(choice, horizons=[choice.horizons[round(place)] for place in places])

@@ -236,6 +236,18 @@ def test_estimated_prompts_reach_the_model_as_it_was_trained(rigged, trained, es
     assert last_line.startswith("frame 6 to 7, ")
 
 
+def test_validation_rolls_out_with_estimated_progress(rigged, tiny_model, estimator, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("--horizon", "1-2", "--num_inference_steps", 1, "--report_to", "tensorboard")
+    estimated = ("--progress_source", "estimated", "--progress_estimator", estimator)
+    run(*training(rigged, tiny_model, tmp_path, *options, *estimated))
+    [event_file] = (tmp_path / "logs").rglob("events*")
+    events = EventAccumulator(str(event_file))
+    events.Reload()
+    assert [tag for tag in events.Tags()["images"] if tag.startswith("validation_rollout/")]
+
+
 def test_resuming_needs_the_same_progress(rigged, tiny_model, trained, estimator, constant, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     resumed = ("--resume_from_checkpoint", "latest", "--max_train_steps", 2)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.frame_choice import ORACLE, FrameChoice
 from data.layout import filtered_annotations_path, frame_path, frames_dir, video_path
-from data.sthv2_dataset_hf import Clip, build_prompt, choose_pairs, load_frame_pairs
+from data.sthv2_dataset_hf import Clip, build_prompt, choose_samples, load_frame_pairs
 from data.video_decoder import frame_rate, load_picture
 from pecn import rollouts
 from pecn.pictures import titled
@@ -330,7 +330,7 @@ def test_training_on_several_horizons_shows_filmstrips_from_the_validation_pairs
     events = EventAccumulator(str(event_file), size_guidance={"images": 0})
     events.Reload()
     pairs, _ = load_frame_pairs(data_dir, "val", SIDE, FrameChoice(None, range(1, 8), tell_horizon=True), seed=42)
-    chosen = {pair.video_id: pair for pair in choose_pairs(pairs, 2, seed=42)}
+    chosen = {pair.video_id: pair for pair in choose_samples(pairs, 2, seed=42)}
     assert len({pair.paths[0].name for pair in chosen.values()}) == 2  # else the starts would not tell
     tags = [tag for tag in events.Tags()["images"] if tag.startswith("validation_rollout/")]
     assert {tag.split("/")[1] for tag in tags} == set(chosen)

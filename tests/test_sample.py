@@ -14,7 +14,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from data.layout import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
-from data.sthv2_dataset_hf import FramePair, choose_pairs, load_frame_pairs
+from data.sthv2_dataset_hf import FramePair, choose_samples, load_frame_pairs
 from pecn.model import load_pipeline
 from pecn.sampling import combine, predict_frames, predict_pairs, reconstruct_frame, wiener_gain
 from pecn.sampling_options import SCHEDULERS, SamplingOptions
@@ -145,7 +145,7 @@ def test_mistakes_get_one_line_and_leave_former_results(
 
     assert "python -m data.dataset" in message("--val_annotations", data_dir / "nothing.json")
     assert "python -m data.video_loader" in message("--frames_dir", data_dir / "frames_64x64")
-    for flags in (("--input_frame_idx", 70), ("--frames_dir", data_dir), ("--val_annotations", strangers)):
+    for flags in (("--input_frame_idx", 70, "--target_frame_idx", 71), ("--frames_dir", data_dir), ("--val_annotations", strangers)):
         line = message(*flags)
         assert "no video of" in line and "from one data directory" in line and "python -m data.video_loader" in line
     assert "none of the 4 videos chosen has both frames (frame 20 to 80) in " in message(
@@ -189,10 +189,10 @@ def pair(number, task):
 @given(st.integers(0, 2**32), st.integers(1, 20), st.randoms())
 def test_choice_is_even_over_tasks_and_independent_of_order(seed, num_samples, random):
     pairs = [pair(number, "abc"[number % 3]) for number in range(18)]
-    chosen = choose_pairs(pairs, num_samples, seed)
+    chosen = choose_samples(pairs, num_samples, seed)
     shuffled = random.sample(pairs, len(pairs))
-    assert choose_pairs(shuffled, num_samples, seed) == chosen
-    assert choose_pairs(pairs, None, seed)[:num_samples] == chosen
+    assert choose_samples(shuffled, num_samples, seed) == chosen
+    assert choose_samples(pairs, None, seed)[:num_samples] == chosen
     counts = [sum(pair.task == task for pair in chosen) for task in "abc"]
     assert max(counts) - min(counts) <= 1
     assert len(chosen) == min(num_samples, 18)
@@ -201,7 +201,7 @@ def test_choice_is_even_over_tasks_and_independent_of_order(seed, num_samples, r
 def test_another_seed_chooses_other_samples_and_noise(data_dir):
     pairs, _ = load_frame_pairs(data_dir, "val", SIDE)
     many = [pair(number, "a") for number in range(50)]
-    assert choose_pairs(many, 5, 1) != choose_pairs(many, 5, 2)
+    assert choose_samples(many, 5, 1) != choose_samples(many, 5, 2)
     pipeline = make_tiny_pipeline()
     one, same, other = (
         next(predict_pairs(pipeline, pairs[:1], seed, 1, SamplingOptions(num_inference_steps=2), False)).sample

@@ -83,10 +83,10 @@ def test_dataset_has_the_promised_columns_and_pictures(data_dir):
 
 
 def test_any_frame_pair_can_be_asked_for(data_dir):
-    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, frame_choice(22, 19, None))
+    pairs, left_out = load_frame_pairs(data_dir, "train", SIDE, frame_choice(19, 22, None))
     assert len(pairs) == 6
-    assert pairs[0].input_image.endswith("00022.png")
-    assert pairs[0].edited_image.endswith("00019.png")
+    assert pairs[0].input_image.endswith("00019.png")
+    assert pairs[0].edited_image.endswith("00022.png")
     assert len(left_out) == 1
 
 
@@ -155,7 +155,7 @@ def test_module_shows_what_training_would_see(data_dir):
     assert "val: 3 frame pairs" in shown
     assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 3
     assert "1 videos left out: 1 without frame 21 (train_short)" in shown
-    nothing = run(*command, "--input_frame_idx", 70, check=False)
+    nothing = run(*command, "--input_frame_idx", 70, "--target_frame_idx", 71, check=False)
     assert nothing.returncode == 1 and "error: not one video has both frames" in nothing.stderr
 
 

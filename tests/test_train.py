@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from data.layout import UserError
 from data.sthv2_dataset_hf import load_frame_pairs
 from pecn.model import create_hub_repository, encode_pictures, encode_prompts, load_pipeline, upload
-from pecn.processes import cpu_is_fast_in_bf16
+from pecn.processes import is_fast_in_bf16
 from pecn.sampling import denoise
 from pecn.sampling_options import SamplingOptions
 from tests.conftest import LABELS, SIDE, make_tiny_pipeline, run, scalars
@@ -285,7 +285,7 @@ def test_options_work_together(data_dir, tmp_path):
     output_dir = tmp_path / "output"
     done = train(data_dir, model, output_dir, *options.split())
     assert "training on 3 frame pairs" in done.stdout
-    precision = "bf16" if cpu_is_fast_in_bf16() else "no"
+    precision = "bf16" if is_fast_in_bf16("cpu") else "no"
     assert f"training on the CPU, mixed precision: {precision}" in done.stdout
     rates = scalars(output_dir / "logs", "train/learning_rate")
     assert rates == pytest.approx({step: 8e-4 * min(1, (step - 1) / 4) for step in range(1, STEPS + 1)})

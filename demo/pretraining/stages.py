@@ -26,7 +26,7 @@ from pecn.optimization import (
     create_optimizer,
     fast_attention,
 )
-from pecn.processes import cpu_is_fast_in_bf16
+from pecn.processes import is_fast_in_bf16
 
 BETAS, MAX_GRAD_NORM, EMA_DECAY = (0.9, 0.99), 1.0, 0.999
 LOG_EVERY = 10  # steps; reading a loss waits for the device
@@ -114,8 +114,8 @@ def load_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, int])
 
 @contextmanager
 def fast_arithmetic(device: torch.device) -> Iterator[None]:
-    """bfloat16 where it is fast: on a GPU, and on CPUs with instructions for it. Elsewhere float32."""
-    in_bf16 = device.type != "cpu" or cpu_is_fast_in_bf16()
+    """bfloat16 where it is fast, elsewhere float32."""
+    in_bf16 = is_fast_in_bf16(device.type)
     with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16), fast_attention(device, in_bf16):
         yield
 

@@ -40,7 +40,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """A VAE from RGB in [-1, 1] of side S to LATENT_CHANNELS of side S / 4, untrained but for `start_as_resizing`."""
+    """A VAE from RGB in [-1, 1] of side S to LATENT_CHANNELS of side S / 4, as `start_as_resizing` starts it."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,

@@ -70,7 +70,7 @@ def start_output(half: torch.nn.Module, first: torch.nn.Module, last: torch.nn.M
     shortcut.bias[added] = 0
     last.conv2.bias[CONSTANT_CHANNELS[0]] = CONSTANT
     last.conv2.bias[CONSTANT_CHANNELS[1]] = -CONSTANT
-    divisor = CONSTANT * math.sqrt(2 / half.conv_norm_out.num_channels)  # of the normalization, but for the colors
+    divisor = CONSTANT * math.sqrt(2 / half.conv_norm_out.num_channels)  # of the normalization, without the colors
     output.bias.zero_()
     output.weight.mul_(OTHERS_IN_OUTPUT)
     output.weight[:, CONSTANT_CHANNELS[0] :][:, :2] = 0
