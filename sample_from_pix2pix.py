@@ -152,7 +152,7 @@ def as_trained(args: argparse.Namespace, trained: dict[str, Any]) -> argparse.Na
         known["horizon"] = None
         if learned.start is None and "input_frame_idx" not in given:
             known["input_frame_idx"] = DEFAULT_INPUT_FRAME_IDX
-    elif learned.start is None or args.input_frame_idx == ANY or args.rollout:  # another start keeps the horizon
+    elif learned.start is None or args.input_frame_idx == ANY or args.rollout:  # there another start keeps the horizon
         known["horizon"] = known["horizon"] or str(learned.horizons[0])
     known["rollout_mode"] = "direct" if known["tell_horizon"] else "chained"
     return argparse.Namespace(**vars(args) | known | given)

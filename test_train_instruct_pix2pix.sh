@@ -35,7 +35,8 @@ fi
 # The demo's model is small: it learns fast. Of 8 predictions the one nearest to their mean is the sample, and the mean
 # the expected frame. Any other model is sampled from as sample_from_pix2pix.sh does it.
 if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
-  if [[ ${LORA:-False} == True ]]; then rate=1e-3; else rate=3e-4; fi
+  lora=${LORA:-False}
+  if [[ ${lora,,} == true ]]; then rate=1e-3; else rate=3e-4; fi
   export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-800} LEARNING_RATE=${LEARNING_RATE:-$rate}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-8} SCHEDULER=${SCHEDULER:-dpmsolver++karras}

@@ -117,6 +117,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     for name in ("seeds", "target_frame_idx", "any_start_horizon", "sources"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if min(args.target_frame_idx) <= args.input_frame_idx:
+        parser.error("each --target_frame_idx must come after --input_frame_idx")
     return args
 
 

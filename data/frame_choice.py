@@ -163,7 +163,9 @@ def frame_choice(
     else:
         horizons = (target_frame_idx - input_frame_idx,)
     if horizons[0] <= 0:
-        raise UserError(f"target_frame_idx {target_frame_idx} is not after {input_frame_idx}: choose a later target")
+        raise UserError(
+            f"target_frame_idx {target_frame_idx} is not after input_frame_idx {input_frame_idx}: choose a later target"
+        )
     tell_horizon = tells_horizon(horizon) if tell_horizon is None else tell_horizon
     return FrameChoice(None if input_frame_idx == ANY else input_frame_idx, horizons, progress_source, tell_horizon)
 

@@ -89,7 +89,8 @@ def validate(
             predictions = list(
                 predict_pairs(pipeline, pairs, args.seed, args.train_batch_size, options, show_progress=False)
             )
-            rollouts = roll_out_clips(pipeline, clips, choice, args) if choice.tell_horizon else []
+            with_rollouts = choice.tell_horizon and accelerator.trackers  # which alone show them
+            rollouts = roll_out_clips(pipeline, clips, choice, args) if with_rollouts else []
     finally:
         for frozen in (pipeline.vae, pipeline.text_encoder):
             frozen.to("cpu")

@@ -31,7 +31,7 @@ def test_flags_say_which_pairs_are_meant():
     assert str(frame_choice(ANY, 21, "1-10")) == "any frame to that 1 to 10 later"
     assert [tells_horizon(text) for text in (None, "5", "1-2")] == [False, False, True]
     for target in (20, 19):
-        with pytest.raises(UserError, match=f"{target} is not after 20: choose a later target"):
+        with pytest.raises(UserError, match=f"{target} is not after input_frame_idx 20: choose a later target"):
             frame_choice(20, target, None)
     with pytest.raises(UserError, match="any start has no target 25: say with HORIZON"):
         frame_choice(ANY, 25, None)

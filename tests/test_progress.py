@@ -239,7 +239,7 @@ def test_estimated_prompts_reach_the_model_as_it_was_trained(rigged, trained, es
 def test_validation_rolls_out_with_estimated_progress(rigged, tiny_model, estimator, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = ("--horizon", "1-2", "--num_inference_steps", 1, "--report_to", "tensorboard")
+    options = ("--input_frame_idx", "any", "--horizon", "1-2", "--num_inference_steps", 1, "--report_to", "tensorboard")
     estimated = ("--progress_source", "estimated", "--progress_estimator", estimator)
     run(*training(rigged, tiny_model, tmp_path, *options, *estimated))
     [event_file] = (tmp_path / "logs").rglob("events*")

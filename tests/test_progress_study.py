@@ -81,6 +81,7 @@ def test_finished_runs_are_not_repeated_and_models_not_kept(study: tuple[Path, s
         (["--num_inference_steps", "0"], "num_inference_steps"),
         (["--residual", "auto"], "must be True or False"),
         (["--max_train_steps", "0"], "max_train_steps"),
+        (["--input_frame_idx", "30"], "must come after --input_frame_idx"),
     ],
 )
 def test_mistakes_are_told_before_the_first_run(

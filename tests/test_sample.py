@@ -145,7 +145,8 @@ def test_mistakes_get_one_line_and_leave_former_results(
 
     assert "python -m data.dataset" in message("--val_annotations", data_dir / "nothing.json")
     assert "python -m data.video_loader" in message("--frames_dir", data_dir / "frames_64x64")
-    for flags in (("--input_frame_idx", 70, "--target_frame_idx", 71), ("--frames_dir", data_dir), ("--val_annotations", strangers)):
+    late = ("--input_frame_idx", 70, "--target_frame_idx", 71)
+    for flags in (late, ("--frames_dir", data_dir), ("--val_annotations", strangers)):
         line = message(*flags)
         assert "no video of" in line and "from one data directory" in line and "python -m data.video_loader" in line
     assert "none of the 4 videos chosen has both frames (frame 20 to 80) in " in message(
