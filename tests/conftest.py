@@ -216,14 +216,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def scalars(logging_dir: Path, tag: str) -> dict[int, float]:
-    """What TensorBoard shows under a tag, by step; the last run's value where runs overlap."""
+def read_events(event_file: Path):
+    """All that a file of TensorBoard's holds, as its EventAccumulator."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(event_file), size_guidance={"images": 0})  # each picture, not the last few
+    events.Reload()
+    return events
+
+
+def scalars(logging_dir: Path, tag: str) -> dict[int, float]:
+    """What TensorBoard shows under a tag, by step; the last run's value where runs overlap."""
     values = {}
     for event_file in sorted(logging_dir.rglob("events*")):
-        events = EventAccumulator(str(event_file))
-        events.Reload()
+        events = read_events(event_file)
         if tag in events.Tags()["scalars"]:
             values |= {event.step: event.value for event in events.Scalars(tag)}
     return values

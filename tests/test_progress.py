@@ -20,7 +20,7 @@ from data.sthv2_dataset_hf import draw_pairs, load_clips, progress_percent, veri
 from pecn.encoded_frames import encode_once
 from pecn.model import load_pipeline
 from pecn.progress_model import CONFIG, NUM_SEEN, WEIGHTS, encode_clips, load_estimator, seen_frames, with_estimates
-from tests.conftest import SIDE, entry, run
+from tests.conftest import SIDE, entry, read_events, run
 
 LENGTHS = {"train": (8, 11, 15, 20, 27, 36) * 3, "val": (9, 13, 18, 24, 33)}
 DEVICE = torch.device("cpu")
@@ -237,15 +237,11 @@ def test_estimated_prompts_reach_the_model_as_it_was_trained(rigged, trained, es
 
 
 def test_validation_rolls_out_with_estimated_progress(rigged, tiny_model, estimator, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     options = ("--input_frame_idx", "any", "--horizon", "1-2", "--num_inference_steps", 1, "--report_to", "tensorboard")
     estimated = ("--progress_source", "estimated", "--progress_estimator", estimator)
     run(*training(rigged, tiny_model, tmp_path, *options, *estimated))
     [event_file] = (tmp_path / "logs").rglob("events*")
-    events = EventAccumulator(str(event_file))
-    events.Reload()
-    assert [tag for tag in events.Tags()["images"] if tag.startswith("validation_rollout/")]
+    assert [tag for tag in read_events(event_file).Tags()["images"] if tag.startswith("validation_rollout/")]
 
 
 def test_resuming_needs_the_same_progress(rigged, tiny_model, trained, estimator, constant, tmp_path):

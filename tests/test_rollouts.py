@@ -22,7 +22,7 @@ from pecn.rollout_pictures import enlarged, film, save_mp4, save_rollouts
 from pecn.rollouts import Rollout, describe_rollouts, roll_out, rollout_choice, score_rollout, summarize_by_horizon
 from pecn.sampling import predict_frames
 from pecn.sampling_options import SamplingOptions
-from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, run, write_frames
+from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, read_events, run, write_frames
 
 LABEL = "pushing a cup from left to right"
 OPTIONS = SamplingOptions(num_inference_steps=1, image_guidance_scale=1.0)
@@ -320,15 +320,12 @@ def test_films_run_as_fast_as_the_video(models, tmp_path):
 
 
 def test_training_on_several_horizons_shows_filmstrips_from_the_validation_pairs_on(data_dir, tiny_model, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     command = ["python", "train_instruct_pix2pix.py", "--train_data_dir", data_dir, "--output_dir", tmp_path]
     command += ["--pretrained_model_name_or_path", tiny_model, "--resolution", SIDE, "--max_train_steps", 1]
     command += ["--input_frame_idx", "any", "--horizon", "1-7", "--num_validation_images", 2]
     run(*command, "--num_inference_steps", 1)
     [event_file] = (tmp_path / "logs").rglob("events*")
-    events = EventAccumulator(str(event_file), size_guidance={"images": 0})
-    events.Reload()
+    events = read_events(event_file)
     pairs, _ = load_frame_pairs(data_dir, "val", SIDE, FrameChoice(None, range(1, 8), tell_horizon=True), seed=42)
     chosen = {pair.video_id: pair for pair in choose_samples(pairs, 2, seed=42)}
     assert len({pair.paths[0].name for pair in chosen.values()}) == 2  # else the starts would not tell

@@ -21,7 +21,7 @@ from pecn.model import create_hub_repository, encode_pictures, encode_prompts, l
 from pecn.processes import is_fast_in_bf16
 from pecn.sampling import denoise
 from pecn.sampling_options import SamplingOptions
-from tests.conftest import LABELS, SIDE, make_tiny_pipeline, run, scalars
+from tests.conftest import LABELS, SIDE, make_tiny_pipeline, read_events, run, scalars
 
 STEPS = 8
 
@@ -88,7 +88,6 @@ def test_config_records_arguments_and_versions(trained):
 
 
 def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
     logs = trained[0] / "logs"
@@ -100,8 +99,7 @@ def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
     assert list(scalars(logs, "train/loss_epoch_mean").values()) == pytest.approx(means)
 
     [event_file] = logs.rglob("events*")  # one run, of one file
-    events = EventAccumulator(str(event_file), size_guidance={"images": 0})
-    events.Reload()
+    events = read_events(event_file)
     where_something_moves = [f"{metric}_where_something_moves" for metric in ("psnr", "ssim", "mae", "sharpness")]
     metrics = ["share_of_frames", *where_something_moves, "psnr", "ssim"]
     lines = {metric: [f"validation_{metric}/{way}" for way in ("copy", "sample", "vae_ceiling")] for metric in metrics}
