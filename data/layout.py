@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,9 +42,11 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
+        traceback.clear_frames(error.__traceback__)  # ends progress bars, which would draw once more below the message
         print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interruption:
+        traceback.clear_frames(interruption.__traceback__)
         where = f" {interruption}" if str(interruption) else ": run the same command again"
         if rank == "0":
             print(f"interrupted{where}", file=sys.stderr)

@@ -103,17 +103,15 @@ def encode_all(
     """What `encode` makes of the inputs with one of a pipeline's models on `device`, some at a time."""
     model.to(device)
     with torch.no_grad():  # and no mixed precision: what is kept is float32, whatever training uses
-        bar = tqdm(total=len(inputs), desc=f"Encoding with {type(model).__name__}", unit="input")
-        for start in range(0, len(inputs), ENCODING_BATCH):
-            batch = inputs[start : start + ENCODING_BATCH]
-            encoded = encode(batch)
-            if not encoded.isfinite().all():
-                raise UserError(
-                    f"the model's {type(model).__name__} gives numbers that are not finite; name another model"
-                )
-            yield encoded.float().cpu().numpy()
-            bar.update(len(batch))
-        bar.close()
+        name = type(model).__name__
+        with tqdm(total=len(inputs), desc=f"Encoding with {name}", unit="input") as bar:
+            for start in range(0, len(inputs), ENCODING_BATCH):
+                batch = inputs[start : start + ENCODING_BATCH]
+                encoded = encode(batch)
+                if not encoded.isfinite().all():
+                    raise UserError(f"the model's {name} gives numbers that are not finite; name another model")
+                yield encoded.float().cpu().numpy()
+                bar.update(len(batch))
     model.to("cpu")
 
 

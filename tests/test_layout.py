@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from data import layout
 
@@ -174,3 +175,22 @@ def test_a_bad_value_is_refused_in_one_line(capsys, kind, text, message):
         parse(kind, text)
     assert exit_.value.code == 2
     assert capsys.readouterr().err == f"error: argument --option: {message}; --help lists the options\n"
+
+
+# Commands.
+
+
+@pytest.mark.parametrize("error, line", [(KeyboardInterrupt(), "interrupted: "), (layout.UserError("no"), "error: no")])
+def test_what_ends_a_command_is_said_below_its_progress_bar(error, line, capsys):
+    def numbers():
+        with tqdm(total=2) as bar:
+            yield bar.n
+
+    def main():
+        unfinished = numbers()
+        next(unfinished)
+        raise error
+
+    with pytest.raises(SystemExit):
+        layout.run_command(main)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
