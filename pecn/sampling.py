@@ -142,13 +142,14 @@ def combine(pictures: np.ndarray, reconstruction: np.ndarray, image: np.ndarray,
     """What K decoded predictions `pictures` (K, H, W, 3) of one frame make; all arguments are in levels of 0..255.
 
     With `residual` the input frame `image` (H, W, 3) stays where they do not change it: they are compared with
-    `reconstruction`, the same after one trip through the VAE.
+    `reconstruction`, the same after one trip through the VAE. The mean keeps a share of it, the sample all or nothing:
+    a mixture of two frames would show ghosts.
     """
     mean, count = pictures.mean(axis=0), len(pictures)
     sample = pictures[np.square(pictures - mean).sum(axis=(1, 2, 3)).argmin()]
     variance = pictures.var(axis=0, ddof=1) if count > 1 else np.zeros_like(mean)
     if residual:
-        sample = image + wiener_gain(sample - reconstruction, 0 * variance) * (sample - image)
+        sample = np.where(wiener_gain(sample - reconstruction, 0 * variance) > 0.5, sample, image)
         mean = image + wiener_gain(mean - reconstruction, variance / count) * (mean - image)
     if count == 1:
         return PredictedFrame(to_picture(sample), expected=None, uncertainty=None)
