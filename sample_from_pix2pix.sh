@@ -33,9 +33,9 @@ GUIDANCE_SCALE=${GUIDANCE_SCALE:-}              # how closely to follow the sent
 SCHEDULER=${SCHEDULER:-}                        # or euler, ddim, dpmsolver++, dpmsolver++karras (euler_ancestral)
 STRENGTH=${STRENGTH:-}                          # below 1: this share of the steps, from the noised input frame (1)
 NUM_PREDICTIONS=${NUM_PREDICTIONS:-}            # of each frame; of several their mean and spread are shown too (1)
-# Keeps the input frame where the model changes nothing, by Wiener's gain of the change around each pixel: small changes
-# count as noise. A pixel of the sample is of the one or the other, of the mean a mixture, with more of the input where
-# the predictions disagree. False decodes the whole picture (True).
+# Keeps the input frame where the model changes little: a change that is small around a pixel counts as noise (Wiener's
+# gain). Nearly all pixels of a sample are the input frame's or the prediction's; the mean mixes both, with more of the
+# input frame where the predictions disagree. False shows the whole prediction (True).
 RESIDUAL=${RESIDUAL:-}
 
 arguments=()

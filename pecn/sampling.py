@@ -129,30 +129,34 @@ def predict_frames(
         noise_seeds = [seed if k == 0 else derive_seed(seed, "prediction", k) for seed in seeds for k in range(count)]
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         repeated = (image_latents.repeat_interleave(count, dim=0), prompt_embeds.repeat_interleave(count, dim=0))
-        decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options))
+        decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options)).clip(0, 255)
         decoded = decoded.reshape(len(images), count, *decoded.shape[1:])
-        reconstructed = decode_latents(pipeline, image_latents) if options.residual else decoded[:, 0]  # not used
+        reconstructed = [None] * len(images)
+        if options.residual:
+            reconstructed = decode_latents(pipeline, image_latents).clip(0, 255)
     return [
-        combine(pictures, same, image.astype(np.float32), options.residual)
-        for pictures, same, image in zip(decoded.clip(0, 255), reconstructed, images)
+        combine(pictures, image.astype(np.float32), same)
+        for pictures, image, same in zip(decoded, images, reconstructed)
     ]
 
 
-def combine(pictures: np.ndarray, reconstruction: np.ndarray, image: np.ndarray, residual: bool) -> PredictedFrame:
+def combine(pictures: np.ndarray, image: np.ndarray, reconstruction: np.ndarray | None) -> PredictedFrame:
     """What K decoded predictions `pictures` (K, H, W, 3) of one frame make; all arguments are in levels of 0..255.
 
-    With `residual` the input frame `image` (H, W, 3) stays where they do not change it: they are compared with
-    `reconstruction`, the same after one trip through the VAE. The mean keeps a share of it, the sample all or nothing:
-    a mixture of two frames would show ghosts.
+    With `reconstruction`, the input frame `image` (H, W, 3) after one trip through the VAE, `image` stays where the
+    predictions do not differ from it. The expected frame is a mixture of both, by Wiener's gain. The sample's gain is
+    twice as steep: what is mixed half and half shows ghosts of what has moved.
     """
-    mean, count = pictures.mean(axis=0), len(pictures)
+    mean = pictures.mean(axis=0)
     sample = pictures[np.square(pictures - mean).sum(axis=(1, 2, 3)).argmin()]
-    variance = pictures.var(axis=0, ddof=1) if count > 1 else np.zeros_like(mean)
-    if residual:
-        sample = np.where(wiener_gain(sample - reconstruction, 0 * variance) > 0.5, sample, image)
-        mean = image + wiener_gain(mean - reconstruction, variance / count) * (mean - image)
-    if count == 1:
+    if reconstruction is not None:
+        gain = wiener_gain(sample - reconstruction, np.zeros_like(sample))
+        sample = image + np.clip(2 * gain - 0.5, 0, 1) * (sample - image)
+    if len(pictures) == 1:
         return PredictedFrame(to_picture(sample), expected=None, uncertainty=None)
+    variance = pictures.var(axis=0, ddof=1)
+    if reconstruction is not None:
+        mean = image + wiener_gain(mean - reconstruction, variance / len(pictures)) * (mean - image)
     return PredictedFrame(to_picture(sample), to_picture(mean), np.sqrt(variance).mean(axis=-1))
 
 
