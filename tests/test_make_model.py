@@ -407,6 +407,8 @@ def test_training_goes_on_from_a_model_whose_other_parts_stay_as_they_are(traine
     changed = {name for name in before if after[name] != before[name] and name.endswith(".safetensors")}
     assert changed == {"unet/diffusion_pytorch_model.safetensors"}
     assert load(tmp_path / "model").vae.config.scaling_factor == load(trained[0]).vae.config.scaling_factor
+    with pytest.raises(UserError, match="unet.pt belongs to other settings .start_weights was .* another --work_dir"):
+        pretrain(load(tmp_path / "model"), tiny_arguments(tmp_path / "work", **only_unet))
 
 
 def test_a_damaged_checkpoint_is_one_clear_line(trained, tmp_path):

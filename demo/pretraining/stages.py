@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.layout import UserError, one_line, whole_or_absent
 from data.sthv2_dataset_hf import derive_seed
+from pecn.frame_store import digest
 from pecn.optimization import (
     MovingAverage,
     averaged_weights,
@@ -52,9 +53,10 @@ def train_stage(
     """
     steps, path = getattr(args, f"{name}_train_steps"), args.work_dir / f"{name}.pt"
     of_stages = [f"{stage}_{what}" for stage in (*depends_on, name) for what in ("train_steps", "batch_size")]
-    settings = {option: getattr(args, option) for option in ("seed", "num_clips", *of_stages)}
-    model.to(memory_format=memory_format(next(model.parameters()).device)).train()
     parameters = list(model.parameters())
+    settings = {option: getattr(args, option) for option in ("seed", "num_clips", *of_stages)}
+    settings["start_weights"] = digest(parameter.detach().cpu().numpy().tobytes() for parameter in parameters)
+    model.to(memory_format=memory_format(parameters[0].device)).train()
     optimizer = create_optimizer(model, learning_rate, betas=BETAS, weight_decay=weight_decay)
     schedule = create_lr_scheduler("cosine", optimizer, min(warmup_steps, steps // 10), steps)
     average = MovingAverage(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
@@ -85,14 +87,14 @@ def train_stage(
     model.eval()
 
 
-def save_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, int], step: int) -> None:
+def save_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, Any], step: int) -> None:
     """Writes all that going on after `step` steps needs, whole or not at all."""
     states = {name: part.state_dict() for name, part in parts.items()}
     with whole_or_absent(path) as partial:
         torch.save({"settings": settings, "step": step, **states}, partial)
 
 
-def load_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, int]) -> int:
+def load_checkpoint(path: Path, parts: dict[str, Any], settings: dict[str, Any]) -> int:
     """Puts the parts into the state of a checkpoint; returns the number of steps done.
 
     Raises UserError where the file is damaged, or was written with other settings.
