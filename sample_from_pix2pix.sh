@@ -34,7 +34,7 @@ SCHEDULER=${SCHEDULER:-}                        # or euler, ddim, dpmsolver++, d
 STRENGTH=${STRENGTH:-}                          # below 1: this share of the steps, from the noised input frame (1)
 NUM_PREDICTIONS=${NUM_PREDICTIONS:-}            # of each frame; of several their mean and spread are shown too (1)
 # Keeps the input frame where the model changes little: a change that is small around a pixel counts as noise (Wiener's
-# gain). Nearly all pixels of a sample are the input frame's or the prediction's; the mean mixes both, with more of the
+# gain). Most pixels of a sample are the input frame's or the prediction's; the mean mixes both, with more of the
 # input frame where the predictions disagree. False shows the whole prediction (True).
 RESIDUAL=${RESIDUAL:-}
 

@@ -143,9 +143,9 @@ def predict_frames(
 def combine(pictures: np.ndarray, image: np.ndarray, reconstruction: np.ndarray | None) -> PredictedFrame:
     """What K decoded predictions `pictures` (K, H, W, 3) of one frame make; all arguments are in levels of 0..255.
 
-    With `reconstruction`, the input frame `image` (H, W, 3) after one trip through the VAE, `image` stays where the
-    predictions do not differ from it. The expected frame is a mixture of both, by Wiener's gain. The sample's gain is
-    twice as steep: what is mixed half and half shows ghosts of what has moved.
+    The input frame `image` (H, W, 3) stays where the predictions hardly differ from `reconstruction`, the same frame
+    after one trip through the VAE; without it nothing stays. The expected frame mixes both by Wiener's gain. In the
+    sample the share of the prediction rises from 0 to 1 while the gain does from 1/4 to 3/4: mixtures show ghosts.
     """
     mean = pictures.mean(axis=0)
     sample = pictures[np.square(pictures - mean).sum(axis=(1, 2, 3)).argmin()]

@@ -35,7 +35,7 @@ class SamplingOptions:
     scheduler: str = "euler_ancestral"  # one of SCHEDULERS
     strength: float = 1.0  # share of the steps that are made; anything below 1 starts from the noised input frame
     num_predictions: int = 1  # of each frame; of several one is shown, and their mean and spread beside it
-    residual: bool = True  # keep the input frame where the model changes nothing, instead of decoding it anew
+    residual: bool = True  # keep the input frame where the model changes little, instead of decoding it anew
 
 
 DEFAULT_OPTIONS = SamplingOptions()
@@ -54,7 +54,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--strength", type=share, help=f"{strength_help} ({standard.strength})")
     count_help = f"of each frame; their mean and spread are shown too ({standard.num_predictions})"
     add("--num_predictions", type=count, help=count_help)
-    add("--residual", **SWITCH, help=f"keep the input frame where the model changes nothing ({standard.residual})")
+    add("--residual", **SWITCH, help=f"keep the input frame where the model changes little ({standard.residual})")
     parser.set_defaults(**vars(standard))
 
 

@@ -14,6 +14,7 @@ from demo.pretraining.text_encoder import train_text_encoder
 from demo.pretraining.unet import train_unet
 from demo.pretraining.vae import encoded_clips, latent_scaling_factor, train_vae
 from demo.pretraining.validation import held_out_pairs, vae_ceiling, validate
+from pecn.frame_store import digest, module_bytes
 
 
 def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Namespace) -> None:
@@ -21,6 +22,8 @@ def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Na
 
     What the work folder holds already is not done again.
     """
+    models = (pipeline.vae, pipeline.text_encoder, pipeline.unet)
+    args.start_weights = digest(part for model in models for part in module_bytes(model))  # for the checkpoints
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     frames = [rendered_clips(args.work_dir, args.num_clips, side) for side in RESOLUTIONS]

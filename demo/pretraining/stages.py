@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from data.layout import UserError, one_line, whole_or_absent
 from data.sthv2_dataset_hf import derive_seed
-from pecn.frame_store import digest
 from pecn.optimization import (
     MovingAverage,
     averaged_weights,
@@ -54,8 +53,7 @@ def train_stage(
     steps, path = getattr(args, f"{name}_train_steps"), args.work_dir / f"{name}.pt"
     of_stages = [f"{stage}_{what}" for stage in (*depends_on, name) for what in ("train_steps", "batch_size")]
     parameters = list(model.parameters())
-    settings = {option: getattr(args, option) for option in ("seed", "num_clips", *of_stages)}
-    settings["start_weights"] = digest(parameter.detach().cpu().numpy().tobytes() for parameter in parameters)
+    settings = {option: getattr(args, option) for option in ("seed", "num_clips", "start_weights", *of_stages)}
     model.to(memory_format=memory_format(parameters[0].device)).train()
     optimizer = create_optimizer(model, learning_rate, betas=BETAS, weight_decay=weight_decay)
     schedule = create_lr_scheduler("cosine", optimizer, min(warmup_steps, steps // 10), steps)
