@@ -249,6 +249,8 @@ def predict_from_picture(args: argparse.Namespace, model: Path, trained: dict[st
             (args.output_dir / name).unlink(missing_ok=True)
         save_prediction(args.output_dir, prediction, comparison)
     print(f"prompt: {edit_prompt}")
+    if (predicted.sample == picture).all():
+        layout.warn("the prediction is the input, the model changes too little to show (but for --residual False)")
     print(f"{args.output_dir} holds the prediction (prediction.png), input.png, and both side by side (comparison.png)")
 
 

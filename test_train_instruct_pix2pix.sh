@@ -46,7 +46,8 @@ else
 fi
 echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 
-rm -rf "$TEST_OUTPUT/model" "$TEST_OUTPUT/base_samples"  # of an earlier quick test
+rm -rf "$TEST_OUTPUT/base_samples"  # of an earlier quick test
+if [[ -z ${RESUME:-} ]]; then rm -rf "$TEST_OUTPUT/model"; fi
 env DATA_DIR="$DATA_DIR" PRETRAINED_MODEL="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/model" \
   BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruct_pix2pix.sh
 

@@ -285,7 +285,7 @@ def verdict(summary: dict[str, Any], base: str = "copying") -> str:
     of_sample, frames = moving["psnr"]["sample"], moving["frames"]["sample"]["share"]
     gain, interval = of_sample["gain"], of_sample["gain_interval"]
     low, high = interval or (-math.inf, math.inf)
-    others = f", of the others {moving['frames']['other']['share']:.0%}" if "other" in moving["frames"] else ""
+    others = f", of the other run's {moving['frames']['other']['share']:.0%}" if "other" in moving["frames"] else ""
     clearly = "is worse than" if high < 0 else "is better than" if low > 0 else "is not clearly better than"
     return (
         f"{pairs}: where something moves the prediction {clearly} {base}, by {gain:+.1f}"

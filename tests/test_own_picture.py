@@ -71,6 +71,13 @@ def test_script_predicts_from_a_photo_as_the_model_was_trained(photo, upright, t
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
+def test_a_prediction_that_is_the_input_is_named(photo, tmp_path):
+    one_small_step = ("--num_inference_steps", 50, "--strength", 0.02, "--image_guidance_scale", 1)
+    done = predict(PROJECT / "demo" / "base_model", photo, tmp_path / "out", *one_small_step, "--scheduler", "ddim")
+    assert "warning: the prediction is the input" in done.stderr
+    assert np.array_equal(read(tmp_path / "out" / "prediction.png"), read(tmp_path / "out" / "input.png"))
+
+
 def test_readmes_python_draws_what_the_command_draws(photo, tiny_model, tmp_path, monkeypatch):
     predict(tiny_model, photo, tmp_path / "out")
     expected = read(tmp_path / "out" / "prediction.png")

@@ -208,6 +208,8 @@ def test_quick_test_runs_on_the_embedded_default(tmp_path):
     assert list((output / "model" / "validation").glob("*.png"))
     assert list((output / "model" / "logs").rglob("events*"))
     assert "the quick test is done" in done.stdout
+    again = run("bash", "test_train_instruct_pix2pix.sh", RESUME="latest", **variables)
+    assert "no checkpoint" not in again.stdout + again.stderr  # the model of the run that goes on is kept
 
 
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="the real clips of ../shared are not here")
