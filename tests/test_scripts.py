@@ -195,6 +195,7 @@ def test_quick_test_runs_on_the_embedded_default(tmp_path):
         "NUM_TRAIN_CLIPS": 9,
         "NUM_VAL_CLIPS": 6,
         "MAX_TRAIN_STEPS": 2,
+        "CHECKPOINTING_STEPS": 1,
         "BATCH_SIZE": 2,
         "NUM_SAMPLES": 2,
         "OMP_NUM_THREADS": 2,
