@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.layout import UserError, make_folder
+from data.cli import UserError
+from data.files import make_folder
 
 PROJECT = Path(__file__).parents[1]
 TRAIN, SAMPLE = PROJECT / "train_instruct_pix2pix.py", PROJECT / "sample_from_pix2pix.py"

@@ -34,17 +34,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.commands import PROJECT
-from data.layout import (
+from data.cli import CommandParser, UserError, available_cores, number, run_command
+from data.paths import (
     SPLITS,
-    CommandParser,
-    UserError,
-    available_cores,
     filtered_annotations_path,
     frame_path,
     frames_dir,
-    number,
     read_annotations,
-    run_command,
     video_path,
     write_annotations,
 )

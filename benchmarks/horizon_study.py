@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import PROJECT, SAMPLE, TRAIN, call, render_clips
-from data.layout import CommandParser, filtered_annotations_path, frames_dir, number, run_command
+from data.cli import CommandParser, number, run_command
+from data.paths import filtered_annotations_path, frames_dir
 
 TRAINING_SEED, UNSEEN_SEED = 42, 777  # of the clips
 ALL_HORIZONS = "1-10"

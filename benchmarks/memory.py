@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
-from data.layout import CommandParser, number, run_command
+from data.cli import CommandParser, number, run_command
 
 ADAM, ADAM_8BIT = 8, 2  # bytes that an optimizer keeps for a weight: two moments
 # Each row: gradient checkpointing, 8-bit Adam, LoRA.

@@ -31,19 +31,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import SAMPLE, TRAIN, call, render_clips
-from data.frame_choice import ANY, DEFAULT_INPUT_FRAME_IDX, ESTIMATED, NO_PROGRESS, ORACLE, FrameChoice
-from data.layout import (
-    CommandParser,
-    UserError,
-    filtered_annotations_path,
-    frames_dir,
-    make_folder,
-    number,
-    read_annotations,
-    run_command,
-    write_file,
+from data.cli import CommandParser, UserError, number, run_command
+from data.clips import (
+    ANY,
+    DEFAULT_INPUT_FRAME_IDX,
+    ESTIMATED,
+    NO_PROGRESS,
+    ORACLE,
+    FrameChoice,
+    choose_samples,
+    describe_left_out,
+    load_frame_pairs,
 )
-from data.sthv2_dataset_hf import choose_samples, describe_left_out, load_frame_pairs
+from data.files import make_folder, write_file
+from data.paths import filtered_annotations_path, frames_dir, read_annotations
 from pecn.sampling_options import add_sampling_options, number_of_samples, sampling_options
 
 DEMO_MODEL = Path("demo/base_model")

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from data.layout import CommandParser, UserError, number, run_command
+from data.cli import CommandParser, UserError, number, run_command
 
 CLIP_SEED = 7
 INPUT_FRAME_IDX = 20
@@ -53,7 +53,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 from benchmarks.models import build_model
-from data.sthv2_dataset_hf import build_prompt
+from data.prompts import build_prompt
 from demo.renderer.clip import render_clip
 from pecn.model import DTYPES, find_model, load_pipeline
 from pecn.sampling import predict_frames

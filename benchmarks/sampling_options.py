@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.frame_choice import DEFAULT_CHOICE, choice_of
-from data.layout import CommandParser, UserError, number, run_command, write_file
+from data.cli import CommandParser, UserError, number, run_command
+from data.clips import DEFAULT_CHOICE, choice_of
+from data.files import write_file
 from pecn.sampling_options import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions, add_sampling_options
 
 PAPER = SamplingOptions(
@@ -64,7 +65,7 @@ if __name__ == "__main__":
 
 from accelerate import PartialState
 
-from data.sthv2_dataset_hf import FramePair, choose_samples, load_frame_pairs, verify_frames
+from data.clips import FramePair, choose_samples, load_frame_pairs, verify_frames
 from pecn.model import find_model, load_pipeline, read_training_config
 from pecn.sampling import predict_pairs
 from pecn.scores import PREDICTED, score_prediction, summarize

@@ -14,20 +14,26 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data import layout
+from data import cli, files, paths
+from data.cli import UserError
+from data.clips import (
+    DEFAULT_INPUT_FRAME_IDX,
+    DEFAULT_TARGET_FRAME_IDX,
+    FramePair,
+    describe_left_out,
+    find_frame_pairs,
+    frame_choice,
+)
 from data.dataset import sampling_rank
-from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, DEFAULT_TARGET_FRAME_IDX, frame_choice
-from data.layout import UserError
-from data.sthv2_dataset_hf import FramePair, describe_left_out, find_frame_pairs
 
 SEED = 42  # puts the videos in a random order, of which random_pairs.png shows the first
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = layout.CommandParser(prog="python -m benchmarks.score_folder", description=__doc__.splitlines()[0])
-    add, index = parser.add_argument, layout.number(at_least=0)
-    frames_dir = layout.frames_dir(layout.DEFAULT_DATA_DIR, 128)
-    annotations = layout.filtered_annotations_path(layout.DEFAULT_DATA_DIR, "val")
+    parser = cli.CommandParser(prog="python -m benchmarks.score_folder", description=__doc__.splitlines()[0])
+    add, index = parser.add_argument, cli.number(at_least=0)
+    frames_dir = paths.frames_dir(paths.DEFAULT_DATA_DIR, 128)
+    annotations = paths.filtered_annotations_path(paths.DEFAULT_DATA_DIR, "val")
     add("--predictions", type=Path, required=True, help="folder of <video id>.png, or an OUTPUT_DIR of sampling")
     add("--against", type=Path, help="another such folder, for the paired difference to it")
     layouts = "'single': a picture is a prediction; 'strip': it is input, target, prediction side by side (%(default)s)"
@@ -61,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
         )
     found = [find_predictions(folder, args) for folder in folders]
     check_output_dir(args.output_dir)
-    with layout.only_one(args.output_dir, "scoring"):
+    with files.only_one(args.output_dir, "scoring"):
         summary = save_results(found[0], args.output_dir, str(args.predictions))
         scores = read_scores(args.output_dir)
     print(format_table(summary))
@@ -97,7 +103,7 @@ def find_pairs(folder: Path, pictures: dict[str, Path], args: argparse.Namespace
     """The frames of the videos that have a picture, in its order. Raises UserError where no video has both."""
     if not args.val_annotations.is_file():
         raise UserError(f"there is no file {args.val_annotations}; make it with: python -m data.dataset")
-    entries = {entry["id"]: entry for entry in layout.read_annotations(args.val_annotations)}
+    entries = {entry["id"]: entry for entry in paths.read_annotations(args.val_annotations)}
     predicted = [entries[video_id] for video_id in pictures if video_id in entries]
     choice = frame_choice(args.input_frame_idx, args.target_frame_idx, None)
     pairs, left_out = find_frame_pairs(predicted, args.frames_dir, choice)
@@ -148,4 +154,4 @@ def make_prediction(
 
 
 if __name__ == "__main__":
-    layout.run_command(functools.partial(main, ARGS))
+    cli.run_command(functools.partial(main, ARGS))

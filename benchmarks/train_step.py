@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from data.layout import CommandParser, UserError, number, run_command
+from data.cli import CommandParser, UserError, number, run_command
 
 NUM_PAIRS = 16  # pictures and prompts that the steps draw from
 SEED = 42
@@ -98,8 +98,7 @@ from tqdm import tqdm
 from benchmarks.freed_memory import keep_freed_memory
 from benchmarks.models import build_model
 from benchmarks.training_steps import OurStep, PlainStep, Timed
-from data.frame_choice import DEFAULT_CHOICE
-from data.sthv2_dataset_hf import Clip, verify_frames
+from data.clips import DEFAULT_CHOICE, Clip, verify_frames
 from pecn.encoded_frames import EncodedClips, TrainingBatches, encode_once
 from pecn.optimization import compile_unet
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
-from data.sthv2_dataset_hf import derive_seed
+from data.clips import derive_seed
 from pecn import optimization
 from pecn.diffusion import diffusion_loss
 from pecn.encoded_frames import TrainingBatches, load_batches

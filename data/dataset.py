@@ -13,8 +13,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from data import layout
-from data.layout import SPLITS, VIDEO_EXTENSIONS, UserError
+from data import cli, paths
+from data.cli import UserError
+from data.paths import SPLITS, VIDEO_EXTENSIONS
 
 SOURCE_NAMES = {
     "train": ("train.json", "something-something-v2-train.json"),
@@ -157,17 +158,17 @@ def count_table(stages: list[dict[str, list[dict]]], tasks: list[str]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = layout.CommandParser(
+    parser = cli.CommandParser(
         prog="python -m data.dataset",
         description="Filter SSv2's annotations to the tasks, sample from them, and write"
         " train_filtered.json and val_filtered.json.",
     )
-    count, tasks = layout.number(at_least=1), list(TASK_TEMPLATES)
-    parser.add_argument("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="default: %(default)s")
+    count, tasks = cli.number(at_least=1), list(TASK_TEMPLATES)
+    parser.add_argument("--data_dir", type=Path, default=paths.DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--train_samples_per_task", type=count, default=1000, help="default: %(default)s")
     parser.add_argument("--val_samples_per_task", type=count, default=100, help="default: %(default)s")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
-    parser.add_argument("--seed", type=layout.number(), default=42, help="of the choice; default: %(default)s")
+    parser.add_argument("--seed", type=cli.number(), default=42, help="of the choice; default: %(default)s")
     return parser.parse_args()
 
 
@@ -178,14 +179,14 @@ def find_source(data_dir: Path, split: str) -> Path:
         if (folder / name).exists():
             return folder / name
     wanted = " or ".join(SOURCE_NAMES[split])
-    raise UserError(f"no {wanted} in {folder}: {layout.DOWNLOAD_HINT} and put it there, or name another --data_dir")
+    raise UserError(f"no {wanted} in {folder}: {paths.DOWNLOAD_HINT} and put it there, or name another --data_dir")
 
 
 def main() -> None:
     args = parse_args()
     asked = {"train": args.train_samples_per_task, "val": args.val_samples_per_task}
     sources = [find_source(args.data_dir, split) for split in SPLITS]
-    train, val, num_shared = drop_shared_ids(*map(layout.read_annotations, sources), args.seed)
+    train, val, num_shared = drop_shared_ids(*map(paths.read_annotations, sources), args.seed)
     matched = {"train": match_tasks(train, args.tasks), "val": match_tasks(val, args.tasks)}
     if not matched["train"]:
         raise UserError(f"{sources[0]}: no entry has a template of {', '.join(args.tasks)}")
@@ -193,12 +194,12 @@ def main() -> None:
     videos = set(os.listdir(folder)) if folder.exists() else set()
     available = {split: keep_existing(matched[split], videos) for split in SPLITS}
     if not any(available.values()):
-        example = layout.video_path(args.data_dir, matched["train"][0]["id"])
+        example = paths.video_path(args.data_dir, matched["train"][0]["id"])
         raise UserError(f"no matching video is in {folder}; expected files such as {example}")
     sampled = {split: sample_entries(available[split], asked[split], args.seed) for split in SPLITS}
 
     for split in SPLITS:  # nothing is written before everything is known to be good
-        layout.write_annotations(layout.filtered_annotations_path(args.data_dir, split), sampled[split])
+        paths.write_annotations(paths.filtered_annotations_path(args.data_dir, split), sampled[split])
     print(count_table([matched, available, sampled], args.tasks))
     print(f"Asked for {asked['train']} training and {asked['val']} validation entries of each task, seed {args.seed}.")
     if not videos:
@@ -211,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    layout.run_command(main)
+    cli.run_command(main)

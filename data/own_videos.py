@@ -17,9 +17,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import layout
+from data import cli, files, paths
+from data.cli import UserError
 from data.dataset import sampling_rank
-from data.layout import SPLITS, VIDEO_EXTENSIONS, UserError
+from data.paths import SPLITS, VIDEO_EXTENSIONS
 
 COLUMNS = ("file", "caption", "task", "split")
 REQUIRED_COLUMNS = {"file", "caption"}
@@ -158,23 +159,23 @@ def assign_splits(rows: list[dict[str, str]], val_fraction: float) -> dict[str, 
 
 def check_lists_are_own(data_dir: Path) -> None:
     """Raise UserError where the data directory lists other videos, Something-Something's, which would be lost."""
-    for path in (layout.filtered_annotations_path(data_dir, split) for split in SPLITS):
-        if path.is_file() and any("file" not in entry for entry in layout.read_annotations(path)):
+    for path in (paths.filtered_annotations_path(data_dir, split) for split in SPLITS):
+        if path.is_file() and any("file" not in entry for entry in paths.read_annotations(path)):
             raise UserError(f"{path} lists other videos than your own: name another --data_dir")
 
 
 def check_id_is_free(data_dir: Path, video_id: str, source: Path) -> None:
     """Raise UserError where the data directory has another video of this id, whose frames may be there too."""
-    present = layout.find_video(data_dir, video_id)
+    present = paths.find_video(data_dir, video_id)
     if present.is_file() and not present.samefile(source):
         raise UserError(f"{present} is another video than {source}: name another --data_dir, or delete this one")
 
 
 def link_video(data_dir: Path, video_id: str, source: Path) -> None:
     """Make `videos/<id>.<extension>` a link to a video, if it is not one yet."""
-    link = layout.video_path(data_dir, video_id, source.suffix.lower())
+    link = paths.video_path(data_dir, video_id, source.suffix.lower())
     if not link.is_file():
-        with layout.whole_or_absent(link) as partial:
+        with files.whole_or_absent(link) as partial:
             partial.symlink_to(source)
 
 
@@ -183,12 +184,12 @@ def to_entry(row: dict[str, str]) -> dict[str, str]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = layout.CommandParser(
+    parser = cli.CommandParser(
         prog="python -m data.own_videos",
         description=f"Make a data directory of your own videos ({', '.join(VIDEO_EXTENSIONS)}), which are linked.",
     )
     columns = f"CSV with the header {EXAMPLE_HEADER} (the last two may be left out), or JSON Lines"
-    fraction, share = layout.number(float, above=0, below=1), "share for validation where no split is given"
+    fraction, share = cli.number(float, above=0, below=1), "share for validation where no split is given"
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the folder of your videos")
     parser.add_argument("--captions", type=Path, required=True, metavar="FILE", help=columns)
     parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="the data directory to make")
@@ -208,15 +209,15 @@ def main() -> None:
         check_id_is_free(args.data_dir, row["id"], source)
 
     for folder in ("videos", "annotations"):  # nothing is written before everything is known to be good
-        layout.make_folder(args.data_dir / folder)
+        files.make_folder(args.data_dir / folder)
     for row, source in zip(rows, sources):
         link_video(args.data_dir, row["id"], source)
     for split in SPLITS:
-        path = layout.filtered_annotations_path(args.data_dir, split)
-        layout.write_annotations(path, [to_entry(row) for row in chosen[split]])
+        path = paths.filtered_annotations_path(args.data_dir, split)
+        paths.write_annotations(path, [to_entry(row) for row in chosen[split]])
     print(f"{len(chosen['train'])} videos for training and {len(chosen['val'])} for validation in {args.data_dir}")
     print(f"Next: python -m data.video_loader --data_dir {args.data_dir}")
 
 
 if __name__ == "__main__":
-    layout.run_command(main)
+    cli.run_command(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.layout import UserError
+from data.cli import UserError
 
 UNFINISHED_SUFFIX = ".unfinished"  # `.<name>.unfinished`: the first rows, to go on from
 

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.layout import UserError, frame_path, one_line
+from data.cli import UserError, one_line
+from data.paths import frame_path
 
 # Video containers only: without the list a picture would count as a video of one frame, and a text file could be a
 # playlist that makes FFmpeg open other files.

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 
-from data import layout
-from data.layout import SPLITS, VIDEO_EXTENSIONS, UserError
+from data import cli, files, paths
+from data.cli import UserError
+from data.paths import SPLITS, VIDEO_EXTENSIONS
 
 LOG_NAME = "frames_extraction.log"
 
@@ -46,7 +47,7 @@ class Result:
 def count_frames(folder: Path) -> int:
     """The number of frames in a video's folder, or 0 if it does not hold exactly frames 0 to n-1."""
     names = set(os.listdir(folder)) if folder.is_dir() else set()
-    expected = {layout.frame_path(folder.parent, folder.name, index).name for index in range(len(names))}
+    expected = {paths.frame_path(folder.parent, folder.name, index).name for index in range(len(names))}
     return len(names) if names == expected else 0
 
 
@@ -88,10 +89,10 @@ def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]
     try:
         with contextlib.ExitStack() as stack:
             folders = {
-                resolution: stack.enter_context(layout.whole_or_absent(folder / video_id))
+                resolution: stack.enter_context(files.whole_or_absent(folder / video_id))
                 for resolution, folder in frames_folders.items()
             }
-            return Result(video_id, write_frames(layout.find_video(data_dir, video_id), folders))
+            return Result(video_id, write_frames(paths.find_video(data_dir, video_id), folders))
     except VideoError as error:
         failure, details = error.args
         return Result(video_id, failure=failure, details=details)
@@ -141,14 +142,14 @@ def record_num_frames(data_dir: Path, results: list[Result]) -> None:
     """Set `num_frames` in the filtered annotations; entries of failed videos stay, without it."""
     num_frames = {result.video_id: result.num_frames for result in results}
     for split in SPLITS:
-        path = layout.filtered_annotations_path(data_dir, split)
-        entries = layout.read_annotations(path)
+        path = paths.filtered_annotations_path(data_dir, split)
+        entries = paths.read_annotations(path)
         updated = [entry | {"num_frames": num_frames.get(entry["id"], entry.get("num_frames"))} for entry in entries]
         for entry in updated:
             if entry["num_frames"] is None:
                 del entry["num_frames"]
         if updated != entries:
-            layout.write_annotations(path, updated)
+            paths.write_annotations(path, updated)
 
 
 def write_log(data_dir: Path, num_selected: int, results: list[Result]) -> str:
@@ -165,30 +166,30 @@ def write_log(data_dir: Path, num_selected: int, results: list[Result]) -> str:
     if len(results) < num_selected:
         summary += f", {num_selected - len(results)} not done yet"
     lines = [f"{result.video_id}: {result.failure}: {result.details}" for result in failed]
-    layout.write_file(data_dir / LOG_NAME, "\n".join([summary, *lines]) + "\n")
+    files.write_file(data_dir / LOG_NAME, "\n".join([summary, *lines]) + "\n")
     return summary
 
 
 def parse_args() -> argparse.Namespace:
-    parser = layout.CommandParser(
+    parser = cli.CommandParser(
         prog="python -m data.video_loader",
         description="Extract every frame of the selected videos and add num_frames to the filtered annotations."
         f" Videos that fail are listed with a reason in {LOG_NAME} in the data directory; the exit status is 0 unless"
         " all fail. Run it again to do what is missing.",
     )
-    size, count = layout.number(at_least=1, at_most=4096), layout.number(at_least=1)
-    parser.add_argument("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="default: %(default)s")
+    size, count = cli.number(at_least=1, at_most=4096), cli.number(at_least=1)
+    parser.add_argument("--data_dir", type=Path, default=paths.DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--resolutions", type=size, nargs="+", default=[96, 128], help="in pixels (default: 96 128)")
-    parser.add_argument("--num_workers", type=count, default=layout.available_cores(), help="default: all cores")
+    parser.add_argument("--num_workers", type=count, default=cli.available_cores(), help="default: all cores")
     parser.add_argument("--limit", type=count, help="only the first N entries of each split")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    splits = [layout.read_filtered_annotations(args.data_dir, split)[: args.limit] for split in SPLITS]
+    splits = [paths.read_filtered_annotations(args.data_dir, split)[: args.limit] for split in SPLITS]
     selected = {entry["id"]: entry for entries in splits for entry in entries}
-    with layout.only_one(args.data_dir / "annotations", "extraction"):
+    with files.only_one(args.data_dir / "annotations", "extraction"):
         extract_missing(args.data_dir, list(selected.values()), args.resolutions, args.num_workers)
 
 
@@ -197,13 +198,13 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
     from tqdm import tqdm
 
     start = time.perf_counter()
-    folders = {resolution: layout.frames_dir(data_dir, resolution) for resolution in resolutions}
+    folders = {resolution: paths.frames_dir(data_dir, resolution) for resolution in resolutions}
     for folder in folders.values():
         folder.mkdir(exist_ok=True)
-        layout.remove_leftovers(folder)
+        files.remove_leftovers(folder)
     done, to_decode = plan(entries, list(folders.values()))
     if to_decode and not any(path.suffix in VIDEO_EXTENSIONS for path in (data_dir / "videos").glob("*")):
-        raise UserError(f"no videos in {data_dir / 'videos'}: {layout.DOWNLOAD_HINT} and put its .webm files there")
+        raise UserError(f"no videos in {data_dir / 'videos'}: {paths.DOWNLOAD_HINT} and put its .webm files there")
     extract = functools.partial(extract_video, data_dir=data_dir, frames_folders=folders)
     extracted: list[Result] = []
     try:
@@ -212,7 +213,7 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
                 extracted.append(result)
     finally:
         for folder in folders.values():
-            layout.remove_leftovers(folder)
+            files.remove_leftovers(folder)
         results = done + extracted
         record_num_frames(data_dir, results)
         print(write_log(data_dir, len(entries), results))
@@ -227,4 +228,4 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
 
 
 if __name__ == "__main__":
-    layout.run_command(main)
+    cli.run_command(main)

@@ -12,18 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.layout import (
-    CommandParser,
-    UserError,
-    extraction_command,
-    filtered_annotations_path,
-    frame_path,
-    frames_dir,
-    make_folder,
-    number,
-    read_annotations,
-    run_command,
-)
+from data.cli import CommandParser, UserError, number, run_command
+from data.files import make_folder
+from data.paths import extraction_command, filtered_annotations_path, frame_path, frames_dir, read_annotations
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,19 +20,9 @@ import argparse
 import json
 from pathlib import Path
 
-from data.layout import (
-    CommandParser,
-    UserError,
-    available_cores,
-    make_folder,
-    number,
-    only_one,
-    remove_leftovers,
-    run_command,
-    video_path,
-    write_annotations,
-    write_file,
-)
+from data.cli import CommandParser, UserError, available_cores, number, run_command
+from data.files import make_folder, only_one, remove_leftovers, write_file
+from data.paths import video_path, write_annotations
 
 RENDERER_VERSION = 1  # raised whenever the pictures change, so that old and new clips never mix in one folder
 ANNOTATION_NAMES = {"train": "train.json", "val": "validation.json"}

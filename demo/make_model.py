@@ -16,16 +16,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.layout import (
-    CommandParser,
-    UserError,
-    make_folder,
-    number,
-    only_one,
-    remove_leftovers,
-    run_command,
-    whole_or_absent,
-)
+from data.cli import CommandParser, UserError, number, run_command
+from data.files import make_folder, only_one, remove_leftovers, whole_or_absent
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline

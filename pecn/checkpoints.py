@@ -27,7 +27,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
-from data.layout import UserError, one_line, partial_path, parts_replaced_together, warn, whole_or_absent, write_file
+from data.cli import UserError, one_line, warn
+from data.files import partial_path, parts_replaced_together, whole_or_absent, write_file
 from pecn import lora
 from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG
 

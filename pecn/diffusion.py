@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
-from data.layout import UserError
+from data.cli import UserError
 
 
 def diffusion_loss(

@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from data.frame_choice import FrameChoice
-from data.sthv2_dataset_hf import Clip, derive_seed, swap_left_and_right
+from data.clips import Clip, FrameChoice, derive_seed
+from data.prompts import swap_left_and_right
 from pecn.diffusion import conditioning_dropout
 from pecn.frame_store import digest, first_rows, stored_frames, stored_prompts
 from pecn.model import encode_prompts

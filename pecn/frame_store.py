@@ -20,8 +20,8 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data.layout import UserError
-from data.sthv2_dataset_hf import Clip
+from data.cli import UserError
+from data.clips import Clip
 from data.stored_array import stored_array
 from pecn.model import encode_pictures, encode_prompts, tokenize
 from pecn.processes import is_first_process

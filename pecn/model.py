@@ -26,9 +26,8 @@ from PIL import Image
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from data.frame_choice import ANY, NO_PROGRESS, ORACLE, FrameChoice, choice_of, tells_horizon
-from data.layout import UserError, one_line, warn
-from data.sthv2_dataset_hf import Clip, FramePair, verify_frames
+from data.cli import UserError, one_line, warn
+from data.clips import ANY, NO_PROGRESS, ORACLE, Clip, FrameChoice, FramePair, choice_of, tells_horizon, verify_frames
 from pecn.sampling_options import DEFAULT_OPTIONS
 
 TRAINING_CONFIG = "training_config.json"  # what train_instruct_pix2pix.py was called with, beside the trained pipeline

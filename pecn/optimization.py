@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.layout import UserError, warn
+from data.cli import UserError, warn
 from pecn.diffusion import diffusion_loss
 
 LOG_EVERY = 10  # steps between two reads of the losses from the device: each read waits for the device

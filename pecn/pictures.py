@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from data.layout import UserError, make_folder, one_line, parts_replaced_together
+from data.cli import UserError, one_line
+from data.files import make_folder, parts_replaced_together
 from pecn.sampling import Prediction
 from pecn.scores import PREDICTED, SHARP_ENOUGH, TOO_SHARP, LpipsMap, psnr_gain, score_prediction, summarize
 

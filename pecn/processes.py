@@ -18,7 +18,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from data.layout import UserError
+from data.cli import UserError
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:

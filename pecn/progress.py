@@ -15,23 +15,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data import layout
-from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, ORACLE, FrameChoice
-from data.layout import UserError, number
-from data.sthv2_dataset_hf import Clip, derive_seed, describe_left_out, load_clips
+from data import cli, paths
+from data.cli import UserError, number
+from data.clips import DEFAULT_INPUT_FRAME_IDX, ORACLE, Clip, FrameChoice, derive_seed, describe_left_out, load_clips
 
 EVERY_CUT = FrameChoice(start=None, progress_source=ORACLE)  # every frame but the last, which none follows
 WITHIN = 8  # points; the share of estimates that are nearer to the truth is told
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = layout.CommandParser(prog="python -m pecn.progress", description=__doc__.splitlines()[0])
+    parser = cli.CommandParser(prog="python -m pecn.progress", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate")
     train_parser = commands.add_parser("train", help="train an estimator on the training clips")
     evaluate_parser = commands.add_parser("evaluate", help="compare it with constants on the validation clips")
     for command in (train_parser, evaluate_parser):
         add = command.add_argument
-        add("--data_dir", type=Path, default=layout.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
+        add("--data_dir", type=Path, default=paths.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
         base_model = "timbrooks/instruct-pix2pix"
         add("--pretrained_model_name_or_path", default=base_model, help="whose VAE and text encoder (%(default)s)")
         side = number(at_least=8, multiple_of=8)
@@ -78,8 +77,8 @@ def find_all_frames(args: argparse.Namespace, split: str) -> list[Clip]:
     if left_out:
         print(f"{split}: {describe_left_out(left_out)}")
     if not clips:
-        frames = layout.frames_dir(args.data_dir, args.resolution)
-        raise UserError(f"no {split} video has frames in {frames}; {layout.extraction_command(frames)} extracts them")
+        frames = paths.frames_dir(args.data_dir, args.resolution)
+        raise UserError(f"no {split} video has frames in {frames}; {paths.extraction_command(frames)} extracts them")
     return clips
 
 
@@ -235,4 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    layout.run_command(main)
+    cli.run_command(main)

@@ -21,9 +21,11 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data.frame_choice import FrameChoice
-from data.layout import UserError, extracted_frames, make_folder, one_line, parts_replaced_together
-from data.sthv2_dataset_hf import Clip, progress_percent, swap_left_and_right, verify_frames
+from data.cli import UserError, one_line
+from data.clips import Clip, FrameChoice, verify_frames
+from data.files import make_folder, parts_replaced_together
+from data.paths import extracted_frames
+from data.prompts import progress_percent, swap_left_and_right
 from pecn.frame_store import digest, first_rows, module_bytes, stored_frames, stored_prompts
 from pecn.model import tokenize
 

@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.layout import UserError, find_video, parts_replaced_together
+from data.cli import UserError
+from data.files import parts_replaced_together
+from data.paths import find_video
 from data.video_decoder import frame_rate
 from pecn.pictures import SAMPLES, save_picture, titled
 from pecn.rollouts import Rollout, score_rollout, summarize_by_horizon

@@ -14,9 +14,8 @@ import numpy as np
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from tqdm import tqdm
 
-from data.frame_choice import DEFAULT_INPUT_FRAME_IDX, FrameChoice
-from data.layout import UserError
-from data.sthv2_dataset_hf import Clip, derive_seed
+from data.cli import UserError
+from data.clips import DEFAULT_INPUT_FRAME_IDX, Clip, FrameChoice, derive_seed
 from data.video_decoder import load_picture
 from pecn.sampling import Prediction, predict_frames
 from pecn.sampling_options import DEFAULT_OPTIONS, SamplingOptions

@@ -15,7 +15,8 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
-from data.sthv2_dataset_hf import FramePair, derive_seed, frame_pairs_dataset
+from data.clips import FramePair, derive_seed
+from data.sthv2_dataset_hf import frame_pairs_dataset
 from pecn.model import decode_latents, encode_pictures, encode_prompts, to_picture
 from pecn.sampling_options import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions
 

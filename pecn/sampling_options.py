@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 
-from data.layout import SWITCH, number
+from data.cli import SWITCH, number
 
 # Names of diffusers' classes, and the options in which they differ from a model's own scheduler.
 SCHEDULERS = {

@@ -21,7 +21,7 @@ from skimage.color import rgb2gray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.morphology import dilation, disk
 
-from data.layout import UserError
+from data.cli import UserError
 from pecn.sampling import Prediction
 
 LpipsMap = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.training_utils import EMAModel
 
-from data.frame_choice import FrameChoice
-from data.layout import one_line, warn
-from data.sthv2_dataset_hf import TASK_OF_ALL_PROMPTS, Clip, draw_pairs
+from data.cli import one_line, warn
+from data.clips import Clip, FrameChoice, draw_pairs
+from data.prompts import TASK_OF_ALL_PROMPTS
 from pecn.optimization import current_unet
 from pecn.pictures import comparison_picture, save_picture, strip_of_frames
 from pecn.rollout_pictures import filmstrip

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data.layout import filtered_annotations_path, frame_path, frames_dir, write_annotations
+from data.paths import filtered_annotations_path, frame_path, frames_dir, write_annotations
 
 PROJECT = Path(__file__).parents[1]
 SHARED = PROJECT.parent / "shared"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import extract_frames
-from data.layout import UserError, frame_path, frames_dir
+from data.cli import UserError
+from data.paths import frame_path, frames_dir
 from data.video_decoder import decode_video, make_resizer
 from tests.conftest import run
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from benchmarks.freed_memory import keep_freed_memory
 from benchmarks.train_step import Measured, check_agreement, format_table
-from data.layout import UserError
+from data.cli import UserError
 from pecn.optimization import clip_gradients, create_optimizer
 from tests.conftest import run
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.layout import UserError
+from data.cli import UserError
 from pecn.checkpoints import CheckpointTimes, checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
 
 

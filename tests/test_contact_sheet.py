@@ -3,7 +3,7 @@
 import cv2
 import pytest
 
-from data.layout import filtered_annotations_path, write_annotations
+from data.paths import filtered_annotations_path, write_annotations
 from tests.conftest import SIDE, entry, run, write_frames
 
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import dataset, layout
+from data import cli, dataset, paths
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -64,7 +64,7 @@ def write_sources(data_dir, train, val):
 
 
 def outputs(data_dir):
-    return {split: layout.filtered_annotations_path(data_dir, split) for split in layout.SPLITS}
+    return {split: paths.filtered_annotations_path(data_dir, split) for split in paths.SPLITS}
 
 
 def read_outputs(data_dir):
@@ -152,7 +152,7 @@ def test_a_task_is_sampled_the_same_alone_and_with_others(data_dir):
     run_filter(data_dir, "--train_samples_per_task", 10, "--tasks", "drop_object")
     alone = read_outputs(data_dir)
     assert {entry["task"] for entry in alone["train"]} == {"drop_object"}
-    for split in layout.SPLITS:
+    for split in paths.SPLITS:
         assert ids_of_task(alone[split], "drop_object") == ids_of_task(together[split], "drop_object")
 
 
@@ -313,22 +313,22 @@ def test_fuzz_any_json_is_read_back_or_refused_in_one_line(content):
         path = Path(folder) / "train.json"
         path.write_text(json.dumps(content))
         try:
-            entries = layout.read_annotations(path)
-        except layout.UserError as error:
+            entries = paths.read_annotations(path)
+        except cli.UserError as error:
             assert "\n" not in str(error)
             return
         assert json.dumps(entries) == json.dumps(content)
         for entry in entries:
-            inside = layout.video_path(folder, entry["id"]).resolve()
+            inside = paths.video_path(folder, entry["id"]).resolve()
             assert inside.parent == (Path(folder) / "videos").resolve()
             assert (
-                layout.frames_dir(folder, 96).resolve()
-                == (layout.frame_path(layout.frames_dir(folder, 96), entry["id"], 0).resolve().parents[1])
+                paths.frames_dir(folder, 96).resolve()
+                == (paths.frame_path(paths.frames_dir(folder, 96), entry["id"], 0).resolve().parents[1])
             )
         matched = dataset.match_tasks(entries, list(dataset.TASK_TEMPLATES))
         chosen = dataset.sample_entries(matched, 2, seed=1)
-        layout.write_annotations(path, chosen)
-        assert json.dumps(layout.read_annotations(path)) == json.dumps(chosen)
+        paths.write_annotations(path, chosen)
+        assert json.dumps(paths.read_annotations(path)) == json.dumps(chosen)
 
 
 likely_ids = st.integers(0, 12).map(str)
@@ -361,14 +361,14 @@ def test_fuzz_filtering_writes_what_is_promised_or_nothing(train, val, names, se
                 patch.setattr(sys, "argv", ["data.dataset", *arguments])
                 patch.setattr(os, "fsync", lambda file: None)  # costs most of the time, and no crash is tried here
                 dataset.main()
-        except layout.UserError as error:
+        except cli.UserError as error:
             assert "\n" not in str(error) and folder in str(error)
             assert contents(data_dir) == before
             return
         after = contents(data_dir)
         assert {path: after.pop(path) for path in before} == before
         assert {path.name for path in after} == {"train_filtered.json", "val_filtered.json"}
-        found = {split: layout.read_annotations(path) for split, path in outputs(data_dir).items()}
+        found = {split: paths.read_annotations(path) for split, path in outputs(data_dir).items()}
         ids = {split: {entry["id"] for entry in entries} for split, entries in found.items()}
         assert not ids["train"] & ids["val"]
         for split, source in (("train", train), ("val", val)):

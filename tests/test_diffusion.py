@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, PNDMScheduler
 
-from data.layout import UserError
+from data.cli import UserError
 from pecn.diffusion import add_image_channels, changed_scheduler, diffusion_loss
 from tests.conftest import make_tiny_pipeline
 

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.frame_choice import ORACLE, FrameChoice
-from data.layout import UserError, frame_path, frames_dir
-from data.sthv2_dataset_hf import load_clips, verify_frames
+from data.cli import UserError
+from data.clips import ORACLE, FrameChoice, load_clips, verify_frames
+from data.paths import frame_path, frames_dir
 from pecn.diffusion import conditioning_dropout
 from pecn.encoded_frames import TrainingBatches, encode_once
 from pecn.model import encode_prompts

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data import layout
+from data import paths
 from tests.test_video_loader import (
     COMMAND,
     ROOT,
@@ -74,9 +74,9 @@ def test_killed_at_twenty_moments_then_completed_to_the_same_bytes(twin_dirs):
         elif process.poll() is None:
             os.killpg(process.pid, 9)
         process.communicate()
-        for split in layout.SPLITS:  # readable at any time, with nothing lost
-            path = layout.filtered_annotations_path(data_dir, split)
-            assert len(layout.read_annotations(path)) == (7 if split == "train" else 3)
+        for split in paths.SPLITS:  # readable at any time, with nothing lost
+            path = paths.filtered_annotations_path(data_dir, split)
+            assert len(paths.read_annotations(path)) == (7 if split == "train" else 3)
         for folder in data_dir.glob("frames_*/[!.]*"):
             assert tree_hashes(folder) == tree_hashes(undisturbed / folder.relative_to(data_dir))
     assert killed_at_work >= NUM_KILLS // 2
@@ -142,11 +142,11 @@ def test_bad_videos_are_named_and_stop_nobody(tmp_path):
     assert f"link: missing: there is no file {videos}/nowhere.webm\n" in log_of(data_dir)
     assert f"2 have all their frames, {len(expected)} failed" in result.stdout
     assert {video_id: count for video_id, count in num_frames_of(data_dir).items() if count} == {"1": 11, "2": 14}
-    assert sorted(path.name for path in layout.frames_dir(data_dir, 16).iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in paths.frames_dir(data_dir, 16).iterdir()) == ["1", "2"]
 
     # Repaired files are picked up, and a failure's stale num_frames goes.
     (videos / "cut.webm").write_bytes(good)
-    shutil.rmtree(layout.frames_dir(data_dir, 16) / "1")
+    shutil.rmtree(paths.frames_dir(data_dir, 16) / "1")
     (videos / "1.webm").write_bytes(b"")
     extract(data_dir, "--resolutions", 16)
     counts = {video_id: count for video_id, count in num_frames_of(data_dir).items() if count}
@@ -179,7 +179,7 @@ def test_unusual_videos_are_extracted_whole_in_little_memory(tmp_path):
     assert result.returncode == 0, result.stderr
     assert num_frames_of(data_dir) == {video_id: len(shown_at) for video_id, (_, shown_at) in clips.items()}
     for video_id, (_, shown_at) in clips.items():
-        names = sorted(os.listdir(layout.frames_dir(data_dir, 16) / video_id))
+        names = sorted(os.listdir(paths.frames_dir(data_dir, 16) / video_id))
         assert names == [f"{index:05d}.png" for index in range(len(shown_at))]
     assert int(result.stdout) * 1024 < MEMORY_LIMIT
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from data.layout import UserError, filtered_annotations_path, frames_dir
+from data.cli import UserError
+from data.paths import filtered_annotations_path, frames_dir
 from pecn.model import PARTS, find_model, load_pipeline, read_training_config
 from tests.conftest import PROJECT, SIDE, run
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from data.layout import UserError, frame_path, frames_dir
+from data.cli import UserError
+from data.paths import frame_path, frames_dir
 from pecn.checkpoints import checkpoint_steps, find_checkpoint, find_damage
 from tests.conftest import PROJECT, SIDE, fork_script, hear_ctrl_c, make_data_dir, run
 

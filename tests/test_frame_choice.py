@@ -12,9 +12,20 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.frame_choice import ANY, ORACLE, FrameChoice, frame_choice, horizons_of, tells_horizon
-from data.layout import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
-from data.sthv2_dataset_hf import find_frame_pairs, load_clips, swap_left_and_right, verify_frames
+from data.cli import UserError
+from data.clips import (
+    ANY,
+    ORACLE,
+    FrameChoice,
+    find_frame_pairs,
+    frame_choice,
+    horizons_of,
+    load_clips,
+    tells_horizon,
+    verify_frames,
+)
+from data.paths import filtered_annotations_path, frames_dir, read_annotations, write_annotations
+from data.prompts import swap_left_and_right
 from pecn.encoded_frames import TrainingBatches, encode_once, load_batches
 from pecn.model import encode_prompts
 from tests.conftest import SIDE, make_data_dir, make_tiny_pipeline, run

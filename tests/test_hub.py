@@ -15,7 +15,7 @@ import pytest
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from safetensors.torch import load_file, save_file
 
-from data.layout import filtered_annotations_path, frames_dir
+from data.paths import filtered_annotations_path, frames_dir
 from tests.conftest import PROJECT, SIDE, run
 
 REPOSITORY, COMMIT = "someone/model", "0123456789abcdef0123456789abcdef01234567"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from data import layout
+from data import cli, files
 
 
 def contents(folder):
@@ -26,10 +26,10 @@ def write(folder, **texts):
 def test_a_folder_and_a_file_replace_the_former_ones(tmp_path):
     write(tmp_path / "folder", old="1")
     write(tmp_path, file="1")
-    with layout.whole_or_absent(tmp_path / "folder") as partial:
+    with files.whole_or_absent(tmp_path / "folder") as partial:
         write(partial, new="2")
         assert contents(tmp_path / "folder") == {"old": "1"}
-    with layout.whole_or_absent(tmp_path / "file") as partial:
+    with files.whole_or_absent(tmp_path / "file") as partial:
         partial.write_text("2")
     assert contents(tmp_path) == {"folder/new": "2", "file": "2"}
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
@@ -38,8 +38,8 @@ def test_a_folder_and_a_file_replace_the_former_ones(tmp_path):
 @pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
 def test_a_failure_keeps_the_former_folder_and_removes_the_partial_one(tmp_path, failure):
     write(tmp_path / "folder", old="1")
-    write(layout.partial_path(tmp_path / "folder"), left_by_a_killed_run="0")
-    with pytest.raises(failure), layout.whole_or_absent(tmp_path / "folder") as partial:
+    write(files.partial_path(tmp_path / "folder"), left_by_a_killed_run="0")
+    with pytest.raises(failure), files.whole_or_absent(tmp_path / "folder") as partial:
         assert not partial.exists()
         write(partial, new="2")
         raise failure
@@ -51,7 +51,7 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     write(tmp_path / ".1.partial", frame="1")
     write(tmp_path / ".1.outdated", frame="1")
     write(tmp_path, **{".2.partial": "", "3.partial": "", ".4": ""})
-    layout.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".4", "3.partial"]
 
 
@@ -64,7 +64,7 @@ def parts(tmp_path):
 
 
 def replace_parts(folder):
-    with layout.parts_replaced_together(folder, last="index") as new:
+    with files.parts_replaced_together(folder, last="index") as new:
         write(new / "unet", weights="new")
         write(new, config="new", index="new")
 
@@ -107,7 +107,7 @@ def test_a_failure_at_any_rename_brings_the_former_parts_back(parts, monkeypatch
 
 
 def test_a_failure_while_parts_are_written_touches_none(parts):
-    with pytest.raises(ValueError), layout.parts_replaced_together(parts, last="index") as new:
+    with pytest.raises(ValueError), files.parts_replaced_together(parts, last="index") as new:
         write(new, config="new")
         raise ValueError
     assert contents(parts) == all_parts("old", "old", "old")
@@ -117,15 +117,15 @@ def test_a_failure_while_parts_are_written_touches_none(parts):
 
 
 def test_a_second_holder_is_refused_until_the_first_is_done(tmp_path):
-    with layout.only_one(tmp_path, "training"):
+    with files.only_one(tmp_path, "training"):
         with (
-            pytest.raises(layout.UserError, match="another training is running in"),
-            layout.only_one(tmp_path, "training"),
+            pytest.raises(cli.UserError, match="another training is running in"),
+            files.only_one(tmp_path, "training"),
         ):
             pytest.fail("the second holder was let in")
-    with pytest.raises(ValueError), layout.only_one(tmp_path, "training"):
+    with pytest.raises(ValueError), files.only_one(tmp_path, "training"):
         raise ValueError
-    with layout.only_one(tmp_path, "training"):
+    with files.only_one(tmp_path, "training"):
         pass
 
 
@@ -133,7 +133,7 @@ def test_a_second_holder_is_refused_until_the_first_is_done(tmp_path):
 
 
 def parse(kind, text):
-    parser = layout.CommandParser(prog="command")
+    parser = cli.CommandParser(prog="command")
     parser.add_argument("--option", type=kind)
     return parser.parse_args(["--option", text]).option
 
@@ -141,13 +141,13 @@ def parse(kind, text):
 @pytest.mark.parametrize(
     "kind, text, value",
     [
-        (layout.number(), "-3", -3),
-        (layout.number(at_least=1, at_most=8), "1", 1),
-        (layout.number(at_least=1, at_most=8), "8", 8),
-        (layout.number(multiple_of=8), "96", 96),
-        (layout.number(float, above=0, below=1), "0.5", 0.5),
-        (layout.boolean, "True", True),
-        (layout.boolean, "false", False),
+        (cli.number(), "-3", -3),
+        (cli.number(at_least=1, at_most=8), "1", 1),
+        (cli.number(at_least=1, at_most=8), "8", 8),
+        (cli.number(multiple_of=8), "96", 96),
+        (cli.number(float, above=0, below=1), "0.5", 0.5),
+        (cli.boolean, "True", True),
+        (cli.boolean, "false", False),
     ],
 )
 def test_a_good_value_is_taken(kind, text, value):
@@ -158,16 +158,16 @@ def test_a_good_value_is_taken(kind, text, value):
 @pytest.mark.parametrize(
     "kind, text, message",
     [
-        (layout.number(at_least=1), "0", "must be at least 1, not 0"),
-        (layout.number(at_most=4096), "4097", "must be at most 4096, not 4097"),
-        (layout.number(at_most=999_999), "9" * 400, f"must be at most 999999, not {'9' * 400}"),
-        (layout.number(float, above=0), "0", "must be above 0, not 0"),
-        (layout.number(float, below=1), "1", "must be below 1, not 1"),
-        (layout.number(multiple_of=8), "97", "must be a multiple of 8, not 97"),
-        (layout.number(), "1.5", "'1.5' is not a whole number"),
-        (layout.number(float), "nan", "'nan' is not a number"),
-        (layout.number(float), "inf", "'inf' is not a number"),
-        (layout.boolean, "yes", "must be True or False, not 'yes'"),
+        (cli.number(at_least=1), "0", "must be at least 1, not 0"),
+        (cli.number(at_most=4096), "4097", "must be at most 4096, not 4097"),
+        (cli.number(at_most=999_999), "9" * 400, f"must be at most 999999, not {'9' * 400}"),
+        (cli.number(float, above=0), "0", "must be above 0, not 0"),
+        (cli.number(float, below=1), "1", "must be below 1, not 1"),
+        (cli.number(multiple_of=8), "97", "must be a multiple of 8, not 97"),
+        (cli.number(), "1.5", "'1.5' is not a whole number"),
+        (cli.number(float), "nan", "'nan' is not a number"),
+        (cli.number(float), "inf", "'inf' is not a number"),
+        (cli.boolean, "yes", "must be True or False, not 'yes'"),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line(capsys, kind, text, message):
@@ -180,7 +180,7 @@ def test_a_bad_value_is_refused_in_one_line(capsys, kind, text, message):
 # Commands.
 
 
-@pytest.mark.parametrize("error, line", [(KeyboardInterrupt(), "interrupted: "), (layout.UserError("no"), "error: no")])
+@pytest.mark.parametrize("error, line", [(KeyboardInterrupt(), "interrupted: "), (cli.UserError("no"), "error: no")])
 def test_what_ends_a_command_is_said_below_its_progress_bar(error, line, capsys):
     def numbers():
         with tqdm(total=2) as bar:
@@ -192,5 +192,5 @@ def test_what_ends_a_command_is_said_below_its_progress_bar(error, line, capsys)
         raise error
 
     with pytest.raises(SystemExit):
-        layout.run_command(main)
+        cli.run_command(main)
     assert capsys.readouterr().err.splitlines()[-1].startswith(line)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dataset import TASK_TEMPLATES, plain_template
-from data.layout import only_one
+from data.files import only_one
 from demo.renderer.actions import falling_height, minimum_jerk
 from demo.renderer.clip import TASKS, plan_clip, render_clip
 from demo.renderer.templates import ACTIONS

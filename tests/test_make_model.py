@@ -12,8 +12,8 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
-from data.layout import UserError
-from data.sthv2_dataset_hf import action_progress, build_prompt, swap_left_and_right
+from data.cli import UserError
+from data.prompts import action_progress, build_prompt, swap_left_and_right
 from demo.make_model import check_output_dir, save_pipeline
 from demo.pretraining.clips import (
     CLIP_SEED,

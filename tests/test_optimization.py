@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedType
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
-from data.layout import UserError
+from data.cli import UserError
 from pecn.diffusion import diffusion_loss
 from pecn.optimization import (
     MovingAverage,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.layout import SPLITS, filtered_annotations_path, find_video, read_filtered_annotations, write_annotations
+from data.paths import SPLITS, filtered_annotations_path, find_video, read_filtered_annotations, write_annotations
 from tests.conftest import SIDE, run
 from tests.test_video_loader import write_video
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import pecn.pictures
-from data.layout import UserError
+from data.cli import UserError
 from pecn.pictures import (
     GAP,
     LINE_HEIGHT,

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.frame_choice import ESTIMATED, FrameChoice
-from data.layout import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
-from data.sthv2_dataset_hf import draw_pairs, load_clips, progress_percent, verify_frames
+from data.cli import UserError
+from data.clips import ESTIMATED, FrameChoice, draw_pairs, load_clips, verify_frames
+from data.paths import filtered_annotations_path, frame_path, frames_dir, write_annotations
+from data.prompts import progress_percent
 from pecn.encoded_frames import encode_once
 from pecn.model import load_pipeline
 from pecn.progress_model import CONFIG, NUM_SEEN, WEIGHTS, encode_clips, load_estimator, seen_frames, with_estimates

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks import progress_comparison, progress_study
 from benchmarks.progress_study import Frames, Run
-from data.layout import UserError, filtered_annotations_path
+from data.cli import UserError
+from data.paths import filtered_annotations_path
 from tests.conftest import run
 
 FIXED, ANY_START = Frames(20, 5), Frames(None, 5)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.frame_choice import ORACLE, FrameChoice
-from data.layout import filtered_annotations_path, frame_path, frames_dir, video_path
-from data.sthv2_dataset_hf import Clip, build_prompt, choose_samples, load_frame_pairs
+from data.clips import ORACLE, Clip, FrameChoice, choose_samples, load_frame_pairs
+from data.paths import filtered_annotations_path, frame_path, frames_dir, video_path
+from data.prompts import build_prompt
 from data.video_decoder import frame_rate, load_picture
 from pecn import rollouts
 from pecn.pictures import titled

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from data.layout import UserError, filtered_annotations_path, frame_path, frames_dir, write_annotations
-from data.sthv2_dataset_hf import FramePair, choose_samples, load_frame_pairs
+from data.cli import UserError
+from data.clips import FramePair, choose_samples, load_frame_pairs
+from data.paths import filtered_annotations_path, frame_path, frames_dir, write_annotations
 from pecn.model import load_pipeline
 from pecn.sampling import combine, predict_frames, predict_pairs, reconstruct_frame, wiener_gain
 from pecn.sampling_options import SCHEDULERS, SamplingOptions

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.frame_choice import DEFAULT_CHOICE
-from data.layout import filtered_annotations_path, frames_dir, read_annotations
-from data.sthv2_dataset_hf import draw_pairs, find_clips
+from data.clips import DEFAULT_CHOICE, draw_pairs, find_clips
+from data.paths import filtered_annotations_path, frames_dir, read_annotations
 from pecn.pictures import save_results
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import SamplingOptions

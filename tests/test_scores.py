@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from data.layout import UserError
+from data.cli import UserError
 from pecn.sampling import Prediction
 from pecn.scores import (
     HIGHEST_PSNR,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.layout import CommandParser
+from data.cli import CommandParser
 from pecn.sampling_options import DEFAULT_OPTIONS, add_sampling_options, sampling_options
 from tests.conftest import PROJECT, SHARED, SIDE, run
 

@@ -10,20 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.frame_choice import DEFAULT_CHOICE, ORACLE, FrameChoice, frame_choice
-from data.layout import UserError, filtered_annotations_path, frames_dir, read_annotations, write_annotations
-from data.sthv2_dataset_hf import (
-    action_progress,
-    build_prompt,
+from data.cli import UserError
+from data.clips import (
+    DEFAULT_CHOICE,
+    ORACLE,
+    FrameChoice,
     derive_seed,
     describe_left_out,
     draw_pairs,
     find_clips,
-    frame_pairs_dataset,
+    frame_choice,
     load_frame_pairs,
-    swap_left_and_right,
     verify_frames,
 )
+from data.paths import filtered_annotations_path, frames_dir, read_annotations, write_annotations
+from data.prompts import action_progress, build_prompt, swap_left_and_right
+from data.sthv2_dataset_hf import frame_pairs_dataset
 from tests.conftest import SIDE, make_data_dir, run
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.dataset import TASK_TEMPLATES, plain_template
-from data.sthv2_dataset_hf import build_prompt
+from data.prompts import build_prompt
 from demo.pretraining.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.layout import UserError
-from data.sthv2_dataset_hf import load_frame_pairs
+from data.cli import UserError
+from data.clips import load_frame_pairs
 from pecn.model import create_hub_repository, encode_pictures, encode_prompts, load_pipeline, upload
 from pecn.processes import is_fast_in_bf16
 from pecn.sampling import denoise

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import layout, video_decoder, video_loader
+from data import files, paths, video_decoder, video_loader
 from tests.conftest import hear_ctrl_c
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def make_data_dir(folder, ids, val_ids=()):
             {"id": video_id, "label": "moving a cup up", "template": "Moving [something] up", "task": "move_object"}
             for video_id in split_ids
         ]
-        layout.write_annotations(layout.filtered_annotations_path(folder, split), entries)
+        paths.write_annotations(paths.filtered_annotations_path(folder, split), entries)
     return folder
 
 
@@ -88,8 +88,8 @@ def tree_hashes(folder):
 
 def num_frames_of(data_dir):
     found = {}
-    for split in layout.SPLITS:
-        for entry in layout.read_annotations(layout.filtered_annotations_path(data_dir, split)):
+    for split in paths.SPLITS:
+        for entry in paths.read_annotations(paths.filtered_annotations_path(data_dir, split)):
             found[entry["id"]] = entry.get("num_frames")
     return found
 
@@ -107,20 +107,20 @@ def test_frames_are_the_resized_video(undisturbed):
         decoded, image = capture.read()
         assert decoded
         for resolution in (96, 128):
-            path = layout.frame_path(layout.frames_dir(undisturbed, resolution), "2", index)
+            path = paths.frame_path(paths.frames_dir(undisturbed, resolution), "2", index)
             with Image.open(path) as png:
                 assert (png.format, png.mode, png.size) == ("PNG", "RGB", (resolution, resolution))
                 written = np.asarray(png)
             expected = cv2.resize(image, (resolution, resolution), interpolation=cv2.INTER_AREA)
             assert np.array_equal(written, expected[:, :, ::-1])
     assert not capture.read()[0]
-    assert len(list(layout.frames_dir(undisturbed, 96).joinpath("2").iterdir())) == 14
+    assert len(list(paths.frames_dir(undisturbed, 96).joinpath("2").iterdir())) == 14
 
 
 def test_num_frames_and_summary(undisturbed):
     assert num_frames_of(undisturbed) == {str(index): 8 + 3 * index for index in range(1, 7)}
     assert log_of(undisturbed) == "6 videos selected: 6 have all their frames, 0 failed\n"
-    assert sorted(path.name for path in layout.frames_dir(undisturbed, 128).iterdir()) == list("123456")
+    assert sorted(path.name for path in paths.frames_dir(undisturbed, 128).iterdir()) == list("123456")
 
 
 def test_second_run_does_nothing(undisturbed):
@@ -134,10 +134,10 @@ def test_second_run_does_nothing(undisturbed):
 
 def test_filtering_again_only_restores_num_frames(undisturbed, tmp_path):
     data_dir = Path(shutil.copytree(undisturbed, tmp_path / "data"))
-    for split in layout.SPLITS:
-        path = layout.filtered_annotations_path(data_dir, split)
-        entries = layout.read_annotations(path)
-        layout.write_annotations(path, [{k: v for k, v in entry.items() if k != "num_frames"} for entry in entries])
+    for split in paths.SPLITS:
+        path = paths.filtered_annotations_path(data_dir, split)
+        entries = paths.read_annotations(path)
+        paths.write_annotations(path, [{k: v for k, v in entry.items() if k != "num_frames"} for entry in entries])
     shutil.rmtree(data_dir / "videos")  # nothing is decoded again
     assert extract(data_dir).returncode == 0
     assert num_frames_of(data_dir) == num_frames_of(undisturbed)
@@ -145,10 +145,10 @@ def test_filtering_again_only_restores_num_frames(undisturbed, tmp_path):
 
 def test_only_what_is_missing_or_inconsistent_is_written(undisturbed, tmp_path):
     data_dir = Path(shutil.copytree(undisturbed, tmp_path / "data"))
-    frames_96, frames_128 = (layout.frames_dir(data_dir, resolution) for resolution in (96, 128))
+    frames_96, frames_128 = (paths.frames_dir(data_dir, resolution) for resolution in (96, 128))
     shutil.rmtree(frames_96 / "1")
-    layout.frame_path(frames_96, "2", 3).unlink()  # a hole
-    layout.frame_path(frames_128, "3", 16).unlink()  # the last frame
+    paths.frame_path(frames_96, "2", 3).unlink()  # a hole
+    paths.frame_path(frames_128, "3", 16).unlink()  # the last frame
     shutil.copytree(frames_96 / "6", frames_96 / ".6.partial")  # a killed run's
     result = extract(data_dir)
     assert "3 videos extracted, 3 were there already" in result.stdout
@@ -160,7 +160,7 @@ def test_one_more_size_from_another_video_rewrites_all_sizes(data_dir):
     write_video(data_dir / "videos" / "1.webm", num_frames=5)
     extract(data_dir, "--resolutions", 16, 24, "--limit", 1)
     for resolution in (16, 24):
-        assert len(list((layout.frames_dir(data_dir, resolution) / "1").iterdir())) == 5
+        assert len(list((paths.frames_dir(data_dir, resolution) / "1").iterdir())) == 5
     assert num_frames_of(data_dir)["1"] == 5
 
 
@@ -168,7 +168,7 @@ def test_limit_resolutions_and_workers(data_dir):
     result = extract(data_dir, "--resolutions", 17, "--limit", 1, "--num_workers", 1)
     assert result.returncode == 0
     assert sorted(path.name for path in data_dir.glob("frames_*x*/*")) == ["1", "5"]
-    with Image.open(layout.frame_path(layout.frames_dir(data_dir, 17), "1", 0)) as png:
+    with Image.open(paths.frame_path(paths.frames_dir(data_dir, 17), "1", 0)) as png:
         assert png.size == (17, 17)
     assert {video_id for video_id, count in num_frames_of(data_dir).items() if count} == {"1", "5"}
 
@@ -265,7 +265,7 @@ def test_no_videos_at_all_is_one_line(data_dir):
 
 
 def test_a_second_extraction_at_once_is_refused(data_dir):
-    with layout.only_one(data_dir / "annotations", "extraction"):
+    with files.only_one(data_dir / "annotations", "extraction"):
         result = extract(data_dir)
     assert result.returncode == 1 and "another extraction is running" in result.stderr
 
@@ -319,9 +319,9 @@ def workers_of(process):
 def test_ctrl_c_keeps_what_is_done(data_dir, undisturbed):
     for index in range(10, 60):  # enough work that it cannot end before the signal
         shutil.copy(data_dir / "videos" / "6.webm", data_dir / "videos" / f"{index}.webm")
-    path = layout.filtered_annotations_path(data_dir, "train")
-    entries = layout.read_annotations(path)
-    layout.write_annotations(path, entries + [{**entries[0], "id": str(index)} for index in range(10, 60)])
+    path = paths.filtered_annotations_path(data_dir, "train")
+    entries = paths.read_annotations(path)
+    paths.write_annotations(path, entries + [{**entries[0], "id": str(index)} for index in range(10, 60)])
     process = start_and_wait_for(data_dir, 200)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -373,5 +373,5 @@ def test_shared_clips(tmp_path):
     assert num_frames_of(data_dir)["30011"] == 19
     assert sum(num_frames_of(data_dir).values()) == 531
     original = json.loads((SHARED / "clips" / "annotations" / "validation.json").read_text())
-    filtered = layout.read_annotations(layout.filtered_annotations_path(data_dir, "val"))
+    filtered = paths.read_annotations(paths.filtered_annotations_path(data_dir, "val"))
     assert {entry["id"] for entry in filtered} == {entry["id"] for entry in original}

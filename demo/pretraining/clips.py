@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data.layout import UserError, available_cores
+from data.cli import UserError, available_cores
 from data.stored_array import stored_array
 from demo.renderer.clip import plan_clip, render_clip
 from demo.renderer.video import prepare_worker

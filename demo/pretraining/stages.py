@@ -17,8 +17,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data.layout import UserError, one_line, whole_or_absent
-from data.sthv2_dataset_hf import derive_seed
+from data.cli import UserError, one_line
+from data.clips import derive_seed
+from data.files import whole_or_absent
 from pecn.optimization import (
     MovingAverage,
     averaged_weights,

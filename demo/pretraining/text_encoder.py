@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch.utils.tensorboard import SummaryWriter
 
-from data.sthv2_dataset_hf import build_prompt, derive_seed
+from data.clips import derive_seed
+from data.prompts import build_prompt
 from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS
 from demo.pretraining.stages import train_stage
 from demo.renderer.clip import plan_clip

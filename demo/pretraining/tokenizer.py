@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data.dataset import TASK_TEMPLATES
-from data.sthv2_dataset_hf import build_prompt
+from data.prompts import build_prompt
 from demo.renderer.sprites import COLORS, KINDS
 
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"

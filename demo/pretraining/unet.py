@@ -12,7 +12,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.nn.functional import avg_pool2d
 from torch.utils.tensorboard import SummaryWriter
 
-from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
+from data.clips import derive_seed
+from data.prompts import action_progress, build_prompt
 from demo.pretraining.clips import Clip, StoredClips, pick_size
 from demo.pretraining.stages import fast_arithmetic, memory_format, step_generator, train_stage
 from demo.pretraining.text_encoder import MAX_HORIZON, TOLD

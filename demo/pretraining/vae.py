@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
-from data.sthv2_dataset_hf import derive_seed
+from data.clips import derive_seed
 from data.stored_array import stored_array
 from demo.pretraining.clips import StoredClips, pick_size
 from demo.pretraining.stages import fast_arithmetic, memory_format, step_generator, train_stage

@@ -10,8 +10,9 @@ import numpy as np
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch.utils.tensorboard import SummaryWriter
 
-from data.layout import make_folder
-from data.sthv2_dataset_hf import action_progress, build_prompt, derive_seed
+from data.clips import derive_seed
+from data.files import make_folder
+from data.prompts import action_progress, build_prompt
 from demo.pretraining.clips import StoredClips
 from pecn.pictures import save_picture, sheet_of_strips, strip_of_frames
 from pecn.sampling import Prediction, predict_frames, reconstruct_frame

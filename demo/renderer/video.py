@@ -11,7 +11,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data.layout import UserError, video_path, whole_or_absent
+from data.cli import UserError
+from data.files import whole_or_absent
+from data.paths import video_path
 from data.video_loader import start_worker
 from demo.renderer.clip import plan_clip, render_clip
 from demo.renderer.scene import FPS, FRAME_HEIGHT, FRAME_WIDTH

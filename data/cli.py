@@ -1,0 +1,103 @@
+"""What all commands share: errors in one line, types of options."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+# Commands and their errors.
+
+
+class UserError(Exception):
+    """A mistake in the input that the user can mend. The message is one line: what, where, how to mend it."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main`: a UserError or the system's error ends it with one line and status 1, Ctrl-C with 130.
+
+    An error of a process that is not a distributed run's first names the process.
+    """
+    rank = os.environ.get("RANK", "0")
+    try:
+        main()
+    except (UserError, OSError) as error:
+        traceback.clear_frames(error.__traceback__)  # ends progress bars, which would draw once more below the message
+        print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as interruption:
+        traceback.clear_frames(interruption.__traceback__)
+        where = f" {interruption}" if str(interruption) else ": run the same command again"
+        if rank == "0":
+            print(f"interrupted{where}", file=sys.stderr)
+        sys.exit(getattr(interruption, "exit_status", 130))
+
+
+def available_cores() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def warn(message: str) -> None:
+    from tqdm import tqdm  # here, since a command's --help loads no library
+
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # on a line of its own even where there is a progress bar
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, its line breaks removed, at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser whose refusals take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
+def number(
+    kind: type = int,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    multiple_of: int = 0,
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` (int or float) within the bounds."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not -math.inf < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number")
+        for holds, requirement in (
+            (value >= at_least, f"at least {round(at_least, 4)}"),
+            (value > above, f"above {round(above, 4)}"),
+            (value <= at_most, f"at most {round(at_most, 4)}"),
+            (value < below, f"below {round(below, 4)}"),
+            (not multiple_of or value % multiple_of == 0, f"a multiple of {multiple_of}"),
+        ):
+            if not holds:
+                raise argparse.ArgumentTypeError(f"must be {requirement}, not {text}")
+        return value
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """An argparse type: True or False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return text.lower() == "true"
+
+
+# An option that can be written alone (`--residual`) or with its value (`--residual True`), as scripts do.
+SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}

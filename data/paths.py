@@ -1,0 +1,116 @@
+"""A data directory: where its files lie, and its annotation files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from data.cli import UserError
+from data.files import write_file
+
+DEFAULT_DATA_DIR = Path("data/sthv2")
+
+SPLITS = ("train", "val")
+
+VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv")
+
+DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
+
+# Paths.
+
+
+def video_path(data_dir: Path | str, video_id: str, extension: str = VIDEO_EXTENSIONS[0]) -> Path:
+    """`<data_dir>/videos/<id><extension>`; without an extension that of SSv2, `.webm`."""
+    return Path(data_dir) / "videos" / f"{video_id}{extension}"
+
+
+def find_video(data_dir: Path | str, video_id: str) -> Path:
+    """The file of a video, whichever of VIDEO_EXTENSIONS it has; else a link to one that is gone, or `video_path`."""
+    paths = [video_path(data_dir, video_id, extension) for extension in VIDEO_EXTENSIONS]
+    return max(paths, key=lambda path: (path.is_file(), path.is_symlink()))
+
+
+def frames_dir(data_dir: Path | str, resolution: int) -> Path:
+    """`<data_dir>/frames_<R>x<R>`, the folder of all videos' frames at `resolution` R (pixels)."""
+    return Path(data_dir) / f"frames_{resolution}x{resolution}"
+
+
+def extraction_command(frames_folder: Path) -> str:
+    """The shell command that extracts the frames of `<data_dir>/frames_<R>x<R>`; of any other name, all its sizes."""
+    command = f"python -m data.video_loader --data_dir {shlex.quote(str(frames_folder.parent))}"
+    match = re.fullmatch(r"frames_(\d+)x\1", frames_folder.name)
+    return f"{command} --resolutions {match[1]}" if match else command
+
+
+def frame_path(frames_dir: Path | str, video_id: str, frame_idx: int) -> Path:
+    """`<frames_dir>/<id>/<index>.png`; indices start at 0 and have 5 digits (frame 20 is `00020.png`)."""
+    return Path(frames_dir) / video_id / f"{frame_idx:05d}.png"
+
+
+def extracted_frames(folder: Path) -> set[int]:
+    """The indices of the frames in one video's folder; none where there is no folder."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return {int(name[:-4]) for name in names if name.endswith(".png") and name[:-4].isdecimal()}
+
+
+def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
+    """`<data_dir>/annotations/<split>_filtered.json`, `split` being "train" or "val"."""
+    return Path(data_dir) / "annotations" / f"{split}_filtered.json"
+
+
+# Annotations.
+
+# An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
+_is_safe_id = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}").fullmatch
+
+
+def read_annotations(path: Path | str) -> list[dict]:
+    """Read an annotation file: a JSON list of entries with `id`, `label` and perhaps `template`; other keys stay.
+
+    Raises UserError, naming the file and the entry, if the file is not JSON or an entry is not as described.
+    """
+    try:
+        entries = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); make or copy it again") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: the file must be a list of entries")
+    seen: set[str] = set()
+    for position, entry in enumerate(entries, start=1):
+        if problem := _find_problem(entry, seen):
+            raise UserError(f"{path}: entry {position}, {repr(entry)[:100]}: {problem}")
+        seen.add(entry["id"])
+    return entries
+
+
+def read_filtered_annotations(data_dir: Path, split: str) -> list[dict]:
+    """The entries that `python -m data.dataset` has chosen for a split."""
+    path = filtered_annotations_path(data_dir, split)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; make it with: python -m data.dataset --data_dir {data_dir}")
+    return read_annotations(path)
+
+
+def _find_problem(entry: Any, seen: set[str]) -> str | None:
+    """What is wrong with an entry, or None; `seen` are the ids before it."""
+    if not isinstance(entry, dict):
+        return "must be an object with id and label"
+    for key in ("id", "label", "template"):
+        if key == "template" and key not in entry:
+            continue  # only `data.dataset` needs it
+        if not isinstance(entry.get(key), str) or not entry[key].strip():
+            return f"{key} is missing, blank or not a string"
+    if not _is_safe_id(entry["id"]):
+        return "the id cannot name a file; it may have 100 letters, digits, '-', '_' and '.', and not start with '.'"
+    if entry["id"] in seen:
+        return "the id occurs twice in this file"
+    return None
+
+
+def write_annotations(path: Path | str, entries: list[dict]) -> None:
+    """Write entries as indented UTF-8 JSON: whole or not at all, and the same bytes for the same entries."""
+    write_file(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
