@@ -12,9 +12,7 @@ DEMO_DIR=${DEMO_DIR:-data/demo}         # where the embedded default's clips go
 NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-400}
 NUM_VAL_CLIPS=${NUM_VAL_CLIPS:-60}
 TEST_OUTPUT=${TEST_OUTPUT:-test_output}
-RESOLUTION=${RESOLUTION:-96}
-SEED=${SEED:-42}
-export INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-20} TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-21} RESOLUTION SEED
+export RESOLUTION=${RESOLUTION:-96} SEED=${SEED:-42}
 
 if [[ -z $DATA_DIR && -d data/sthv2/frames_${RESOLUTION}x${RESOLUTION} ]]; then DATA_DIR=data/sthv2; fi
 if [[ -n $DATA_DIR && $DATA_DIR != "$DEMO_DIR" ]]; then
@@ -27,39 +25,33 @@ else
   python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
   python -m data.video_loader --data_dir "$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
-  # Progress prompts, mirrored clips too, and a validation every four epochs.
-  export PROGRESS=${PROGRESS:-True}
-  export EXTRA_ARGS=${EXTRA_ARGS:---random_flip}
+  export PROGRESS=${PROGRESS:-True} EXTRA_ARGS=${EXTRA_ARGS:---random_flip}
   export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-4} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
 fi
-# The demo's model is small: it learns fast. Of 8 predictions the one nearest to their mean is the sample, and the mean
-# the expected frame. Any other model is sampled from as sample_from_pix2pix.sh does it.
+# The demo's model is small: it learns fast. Any other model is sampled from as sample_from_pix2pix.sh does it.
 if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
-  lora=${LORA:-False}
-  if [[ ${lora,,} == true ]]; then rate=1e-3; else rate=3e-4; fi
+  if [[ ${LORA:-False} == [Tt]rue ]]; then rate=1e-3; else rate=3e-4; fi
   export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-800} LEARNING_RATE=${LEARNING_RATE:-$rate}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-8} SCHEDULER=${SCHEDULER:-dpmsolver++karras}
   export STRENGTH=${STRENGTH:-0.9} IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1} NUM_PREDICTIONS=${NUM_PREDICTIONS:-8}
-else
-  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}
 fi
+export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}
+export DATA_DIR PRETRAINED_MODEL
 echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 
 rm -rf "$TEST_OUTPUT/base_samples"  # of an earlier quick test
 if [[ -z ${RESUME:-} ]]; then rm -rf "$TEST_OUTPUT/model"; fi
-env DATA_DIR="$DATA_DIR" PRETRAINED_MODEL="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/model" \
-  BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruct_pix2pix.sh
+OUTPUT_DIR="$TEST_OUTPUT/model" BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruct_pix2pix.sh
 
 # What did fine-tuning add? The base model predicts the same pairs; a plain Stable Diffusion, which cannot, is refused.
 against=()
-if env MODEL_DIR="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/base_samples" bash sample_from_pix2pix.sh \
-  --settings_of "$TEST_OUTPUT/model" > /dev/null; then
+if MODEL_DIR="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/base_samples" bash sample_from_pix2pix.sh > /dev/null; then
   against=(--against "$TEST_OUTPUT/base_samples")
 elif (( $? > 128 )); then  # Ctrl-C
   exit 130
 fi
-env MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" bash sample_from_pix2pix.sh "${against[@]}"
+MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" bash sample_from_pix2pix.sh "${against[@]}"
 
-echo "the quick test is done; look at $TEST_OUTPUT/samples/overview.png and $TEST_OUTPUT/model/validation/, and run:"
+echo "the quick test is done; look at $TEST_OUTPUT/samples/random_pairs.png and $TEST_OUTPUT/model/validation/, and run:"
 echo "  tensorboard --logdir=$TEST_OUTPUT/ --port 6007"

@@ -2,10 +2,9 @@
 
     accelerate launch train_instruct_pix2pix.py --train_data_dir data/sthv2 --mixed_precision auto
 
-The frozen VAE and text encoder see every frame and every prompt once, before the first step; a step runs the UNet
-alone. Where the pairs of a video differ in their prompts (several horizons, any start with progress) it encodes these.
-What a step sees is a pure function of the seed and the step's number: a resumed run equals an uninterrupted one, and
-several processes equal one. Both are the work of pecn/encoded_frames.py.
+This file has the options; pecn/training.py does the work. The frozen VAE and text encoder see every frame and every
+prompt once, before the first step; a step runs the UNet alone. What a step sees is a pure function of the seed and the
+step's number: a resumed run equals an uninterrupted one, and several processes equal one.
 """
 
 from __future__ import annotations
@@ -15,68 +14,53 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from data import cli, paths
-from data.cli import number
-from data.clips import (
-    ESTIMATED,
-    NO_PROGRESS,
-    add_frame_options,
-)
+from data.cli import SWITCH, CommandParser, number, run_command
+from data.clips import add_frame_options, settle_frames
+from data.paths import DEFAULT_DATA_DIR
+from data.prompts import PROGRESS_HELP, PROGRESS_OPTION
 from pecn.sampling_options import add_sampling_options
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; flags that diffusers' training examples have mean the same here."""
-    parser = cli.CommandParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
+    parser = CommandParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
     count, index = number(at_least=1), number(at_least=0)
-    not_negative, positive, below_one = number(float, at_least=0), number(float, above=0), {"at_least": 0, "below": 1}
+    not_negative, positive = number(float, at_least=0), number(float, above=0)
     add = parser.add_argument_group("model").add_argument
     base_model = "timbrooks/instruct-pix2pix"
     add("--pretrained_model_name_or_path", default=base_model, help="hub id or directory (%(default)s)")
-    add("--revision", help="revision of a model on the hub")
-    add("--variant", help="variant of the model's weight files, such as fp16")
     kinds = ["epsilon", "v_prediction"]
     add("--prediction_type", choices=kinds, help="v_prediction turns a model of the noise into one of the velocity")
     add("--rescale_betas_zero_snr", action="store_true", help="noise without any signal at the last timestep")
-    add("--use_lora", **cli.SWITCH, help="train an adapter of the attention layers in place of all weights")
+    add("--use_lora", **SWITCH, help="train an adapter of the attention layers in place of all weights")
     add("--lora_rank", type=count, default=64, help="of the adapter (%(default)s)")
 
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--train_data_dir", type=Path, default=paths.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
+    add("--train_data_dir", type=Path, default=DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
     side = number(at_least=8, multiple_of=8)
     add("--resolution", type=side, default=128, help="side of the frames, uses frames_<R>x<R> (%(default)s)")
-    add_frame_options(data, progress=True)
-    spread_help = "with several pairs in a video: encode this many of its frames, spread, in place of all"
-    add("--frames_per_video", type=number(at_least=2), help=spread_help)
-    add("--add_progress", **cli.SWITCH, help="prompts say how much of the action is done")
+    add_frame_options(data)
+    add("--add_progress", **PROGRESS_OPTION, default=False, help=PROGRESS_HELP)
     add("--max_train_samples", type=count, help="train on this many videos, spread over the tasks")
     add("--random_flip", action="store_true", help="mirror half of the pairs, swapping left and right in the prompt")
-    add("--dataloader_num_workers", type=index, default=0, help="processes that prepare batches (%(default)s)")
 
     add = parser.add_argument_group("steps").add_argument
-    add("--train_batch_size", type=count, default=16, help="samples a process and pass (%(default)s)")
+    add("--train_batch_size", type=count, default=16, help="batch size per GPU (%(default)s)")
     add("--gradient_accumulation_steps", type=count, default=1, help="passes per optimizer step (%(default)s)")
     add("--num_train_epochs", type=count, default=20, help="(%(default)s)")
     add("--max_train_steps", type=count, help="optimizer steps, overrides --num_train_epochs")
     add("--seed", type=int, default=42, help="order, noise, timesteps and dropout follow from it (%(default)s)")
     third = number(float, at_least=0, at_most=1 / 3)
     add("--conditioning_dropout_prob", type=third, default=0.05, help="for text, image, and both (%(default)s)")
-    noise_help = "most noise in the input frame, against drift when predictions are chained, 0.5 for example"
-    add("--input_noise", type=not_negative, default=0.0, help=f"{noise_help} (%(default)s)")
-    add("--snr_gamma", type=positive, help="min-SNR weighting of the loss (Hang et al., 2023), 5.0 is usual")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=not_negative, help="(5e-6, with --use_lora 1e-4)")
-    add("--scale_lr", action="store_true", help="multiply the learning rate by the global batch size")
-    schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    schedules = ["constant", "constant_with_warmup", "linear", "cosine"]
     add("--lr_scheduler", choices=schedules, default="constant", help="(%(default)s)")
     add("--lr_warmup_steps", type=index, default=0, help="optimizer steps of linear warm-up (%(default)s)")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with 8-bit state")
-    add("--adam_beta1", type=number(float, **below_one), default=0.9, help="(%(default)s)")
-    add("--adam_beta2", type=number(float, **below_one), default=0.999, help="(%(default)s)")
     add("--adam_weight_decay", type=not_negative, default=1e-2, help="(%(default)s)")
-    add("--adam_epsilon", type=not_negative, default=1e-8, help="(%(default)s)")
     add("--max_grad_norm", type=positive, default=1.0, help="(%(default)s)")
     add("--use_ema", action="store_true", help="keep a moving average of the weights and save that")
 
@@ -85,29 +69,24 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     precision_help = "auto: bf16 where the GPU or CPU is fast in it, else fp16 (on a CPU no)"
     add("--mixed_precision", choices=precisions, help=f"{precision_help} (what accelerate is configured for)")
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
-    add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later GPUs")
     add("--compile", action="store_true", help="torch.compile the UNet: slow first step, faster ones after")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("outputs/instruct_pix2pix_128"), help="(%(default)s)")
-    add("--logging_dir", default="logs", help="for TensorBoard, inside the output directory (%(default)s)")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="(%(default)s)")
-    add("--checkpointing_steps", type=count, help="steps between checkpoints (spaced to cost under 2%% of the time)")
+    add("--checkpointing_steps", type=count, default=1000, help="steps between checkpoints (%(default)s)")
     limit_help = "keep only this many checkpoints, the newest (%(default)s)"
     add("--checkpoints_total_limit", type=count, default=2, help=limit_help)
     add("--resume_from_checkpoint", help="a checkpoint's directory, or 'latest'")
     add("--validation_epochs", type=count, default=5, help="epochs between validations (%(default)s)")
     add("--num_validation_images", type=index, default=4, help="validation pairs to predict, 0: none (%(default)s)")
-    add("--push_to_hub", action="store_true", help="upload the trained pipeline")
+    add("--push_to_hub", action="store_true", help="upload the trained pipeline, to a private repository")
     add("--hub_model_id", help="repository to upload to (the output directory's name)")
     add("--hub_token", help="token for the upload (what `hf auth login` stored); never logged")
     add_sampling_options(parser)
 
     args = parser.parse_args(arguments)
-    estimated, estimator = args.progress_source == ESTIMATED, args.progress_estimator
-    if (estimated or estimator) and not (estimated and estimator and args.add_progress):
-        parser.error("estimated progress needs --add_progress, --progress_source estimated, --progress_estimator DIR")
-    args.progress_source = args.progress_source if args.add_progress else NO_PROGRESS
+    settle_frames(vars(args))
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.use_lora else 5e-6
     for package, is_needed in (("bitsandbytes", args.use_8bit_adam), ("wandb", args.report_to == "wandb")):
@@ -118,10 +97,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from pecn.training import run
+    from pecn.training import run  # not before the options are known to be good: it takes seconds
 
     run(args)
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    run_command(main)

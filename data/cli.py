@@ -1,4 +1,4 @@
-"""What all commands share: errors in one line, types of options."""
+"""What all commands share: errors in one line, and types of options."""
 
 from __future__ import annotations
 
@@ -10,41 +10,34 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-# Commands and their errors.
+from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake in the input that the user can mend. The message is one line: what, where, how to mend it."""
+    """An error the user can fix. The message is one line: what is wrong, where, and how to fix it."""
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`: a UserError or the system's error ends it with one line and status 1, Ctrl-C with 130.
-
-    An error of a process that is not a distributed run's first names the process.
-    """
-    rank = os.environ.get("RANK", "0")
+    """Run a command's `main`; a UserError or the system's error ends it with one line and status 1, Ctrl-C with 130."""
     try:
         main()
     except (UserError, OSError) as error:
         traceback.clear_frames(error.__traceback__)  # ends progress bars, which would draw once more below the message
-        print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
-        sys.exit(1)
+        rank = os.environ.get("RANK", "0")
+        sys.exit(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}")
     except KeyboardInterrupt as interruption:
         traceback.clear_frames(interruption.__traceback__)
-        where = f" {interruption}" if str(interruption) else ": run the same command again"
-        if rank == "0":
-            print(f"interrupted{where}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"interrupted{str(interruption) or ': run the same command again'}", file=sys.stderr)
         sys.exit(getattr(interruption, "exit_status", 130))
 
 
 def available_cores() -> int:
     """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def warn(message: str) -> None:
-    from tqdm import tqdm  # here, since a command's --help loads no library
-
     tqdm.write(f"warning: {message}", file=sys.stderr)  # on a line of its own even where there is a progress bar
 
 
@@ -54,7 +47,7 @@ def one_line(error: BaseException) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argparse parser whose refusals take one line."""
+    """An argparse parser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; --help lists the options\n")
@@ -99,5 +92,5 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-# An option that can be written alone (`--residual`) or with its value (`--residual True`), as scripts do.
+# An option that can be written alone (`--lpips`) or with its value (`--lpips True`), as scripts do.
 SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}

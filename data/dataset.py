@@ -8,13 +8,15 @@ reads `annotations/train.json` and `annotations/validation.json` (or SSv2's publ
 """
 
 import argparse
-import hashlib
+import difflib
+import operator
 import os
 from collections import Counter
 from pathlib import Path
 
-from data import cli, paths
+from data import cli, files, paths
 from data.cli import UserError
+from data.clips import choose_balanced
 from data.paths import SPLITS, VIDEO_EXTENSIONS
 
 SOURCE_NAMES = {
@@ -90,6 +92,18 @@ TASK_TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
+SSV2_TEMPLATES = Path(__file__).with_name("ssv2_templates.txt")  # all 174, as the dataset's labels.json lists them
+
+
+def check_templates() -> None:
+    """Raise UserError where a template above is none of SSv2's, which would match nothing."""
+    official = SSV2_TEMPLATES.read_text(encoding="utf-8").splitlines()
+    for task, templates in TASK_TEMPLATES.items():
+        for template in set(templates) - set(official):
+            [nearest] = difflib.get_close_matches(template, official, n=1, cutoff=0)
+            raise UserError(f"data/dataset.py, {task}: SSv2 has no template {template!r}; the nearest is {nearest!r}")
+
+
 def plain_template(template: str) -> str:
     """The template's official name: "Moving [something] up" -> "Moving something up"."""
     return template.replace("[", "").replace("]", "")
@@ -100,47 +114,6 @@ def match_tasks(entries: list[dict], tasks: list[str]) -> list[dict]:
     task_of = {template: task for task in tasks for template in TASK_TEMPLATES[task]}
     found = ((entry, task_of.get(plain_template(entry.get("template", "")))) for entry in entries)
     return [{**entry, "task": task} for entry, task in found if task]
-
-
-def sampling_rank(seed: int, video_id: str) -> bytes:
-    """A video's place in the seeded shuffle: a hash, so it depends on nothing but the seed and the id."""
-    return hashlib.sha256(f"{seed}:{video_id}".encode()).digest()
-
-
-def sample_entries(entries: list[dict], count: int, seed: int) -> list[dict]:
-    """The `count` entries of each task that come first in the seeded shuffle (all if there are fewer), in its order.
-
-    The choice depends on the seed and on the ids of a task, not on the order of the file or on other tasks. A smaller
-    sample is part of a larger one, and the first N entries (the extraction's --limit) are a fair sample of all tasks.
-    """
-    taken: Counter[str] = Counter()
-    sampled = []
-    for entry in sorted(entries, key=lambda entry: sampling_rank(seed, entry["id"])):
-        if taken[entry["task"]] < count:
-            taken[entry["task"]] += 1
-            sampled.append(entry)
-    return sampled
-
-
-def drop_shared_ids(train: list[dict], val: list[dict], seed: int) -> tuple[list[dict], list[dict], int]:
-    """Give each id that both files hold to one of them: a tenth to validation, the others to training.
-
-    Which tenth follows from the seed alone. Returns the two lists and the number of shared ids.
-    """
-    shared = {entry["id"] for entry in train} & {entry["id"] for entry in val}
-    to_val = {video_id for video_id in shared if sampling_rank(seed, video_id)[0] < 256 // 10}
-    train = [entry for entry in train if entry["id"] not in to_val]
-    val = [entry for entry in val if entry["id"] not in shared - to_val]
-    return train, val, len(shared)
-
-
-def keep_existing(entries: list[dict], videos: set[str]) -> list[dict]:
-    """The entries whose video is among the file names `videos`; all entries where there are no videos at all."""
-    return [
-        entry
-        for entry in entries
-        if not videos or any(entry["id"] + extension in videos for extension in VIDEO_EXTENSIONS)
-    ]
 
 
 def count_table(stages: list[dict[str, list[dict]]], tasks: list[str]) -> str:
@@ -184,31 +157,40 @@ def find_source(data_dir: Path, split: str) -> Path:
 
 def main() -> None:
     args = parse_args()
+    check_templates()
     asked = {"train": args.train_samples_per_task, "val": args.val_samples_per_task}
     sources = [find_source(args.data_dir, split) for split in SPLITS]
-    train, val, num_shared = drop_shared_ids(*map(paths.read_annotations, sources), args.seed)
+    train, val = map(paths.read_annotations, sources)
+    shared = {entry["id"] for entry in train} & {entry["id"] for entry in val}
+    val = [entry for entry in val if entry["id"] not in shared]
     matched = {"train": match_tasks(train, args.tasks), "val": match_tasks(val, args.tasks)}
     if not matched["train"]:
         raise UserError(f"{sources[0]}: no entry has a template of {', '.join(args.tasks)}")
     folder = args.data_dir / "videos"
     videos = set(os.listdir(folder)) if folder.exists() else set()
-    available = {split: keep_existing(matched[split], videos) for split in SPLITS}
+    names = {entry["id"]: {entry["id"] + extension for extension in VIDEO_EXTENSIONS} for entry in train + val}
+    available = {
+        split: [entry for entry in matched[split] if not videos or names[entry["id"]] & videos] for split in SPLITS
+    }
     if not any(available.values()):
         example = paths.video_path(args.data_dir, matched["train"][0]["id"])
         raise UserError(f"no matching video is in {folder}; expected files such as {example}")
-    sampled = {split: sample_entries(available[split], asked[split], args.seed) for split in SPLITS}
+    task_and_id = operator.itemgetter("task", "id")
+    sampled = {
+        split: choose_balanced(available[split], args.seed, most_per_task=asked[split], task_and_id=task_and_id)
+        for split in SPLITS
+    }
 
     for split in SPLITS:  # nothing is written before everything is known to be good
-        paths.write_annotations(paths.filtered_annotations_path(args.data_dir, split), sampled[split])
+        files.write_json(paths.filtered_annotations_path(args.data_dir, split), sampled[split])
     print(count_table([matched, available, sampled], args.tasks))
-    print(f"Asked for {asked['train']} training and {asked['val']} validation entries of each task, seed {args.seed}.")
     if not videos:
         print(f"No videos in {folder} yet: sampled from all matching entries.")
-    if num_shared:
-        rule = "a tenth of them is kept for validation only, the others for training only"
-        print(f"{num_shared} ids are in both annotation files: {rule}.")
-    print("Wrote train_filtered.json and val_filtered.json.")
-    print(f"Next: python -m data.video_loader --data_dir {args.data_dir}")
+    if shared:
+        print(f"{len(shared)} ids are in both annotation files: they are used for training only.")
+    print(
+        f"Wrote train_filtered.json and val_filtered.json. Next: python -m data.video_loader --data_dir {args.data_dir}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from data.cli import UserError
 
-# Files and folders that are whole or absent.
-
 PARTIAL_SUFFIX = ".partial"  # `.<name>.partial`: being written
-
-OUTDATED_SUFFIX = ".outdated"  # `.<name>.outdated`: replaced, about to be deleted
 
 
 def make_folder(path: Path) -> None:
@@ -36,10 +35,9 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what runs that were killed while they wrote into `folder` have left behind."""
-    for name in os.listdir(folder):
-        if name.startswith(".") and name.endswith((PARTIAL_SUFFIX, OUTDATED_SUFFIX)):
-            remove(folder / name)
+    """Delete what commands that were killed while they wrote into `folder` have left behind."""
+    for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
+        remove(path)
 
 
 def partial_path(final: Path) -> Path:
@@ -53,43 +51,34 @@ def whole_or_absent(final: Path) -> Iterator[Path]:
 
     Where the block fails, what it has written is removed and a former `final` stays as it was.
     """
-    partial, outdated = partial_path(final), final.with_name(f".{final.name}{OUTDATED_SUFFIX}")
+    partial = partial_path(final)
     remove(partial)
     try:
         yield partial
         if final.is_dir():  # which os.replace would refuse to replace
-            remove(outdated)
-            os.rename(final, outdated)
+            remove(final)
         os.replace(partial, final)
-        remove(outdated)
     finally:
         remove(partial)
 
 
 @contextlib.contextmanager
-def parts_replaced_together(folder: Path, last: str) -> Iterator[Path]:
-    """Yield a new folder whose files and folders go into `folder` once the block has ended well.
+def parts_replaced(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a new folder whose files and folders replace those of the same names in `folder` once the block ends well.
 
-    They replace those of the same names there, which come back where that fails. The part named `last`, by which a
-    reader knows that all are there, leaves first and arrives last: even a kill never leaves old and new ones mixed.
+    The part named `last`, by which a reader knows that all are there, leaves first and arrives last.
     """
-    new, former = folder / f".new{PARTIAL_SUFFIX}", folder / f".former{PARTIAL_SUFFIX}"
-    for path in (new, former):
-        remove(path)
-        path.mkdir(parents=True)
+    new = folder / f".new{PARTIAL_SUFFIX}"
+    remove(new)
+    new.mkdir(parents=True)
     try:
         yield new
-        names = sorted(os.listdir(new), key=lambda name: name == last)
-        moves = [(folder / name, former / name) for name in reversed(names) if (folder / name).exists()]
-        moves += [(new / name, folder / name) for name in names]
-        with contextlib.ExitStack() as moves_back:
-            for source, target in moves:
-                os.rename(source, target)
-                moves_back.callback(os.rename, target, source)
-            moves_back.pop_all()  # all went well
+        remove(folder / last)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+            remove(folder / path.name)
+            os.rename(path, folder / path.name)
     finally:
-        for path in (new, former):
-            remove(path)
+        remove(new)
 
 
 def write_file(path: Path | str, text: str) -> None:
@@ -100,16 +89,16 @@ def write_file(path: Path | str, text: str) -> None:
         os.fsync(file.fileno())  # else a crash soon after the rename could leave an empty file
 
 
+def write_json(path: Path | str, content: Any) -> None:
+    """Write `content` as indented UTF-8 JSON: whole or not at all, and the same bytes for the same content."""
+    write_file(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
 @contextlib.contextmanager
 def only_one(folder: Path, work: str) -> Iterator[None]:
     """Refuse to run beside another process that does `work` ("training") in `folder`. Any exit frees the lock."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another {work} is running in {folder}; wait for its end, or name another") from None
-        yield
-    finally:
-        os.close(descriptor)
+        with FileLock(folder / f".{work}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another {work} is running in {folder}; wait for its end, or name another") from None

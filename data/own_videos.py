@@ -8,26 +8,26 @@ or "val"), or JSON Lines with the same keys. It links the videos as `videos/<id>
 `python -m data.video_loader`.
 """
 
+from __future__ import annotations
+
 import argparse
-import csv
 import hashlib
-import io
-import json
 import re
+import shlex
+import warnings
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+
 from data import cli, files, paths
-from data.cli import UserError
-from data.dataset import sampling_rank
+from data.cli import UserError, one_line
+from data.clips import derive_seed
 from data.paths import SPLITS, VIDEO_EXTENSIONS
 
 COLUMNS = ("file", "caption", "task", "split")
-REQUIRED_COLUMNS = {"file", "caption"}
-EXAMPLE_HEADER = "file,caption,task,split"
-EXAMPLE_LINE = '{"file": "clip.mp4", "caption": "pushing a cup from left to right"}'
+EXAMPLE_HEADER = ",".join(COLUMNS)
 SPLIT_SEED = 42
-
 
 # The captions.
 
@@ -35,66 +35,39 @@ SPLIT_SEED = 42
 def read_rows(captions: Path) -> list[dict[str, str]]:
     """The rows of a CSV or JSON Lines file: each with COLUMNS, "" where the file says nothing, and its `place`.
 
-    The place ("captions.csv, line 2") is for messages. Raises UserError where a row is not as described above.
+    The place ("captions.csv, row 2") is for messages. Raises UserError where a row is not as described above.
     """
     try:
-        text = captions.read_text(encoding="utf-8-sig")
+        if captions.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            table = pd.read_json(captions, lines=True, dtype=False, encoding="utf-8-sig")
+        else:
+            with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # values beyond the header
+                options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
+                table = pd.read_csv(captions, encoding="utf-8-sig", **options)
     except UnicodeDecodeError:
         raise UserError(f"{captions} is not UTF-8 text; save it as CSV in UTF-8") from None
-    parse = parse_json_lines if text.lstrip().startswith("{") else parse_csv
-    rows = [
-        {column: " ".join((row.get(column) or "").split()) for column in COLUMNS} | {"place": place}
-        for place, row in parse(captions, text)
-    ]
-    if not rows:
-        raise UserError(f"{captions} names no video; write a line for each below the header {EXAMPLE_HEADER}")
-    for row in rows:
+    except (ValueError, pd.errors.ParserWarning) as error:
+        hint = 'put a caption with commas in "double quotes"'
+        raise UserError(f"{captions} cannot be read as CSV or JSON Lines ({one_line(error)}); {hint}") from None
+    if not {"file", "caption"} <= set(table.columns) <= set(COLUMNS):
+        named = ",".join(map(str, table.columns))[:100] or "none"
+        raise UserError(
+            f"{captions}: the columns are {named}; name them {EXAMPLE_HEADER} (the last two may be left out)"
+        )
+    rows = []
+    for number, values in enumerate(
+        table.reindex(columns=COLUMNS, fill_value="").fillna("").to_dict("records"), start=1
+    ):
+        row = {column: " ".join(str(value).split()) for column, value in values.items()}
+        row["place"] = f"{captions}, row {number}"
         if not row["caption"]:
             raise UserError(f"{row['place']}: the caption is empty; write what is done in {row['file'] or 'the video'}")
         if row["split"] not in ("", *SPLITS):
             raise UserError(f"{row['place']}: the split is {row['split']!r}; write train or val, or leave it empty")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{captions} names no video; write a line for each below the header {EXAMPLE_HEADER}")
     return rows
-
-
-def parse_csv(captions: Path, text: str) -> list[tuple[str, dict]]:
-    """(place, row) of each row of a CSV text."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    rows = []
-    try:
-        check_columns(reader.fieldnames or [], str(captions))
-        for row in reader:
-            place = f"{captions}, line {reader.line_num}"
-            if None in row:  # where the reader puts what has no column
-                raise UserError(f'{place} has more values than columns; put a caption with commas in "double quotes"')
-            rows.append((place, row))
-    except csv.Error as error:
-        raise UserError(f"{captions}, line {reader.line_num} is not CSV ({error}); fix it") from None
-    return rows
-
-
-def parse_json_lines(captions: Path, text: str) -> list[tuple[str, dict]]:
-    """(place, row) of each row of a JSON Lines text."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{captions}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not all(isinstance(value, str | None) for value in row.values()):
-            raise UserError(f"{place} is not such a JSON object of strings: {EXAMPLE_LINE}")
-        check_columns(list(row), place)
-        rows.append((place, row))
-    return rows
-
-
-def check_columns(columns: list[str], place: str) -> None:
-    """Raise UserError where a column is missing or unknown."""
-    if not REQUIRED_COLUMNS <= set(columns) <= set(COLUMNS):
-        named = ",".join(columns)[:100] or "none"
-        raise UserError(f"{place}: the columns are {named}; name them {EXAMPLE_HEADER} (the last two may be left out)")
 
 
 def find_sources(rows: list[dict[str, str]], videos: Path) -> list[Path]:
@@ -116,71 +89,49 @@ def find_sources(rows: list[dict[str, str]], videos: Path) -> list[Path]:
 # Ids and splits.
 
 
-def make_ids(files: list[str]) -> list[str]:
+def make_ids(names_of_files: list[str]) -> list[str]:
     """A safe id for each file: its name without the extension, if that has only letters, digits, "-" and "_".
 
     Of any other name, and where two files share one, a hash of the whole name makes the id unique.
     """
-    names = [str(Path(file).with_suffix("")) for file in files]
+    names = [str(Path(file).with_suffix("")) for file in names_of_files]
     safe_names = [re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60] for name in names]
     shared = Counter(name.lower() for name in safe_names)  # some file systems do not tell A from a
     return [
         safe
         if safe == name and shared[safe.lower()] == 1
         else f"{safe}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
-        for file, name, safe in zip(files, names, safe_names)
+        for file, name, safe in zip(names_of_files, names, safe_names)
     ]
 
 
-def assign_splits(rows: list[dict[str, str]], val_fraction: float) -> dict[str, list[dict[str, str]]]:
-    """The rows of each split: as their `split` says, and `val_fraction` of the others, at least one, in "val".
+def assign_splits(rows: list[dict[str, str]], val_fraction: float) -> None:
+    """Sets the `split` of rows that have none: `val_fraction` of them become "val", at least one video in all.
 
     Which ones follows from their `id`. Raises UserError where there are several videos, but none in one of the splits.
     """
-    chosen = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
-    others = sorted((row for row in rows if not row["split"]), key=lambda row: sampling_rank(SPLIT_SEED, row["id"]))
-    num_val = round(val_fraction * len(others))
-    if not chosen["val"]:
-        num_val = max(num_val, 1)
-    if not chosen["train"]:
-        num_val = min(num_val, len(others) - 1)
-    chosen["val"] += others[:num_val]
-    chosen["train"] += others[num_val:]
+    others = sorted((row for row in rows if not row["split"]), key=lambda row: derive_seed(SPLIT_SEED, row["id"]))
+    needs_one = all(row["split"] != "val" for row in rows)
+    num_val = min(max(round(val_fraction * len(others)), needs_one), len(rows) - 1)
+    for place, row in enumerate(others):
+        row["split"] = "val" if place < num_val else "train"
     for split in SPLITS:
-        if len(rows) > 1 and not chosen[split]:
-            raise UserError(
-                f"no video is left for {split}: write {split} in the column split of one, or leave it empty"
-            )
-    return chosen
+        if len(rows) > 1 and all(row["split"] != split for row in rows):
+            raise UserError(f"no video is left for {split}: write {split} in the column split of one")
 
 
 # The command.
 
 
-def check_lists_are_own(data_dir: Path) -> None:
-    """Raise UserError where the data directory lists other videos, Something-Something's, which would be lost."""
+def check_nothing_is_lost(data_dir: Path, rows: list[dict[str, str]], sources: list[Path]) -> None:
+    """Raise UserError where the data directory lists other videos (SSv2's), or has another video of the same id."""
     for path in (paths.filtered_annotations_path(data_dir, split) for split in SPLITS):
         if path.is_file() and any("file" not in entry for entry in paths.read_annotations(path)):
             raise UserError(f"{path} lists other videos than your own: name another --data_dir")
-
-
-def check_id_is_free(data_dir: Path, video_id: str, source: Path) -> None:
-    """Raise UserError where the data directory has another video of this id, whose frames may be there too."""
-    present = paths.find_video(data_dir, video_id)
-    if present.is_file() and not present.samefile(source):
-        raise UserError(f"{present} is another video than {source}: name another --data_dir, or delete this one")
-
-
-def link_video(data_dir: Path, video_id: str, source: Path) -> None:
-    """Make `videos/<id>.<extension>` a link to a video, if it is not one yet."""
-    link = paths.video_path(data_dir, video_id, source.suffix.lower())
-    if not link.is_file():
-        with files.whole_or_absent(link) as partial:
-            partial.symlink_to(source)
-
-
-def to_entry(row: dict[str, str]) -> dict[str, str]:
-    return {"id": row["id"], "label": row["caption"], "task": row["task"] or "unknown", "file": row["file"]}
+    for row, source in zip(rows, sources):
+        present = paths.find_video(data_dir, row["id"])
+        if present.is_file() and not present.samefile(source):
+            raise UserError(f"{present} is another video than {source}: name another --data_dir, or delete this one")
 
 
 def parse_args() -> argparse.Namespace:
@@ -203,20 +154,25 @@ def main() -> None:
     sources = find_sources(rows, args.videos)
     for row, video_id in zip(rows, make_ids([row["file"] for row in rows])):
         row["id"] = video_id
-    chosen = assign_splits(rows, args.val_fraction)
-    check_lists_are_own(args.data_dir)
-    for row, source in zip(rows, sources):
-        check_id_is_free(args.data_dir, row["id"], source)
+    assign_splits(rows, args.val_fraction)
+    check_nothing_is_lost(args.data_dir, rows, sources)
 
     for folder in ("videos", "annotations"):  # nothing is written before everything is known to be good
         files.make_folder(args.data_dir / folder)
     for row, source in zip(rows, sources):
-        link_video(args.data_dir, row["id"], source)
+        link = paths.video_path(args.data_dir, row["id"], source.suffix.lower())
+        if not link.is_file():
+            with files.whole_or_absent(link) as partial:
+                partial.symlink_to(source)
     for split in SPLITS:
-        path = paths.filtered_annotations_path(args.data_dir, split)
-        paths.write_annotations(path, [to_entry(row) for row in chosen[split]])
-    print(f"{len(chosen['train'])} videos for training and {len(chosen['val'])} for validation in {args.data_dir}")
-    print(f"Next: python -m data.video_loader --data_dir {args.data_dir}")
+        entries = [
+            {"id": row["id"], "label": row["caption"], "task": row["task"] or "unknown", "file": row["file"]}
+            for row in rows
+            if row["split"] == split
+        ]
+        files.write_json(paths.filtered_annotations_path(args.data_dir, split), entries)
+        print(f"{split}: {len(entries)} videos in {args.data_dir}")
+    print(f"Next: python -m data.video_loader --data_dir {shlex.quote(str(args.data_dir))}")
 
 
 if __name__ == "__main__":

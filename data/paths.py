@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import write_file
 
 DEFAULT_DATA_DIR = Path("data/sthv2")
-
 SPLITS = ("train", "val")
-
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv")
-
 DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
 
 # Paths.
@@ -39,11 +35,9 @@ def frames_dir(data_dir: Path | str, resolution: int) -> Path:
     return Path(data_dir) / f"frames_{resolution}x{resolution}"
 
 
-def extraction_command(frames_folder: Path) -> str:
-    """The shell command that extracts the frames of `<data_dir>/frames_<R>x<R>`; of any other name, all its sizes."""
-    command = f"python -m data.video_loader --data_dir {shlex.quote(str(frames_folder.parent))}"
-    match = re.fullmatch(r"frames_(\d+)x\1", frames_folder.name)
-    return f"{command} --resolutions {match[1]}" if match else command
+def extraction_command(data_dir: Path | str, resolution: int) -> str:
+    """The shell command that extracts the frames of `frames_dir`."""
+    return f"python -m data.video_loader --data_dir {shlex.quote(str(data_dir))} --resolutions {resolution}"
 
 
 def frame_path(frames_dir: Path | str, video_id: str, frame_idx: int) -> Path:
@@ -99,18 +93,12 @@ def _find_problem(entry: Any, seen: set[str]) -> str | None:
     """What is wrong with an entry, or None; `seen` are the ids before it."""
     if not isinstance(entry, dict):
         return "must be an object with id and label"
-    for key in ("id", "label", "template"):
-        if key == "template" and key not in entry:
-            continue  # only `data.dataset` needs it
-        if not isinstance(entry.get(key), str) or not entry[key].strip():
+    for key in ("id", "label", "template"):  # only `data.dataset` needs the template
+        value = entry.get(key, "none" if key == "template" else None)
+        if not isinstance(value, str) or not value.strip():
             return f"{key} is missing, blank or not a string"
     if not _is_safe_id(entry["id"]):
         return "the id cannot name a file; it may have 100 letters, digits, '-', '_' and '.', and not start with '.'"
     if entry["id"] in seen:
         return "the id occurs twice in this file"
     return None
-
-
-def write_annotations(path: Path | str, entries: list[dict]) -> None:
-    """Write entries as indented UTF-8 JSON: whole or not at all, and the same bytes for the same entries."""
-    write_file(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")

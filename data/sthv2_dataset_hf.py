@@ -1,4 +1,4 @@
-"""Frame pairs of Something-Something V2 as a Hugging Face Dataset, and the prompts that go with them.
+"""Frame pairs of Something-Something V2, and the prompts that go with them, as a Hugging Face Dataset.
 
 Run as a module, it prints what a training run would see:
 
@@ -7,44 +7,35 @@ Run as a module, it prints what a training run would see:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from datasets import Dataset, Features, Image, Value
 
 from data import cli, paths
 from data.cli import UserError
 from data.clips import (
-    NO_PROGRESS,
-    ORACLE,
     FramePair,
     add_frame_options,
     describe_left_out,
+    draw_pair,
+    find_clips,
     frame_choice,
-    load_frame_pairs,
+    settle_frames,
 )
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from data.prompts import PROGRESS_HELP, PROGRESS_OPTION
 
 
 def frame_pairs_dataset(pairs: Sequence[FramePair]) -> Dataset:
     """The Dataset of frame pairs; pictures are decoded (RGB, 8 bits) when they are read."""
-    from datasets import Dataset, Features, Image, Value
-
-    features = Features(
-        input_image=Image(mode="RGB"),
-        edited_image=Image(mode="RGB"),
-        edit_prompt=Value("string"),
-        video_id=Value("string"),
-        task=Value("string"),
-        num_frames=Value("int32"),
-    )
+    text = Value("string")
+    pictures = dict.fromkeys(("input_image", "edited_image"), Image(mode="RGB"))
+    features = Features(**pictures, edit_prompt=text, video_id=text, task=text)
     return Dataset.from_list([asdict(pair) for pair in pairs], features=features)
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def main() -> None:
     parser = cli.CommandParser(
         prog="python -m data.sthv2_dataset_hf", description="Show the frame pairs and prompts that training would use."
     )
@@ -52,27 +43,23 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, default=paths.DEFAULT_DATA_DIR, help="(%(default)s)")
     parser.add_argument("--resolution", type=size, default=128, help="uses frames_<R>x<R> (%(default)s)")
     add_frame_options(parser)
-    parser.add_argument("--add_progress", **cli.SWITCH, help="prompts say how much of the action is done")
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    args = parse_args()
-    progress_source = ORACLE if args.add_progress else NO_PROGRESS
-    choice = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, progress_source)
+    parser.add_argument("--add_progress", **PROGRESS_OPTION, default=False, help=PROGRESS_HELP)
+    args = parser.parse_args()
+    settle_frames(vars(args))
+    choice = frame_choice(vars(args))
     total = 0
     for split in paths.SPLITS:
-        pairs, left_out = load_frame_pairs(args.data_dir, split, args.resolution, choice)
-        print(f"{split}: {len(pairs)} {'frame pairs' if choice.is_one_pair else 'videos'}, {choice}")
-        for task in sorted({pair.task for pair in pairs}):
-            prompts = [pair.edit_prompt for pair in pairs if pair.task == task]
+        clips, left_out = find_clips(args.data_dir, split, args.resolution, choice, args.add_progress)
+        print(f"{split}: {len(clips)} {'frame pairs' if choice.is_one_pair else 'videos'}, {choice}")
+        for task in sorted({clip.task for clip in clips}):
+            prompts = [draw_pair(clip, choice, seed=0).edit_prompt for clip in clips if clip.task == task]
             print(f"  {task}: {len(prompts)}")
             for prompt in prompts[:3]:
                 print(f"    {prompt}")
         print("  " + (describe_left_out(left_out, most_named=None) or "no video left out"))
-        total += len(pairs)
+        total += len(clips)
     if not total:
-        command = paths.extraction_command(paths.frames_dir(args.data_dir, args.resolution))
+        command = paths.extraction_command(args.data_dir, args.resolution)
         raise UserError(f"not one video has both frames; choose others, or extract them with: {command}")
 
 

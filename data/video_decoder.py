@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -18,7 +17,6 @@ from data.paths import frame_path
 # Video containers only: without the list a picture would count as a video of one frame, and a text file could be a
 # playlist that makes FFmpeg open other files.
 VIDEO_FORMATS = "matroska,webm,mov,mp4,avi"
-SSV2_FRAME_RATE = Fraction(12)  # frames a second
 FULL_CHROMA = 0x2000  # swscale's SWS_FULL_CHR_H_INT: color at full horizontal resolution
 
 av.logging.set_level(None)  # a failure is reported once, by a VideoError
@@ -73,16 +71,6 @@ def decode_video(path: Path) -> Iterator[av.VideoFrame]:
                 check_duration(times, stream.frames * interval or duration, interval)
     except av.FFmpegError as error:
         raise VideoError("unreadable", f"{error.strerror} after {len(times)} frames; download it again") from None
-
-
-def frame_rate(path: Path) -> Fraction:
-    """How many frames a second a video has; SSV2_FRAME_RATE where it does not say, or is not there any more."""
-    try:
-        with av.open(str(path), options={"format_whitelist": VIDEO_FORMATS}) as container:
-            rate = container.streams.video[0].guessed_rate
-    except (av.FFmpegError, IndexError):
-        rate = None
-    return rate or SSV2_FRAME_RATE
 
 
 def check_duration(times: list[float], duration: float, interval: float) -> None:

@@ -1,4 +1,4 @@
-"""What is learned: the loss of a batch, how its timesteps and dropped conditions are drawn, the image channels."""
+"""What is learned: the loss of a batch, how dropped conditions are drawn, the image channels, the schedule of noise."""
 
 from __future__ import annotations
 
@@ -7,32 +7,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel
-from diffusers.training_utils import compute_snr
 
 from data.cli import UserError
 
 
-def diffusion_loss(
-    unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None
-) -> torch.Tensor:
+def diffusion_loss(unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean squared error of the UNet's prediction of the noise (or the velocity, as the scheduler says), float32.
 
-    `batch` is one of `TrainingBatches`. With `snr_gamma` each sample is weighted by min(SNR, gamma) / SNR for noise
-    and min(SNR, gamma) / (SNR + 1) for velocity (Hang et al., 2023, arXiv 2303.09556).
+    `batch` is one of `TrainingBatches`.
     """
     latents, noise, timesteps = batch["target_latents"], batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     unet_input = torch.cat([noisy_latents, batch["image_latents"]], dim=1)
-    dtype = next(unet.parameters()).dtype  # float32, except under DeepSpeed, whose weights may be bfloat16 or float16
-    inputs = (unet_input.to(dtype), timesteps, batch["prompt_embeds"].to(dtype))
-    prediction = unet(*inputs, return_dict=False)[0].float()
+    prediction = unet(unet_input, timesteps, batch["prompt_embeds"], return_dict=False)[0].float()
     velocity = noise_scheduler.config.prediction_type == "v_prediction"
     target = noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-    if snr_gamma is None:
-        return F.mse_loss(prediction, target)
-    snr = compute_snr(noise_scheduler, timesteps)
-    weights = snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
-    return (F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
+    return F.mse_loss(prediction, target)
 
 
 def changed_scheduler(scheduler: Any, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Any:

@@ -1,16 +1,17 @@
-"""The frames and prompts of a training run, passed once through the frozen VAE and text encoder, and its batches.
+"""The frames and prompts of a run, passed once through the frozen VAE and text encoder, and the batches of its steps.
 
-Training reads nothing else: `encode_once` fills (or finds) the files of pecn/frame_store.py, `TrainingBatches` draws
-from them. A frame is encoded once, in however many pairs it takes part.
+`encode_once` fills (or finds) files whose names say all that determines their content; `TrainingBatches` draws from
+them. A frame is encoded once, in however many pairs it takes part.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
-import signal
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,22 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from filelock import FileLock
+from tqdm import tqdm
 
+from data.cli import UserError
 from data.clips import Clip, FrameChoice, derive_seed
+from data.files import whole_or_absent
 from data.prompts import swap_left_and_right
+from data.video_decoder import load_picture
 from pecn.diffusion import conditioning_dropout
-from pecn.frame_store import digest, first_rows, stored_frames, stored_prompts
-from pecn.model import encode_prompts
+from pecn.model import Pipeline, digest, encode_pictures, encode_prompts, module_bytes, tokenize
+
+STORE_FORMAT = b"4"  # raise it when what the files hold changes
+ENCODING_BATCH = 16  # frames, or prompts
+
+# Encoding.
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,14 @@ class EncodedClips:
         start, horizon = self.choice.draw(clip.frame_set, for_horizon, for_start)
         first_row = self.first_rows[index] + (self.mirrored_rows if mirrored else 0)
         rows = (first_row + clip.frames.index(frame) for frame in (start, start + horizon))
-        prompt = clip.prompt(self.choice, start, horizon)
+        prompt = clip.prompt(start, horizon if self.choice.tell_horizon else None)
         return *rows, swap_left_and_right(prompt) if mirrored else prompt
 
 
 def encode_once(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pipeline: Pipeline,
     clips: Sequence[Clip],
     choice: FrameChoice,
-    frames_hash: str,
     random_flip: bool,
     cache_dir: Path,
     accelerator: Accelerator,
@@ -66,35 +74,127 @@ def encode_once(
     clip differ in their prompts, these are too many to keep: they are encoded as they are drawn.
     """
     prompts = [""]
-    if choice.has_one_prompt:
-        own = [clip.prompt(choice, *choice.draw(clip.frame_set, 0, 0)) for clip in clips]
+    tells_start = choice.start is None and clips[0].progress is not None
+    has_one_prompt = not tells_start and (len(choice.horizons) == 1 or not choice.tell_horizon)
+    if has_one_prompt:
+        horizon = choice.horizons[0] if choice.tell_horizon else None
+        own = [clip.prompt(clip.frames[0], horizon) for clip in clips]
         prompts = sorted({"", *own, *(map(swap_left_and_right, own) if random_flip else ())})
-    # Then the first one of each machine, which finds nothing where machines share no files.
-    with accelerator.main_process_first(), accelerator.local_main_process_first():
-        moments, frames_key = stored_frames(pipeline, clips, frames_hash, random_flip, cache_dir, accelerator.device)
+    with accelerator.main_process_first():
+        moments, frames_key = stored_frames(pipeline, clips, random_flip, cache_dir, accelerator.device)
         embeddings, prompts_key = stored_prompts(pipeline, prompts, cache_dir, accelerator.device)
-    told = [(clip.label, clip.num_frames, clip.frames, clip.estimated_progress) for clip in clips]
+    told = [(clip.label, clip.frames, clip.progress) for clip in clips]
     contents = json.dumps([asdict(choice) | {"horizons": list(choice.horizons)}, told]).encode()
     return EncodedClips(
         clips=clips,
         choice=choice,
         moments=moments,
-        first_rows=first_rows(clips),
+        first_rows=[0, *itertools.accumulate(len(clip.frames) for clip in clips)][:-1],
         mirrored_rows=len(moments) // 2 if random_flip else None,
-        embeddings=embeddings if choice.has_one_prompt else None,
+        embeddings=embeddings if has_one_prompt else None,
         prompts={prompt: row for row, prompt in enumerate(prompts)},
         key=digest([frames_key.encode(), prompts_key.encode(), contents]),
     )
 
 
+def encoded_cache(data_dir: Path, output_dir: Path) -> Path:
+    """The folder for what is encoded: in the data directory, or, where that is read-only, in the output directory."""
+    folder = data_dir / "encoded_cache"
+    return folder if os.access(folder if folder.is_dir() else data_dir, os.W_OK) else output_dir / "encoded_cache"
+
+
+def stored_frames(
+    pipeline: Pipeline, clips: Sequence[Clip], mirrored: bool, cache_dir: Path, device: torch.device
+) -> tuple[np.ndarray, str]:
+    """The VAE's posterior of all frames of the clips, one after the other: mean and log variance, not scaled.
+
+    Returns a float32 array (N, 2 C, h, w), a file in `cache_dir` that is written where it is missing, and its name,
+    which depends on the bytes of all frames. With `mirrored` the mirrored frames follow all others. Raises UserError
+    where a frame cannot be read, or has not the first one's size.
+    """
+    vae, paths = pipeline.vae, [path for clip in clips for path in clip.paths]
+    reading = tqdm(paths, desc="Reading frames", unit="frame", delay=2)  # no bar where it takes a moment
+    contents = (path.read_bytes() for path in reading)
+    key = digest(itertools.chain([STORE_FORMAT, bytes([mirrored])], module_bytes(vae), contents))
+    size = load_picture(paths[0]).shape
+
+    def encode(batch: Sequence[tuple[Path, bool]]) -> torch.Tensor:
+        pictures = []
+        for path, flip in batch:
+            picture = load_picture(path)
+            if picture.shape != size:
+                raise UserError(f"{path} is {picture.shape[1]} x {picture.shape[0]} pixels, not {size[1]} x {size[0]}")
+            pictures.append(picture[:, ::-1] if flip else picture)
+        return encode_pictures(pipeline, pictures).parameters
+
+    frames = [(path, flip) for flip in ([False, True] if mirrored else [False]) for path in paths]
+    height, width = (side // pipeline.vae_scale_factor for side in size[:2])
+    shape = (len(frames), 2 * vae.config.latent_channels, height, width)
+    blocks = encode_all(vae, encode, frames, device)
+    return stored_array(cache_dir / f"frames-{key}.npy", np.float32, shape, blocks), key
+
+
+def stored_prompts(
+    pipeline: Pipeline, prompts: Sequence[str], cache_dir: Path, device: torch.device
+) -> tuple[np.ndarray, str]:
+    """The text encoder's states of the prompts, float32 (P, 77, d), and the name of their file, as `stored_frames`."""
+    text_encoder, tokens = pipeline.text_encoder, tokenize(pipeline, prompts)
+    key = digest([STORE_FORMAT, *module_bytes(text_encoder), tokens.numpy().tobytes()])
+    shape = (*tokens.shape, text_encoder.config.hidden_size)
+    blocks = encode_all(text_encoder, functools.partial(encode_prompts, pipeline), prompts, device)
+    return stored_array(cache_dir / f"prompts-{key}.npy", np.float32, shape, blocks), key
+
+
+@torch.no_grad()
+def encode_all(
+    model: torch.nn.Module,
+    encode: Callable[[Sequence[Any]], torch.Tensor],
+    inputs: Sequence[Any],
+    device: torch.device,
+) -> Iterator[np.ndarray]:
+    """What `encode` makes of the inputs with one of a pipeline's models on `device`, some at a time, in float32."""
+    model.to(device)
+    name = type(model).__name__
+    with tqdm(total=len(inputs), desc=f"Encoding with {name}", unit="input") as bar:
+        for start in range(0, len(inputs), ENCODING_BATCH):
+            batch = inputs[start : start + ENCODING_BATCH]
+            encoded = encode(batch)
+            if not encoded.isfinite().all():
+                raise UserError(f"the model's {name} gives numbers that are not finite; name another model")
+            yield encoded.float().cpu().numpy()
+            bar.update(len(batch))
+    model.to("cpu")
+
+
+def stored_array(path: Path, dtype: type, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """The array in an .npy file, read as it is used. Where it is missing, its `blocks` of rows are written first.
+
+    Of two processes that write the same file one waits for the other.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.is_file():
+                with whole_or_absent(path) as partial:
+                    array, row = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape), 0
+                    for block in blocks:
+                        array[row : row + len(block)] = block
+                        row += len(block)
+                    array.flush()
+    return np.load(path, mmap_mode="r")
+
+
+# Batches.
+
+
 @dataclass(eq=False, kw_only=True)
-class TrainingBatches(torch.utils.data.Dataset):
-    """The micro-batches of a whole run, for a DataLoader: item k is the k-th pass of this process.
+class TrainingBatches:
+    """The passes of a whole run: item k is the k-th pass (micro-batch) of this process.
 
     Samples are drawn as one endless stream of epochs, each a new permutation of the clips; which of a clip's pairs is
     seen is drawn each time. Everything random in an optimizer step is drawn for its whole global batch from a generator
     seeded by (seed, step), of which each process takes its share: nothing depends on how often a generator was called
-    before, or on how the batch is divided.
+    before, or on how the batch is divided. So a resumed run equals an uninterrupted one, and two processes equal one.
     """
 
     encoded: EncodedClips
@@ -106,7 +206,6 @@ class TrainingBatches(torch.utils.data.Dataset):
     scaling_factor: float  # the VAE's, for target latents
     num_train_timesteps: int
     conditioning_dropout_prob: float = 0.0
-    input_noise: float = 0.0  # most noise in the input frame's latents, as a standard deviation of scaled latents
     num_processes: int = 1
     process_index: int = 0
 
@@ -115,9 +214,6 @@ class TrainingBatches(torch.utils.data.Dataset):
         self.global_batch_size = self.train_batch_size * self.num_processes * self.gradient_accumulation_steps
         if self.max_train_steps is None:
             self.max_train_steps = math.ceil(self.num_train_epochs * self.num_samples / self.global_batch_size)
-
-    def __len__(self) -> int:
-        return self.max_train_steps * self.gradient_accumulation_steps
 
     def ends_epochs(self, step: int, num_epochs: int) -> bool:
         """Whether a multiple of `num_epochs` epochs is complete with the optimizer step (counted from 1)."""
@@ -155,9 +251,6 @@ class TrainingBatches(torch.utils.data.Dataset):
         image_latents = torch.from_numpy(encoded.moments[list(input_rows), : channels // 2])  # the posterior's mode
         posterior = DiagonalGaussianDistribution(torch.from_numpy(encoded.moments[list(target_rows)]))
         target_latents = posterior.mean + posterior.std * posterior_noise
-        if self.input_noise:
-            strength = self.input_noise / self.scaling_factor * torch.rand(size, 1, 1, 1, generator=generator)[share]
-            image_latents = image_latents + strength * torch.randn(shape, generator=generator)[share]
 
         drop_text, drop_image = conditioning_dropout(dropout, self.conditioning_dropout_prob)
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, drop_text.tolist())]
@@ -172,44 +265,27 @@ class TrainingBatches(torch.utils.data.Dataset):
         rows = [encoded.prompts[prompt] for prompt in prompts]
         return batch | {"prompt_embeds": torch.from_numpy(encoded.embeddings[rows])}
 
+    def load(self, steps_done: int, pipeline: Pipeline, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's passes after the first `steps_done` optimizer steps, to the end, on `device`.
+
+        Prompts that are not kept encoded pass through the pipeline's text encoder here.
+        """
+        passes = self.gradient_accumulation_steps
+        for index in range(steps_done * passes, self.max_train_steps * passes):
+            batch = self[index]
+            prompts = batch.pop("prompts", None)
+            if device.type == "cuda":
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            if prompts is not None:
+                pipeline.text_encoder.to(device)  # a validation puts it away
+                with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                    batch["prompt_embeds"] = encode_prompts(pipeline, prompts)
+            yield batch
+
 
 @functools.lru_cache(maxsize=1)
 def order_of_epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
     """The order in which an epoch (counted from 0) sees the clips."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     return torch.randperm(num_samples, generator=generator).tolist()
-
-
-def leave_sigterm_to_the_main_process(_worker: int) -> None:
-    """In a worker, in place of torch's handler: a signal to all processes would end it before the step is saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def load_batches(
-    batches: TrainingBatches,
-    steps_done: int,
-    device: torch.device,
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    num_workers: int = 0,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's micro-batches after the first `steps_done` optimizer steps, to the end, on `device`.
-
-    Prompts that are not kept encoded pass through the pipeline's text encoder here.
-    """
-    loader = torch.utils.data.DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(steps_done * batches.gradient_accumulation_steps, len(batches)),
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if num_workers else None,  # other ways would copy the files' content
-        worker_init_fn=leave_sigterm_to_the_main_process,
-    )
-    for batch in loader:
-        prompts = batch.pop("prompts", None)
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        if prompts is not None:
-            pipeline.text_encoder.to(device)  # a validation puts it away
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                batch["prompt_embeds"] = encode_prompts(pipeline, prompts)
-        yield batch

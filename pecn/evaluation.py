@@ -1,190 +1,218 @@
-"""Predictions of validation videos, rollouts or one picture, and what is made of them."""
+"""What sample_from_pix2pix.py does: predictions of validation videos, rollouts or one picture, and their scores."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import PartialState
-from diffusers import StableDiffusionInstructPix2PixPipeline
 
-from data import cli, files, paths
-from data.cli import UserError
-from data.clips import (
-    ANY,
-    DEFAULT_INPUT_FRAME_IDX,
-    DEFAULT_TARGET_FRAME_IDX,
-    NO_PROGRESS,
-    Clip,
-    FrameChoice,
-    FramePair,
-    choice_of,
-    choose_samples,
-    describe_left_out,
-    draw_pairs,
-    find_clips,
-    frame_choice,
-    horizons_of,
-)
+from data import clips
+from data.cli import UserError, one_line, warn
+from data.files import make_folder, only_one, parts_replaced, write_json
 from data.prompts import build_prompt
-from data.video_decoder import read_picture
-from pecn.model import DTYPES, check_frames, find_model, load_pipeline, read_training_config
-from pecn.pictures import check_output_dir, comparison_picture, read_scores, save_prediction, save_results
-from pecn.progress_model import with_estimates
-from pecn.rollout_pictures import ROLLOUT_FILE, save_rollouts
-from pecn.rollouts import describe_rollouts, roll_out, rollout_choice
+from data.video_decoder import load_picture, read_picture
+from pecn import pictures, rollouts, scores
+from pecn.model import Pipeline, find_model, load_pipeline, read_training_config
 from pecn.sampling import Prediction, predict_frames, predict_pairs
 from pecn.sampling_options import DEFAULT_OPTIONS, sampling_options
-from pecn.scores import format_table, load_lpips, paired_difference, score_prediction, verdict
 
-DEFAULTS = {  # for a model that does not say how it was trained and validated, such as those on the hub
-    "train_data_dir": paths.DEFAULT_DATA_DIR,
-    "resolution": 128,
-    "input_frame_idx": DEFAULT_INPUT_FRAME_IDX,
-    "target_frame_idx": DEFAULT_TARGET_FRAME_IDX,
-    "horizon": None,
-    "progress_source": NO_PROGRESS,
-    "progress_estimator": None,
-    **vars(DEFAULT_OPTIONS),
-}
+SAMPLES, METRICS_FILE, ROLLOUT_FILE = "samples", "metrics.json", "rollout.json"
+RANDOM_PAIRS, SHOWN_IN_OVERVIEW = 20, 9  # in random_pairs.png; from the best pair to the worst in overview.png
+RECORDED = ("resolution", "input_frame_idx", "horizon", "tell_horizon", "add_progress", *vars(DEFAULT_OPTIONS))
+
+
+def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the model's training recorded (nothing for one of the hub's) of the options that `args` may leave out."""
+    trained = read_training_config(find_model(args.model_dir))
+    settings = {name: trained[name] for name in RECORDED if name in trained}
+    if "train_data_dir" in trained:
+        settings["data_dir"] = Path(trained["train_data_dir"])
+    if args.target_frame_idx is not None and settings.get("input_frame_idx") == clips.ANY:
+        del settings["input_frame_idx"]  # a target is of the default input
+    if args.image and args.horizon and not trained:
+        settings["tell_horizon"] = True
+    return settings
 
 
 def run(args: argparse.Namespace) -> None:
-    """Predicts as the options of sample_from_pix2pix.py say."""
-    model = find_model(args.model_dir, revision=args.revision, variant=args.variant)
-    trained = read_training_config(model)
-    args = as_trained(args, read_training_config(find_model(args.settings_of)) if args.settings_of else trained)
-    if args.image is None:
-        predict_validation_videos(args, model, trained)
-    else:
-        predict_from_picture(args, model, trained)
-
-
-def as_trained(args: argparse.Namespace, trained: dict[str, Any]) -> argparse.Namespace:
-    """The options, with what the command leaves out as a model's training config `trained` or DEFAULTS have it.
-
-    `tell_horizon` is added: whether prompts tell the horizon, as the model's do, or as asked for one picture. Where
-    they do, rollouts are direct.
-    """
-    known = DEFAULTS | {name: trained[name] for name in DEFAULTS if name in trained}
-    known["frames_dir"] = paths.frames_dir(known["train_data_dir"], known["resolution"])
-    known["val_annotations"] = paths.filtered_annotations_path(known["train_data_dir"], "val")
-    learned = choice_of(known)
-    known["tell_horizon"] = learned.tell_horizon or (args.image is not None and args.horizon is not None)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    if "target_frame_idx" in given and "horizon" not in given:  # a target in place of the horizons
-        known["horizon"] = None
-        if learned.start is None and "input_frame_idx" not in given:
-            known["input_frame_idx"] = DEFAULT_INPUT_FRAME_IDX
-    elif learned.start is None or args.input_frame_idx == ANY or args.rollout:  # there another start keeps the horizon
-        known["horizon"] = known["horizon"] or str(learned.horizons[0])
-    known["rollout_mode"] = "direct" if known["tell_horizon"] else "chained"
-    return argparse.Namespace(**vars(args) | known | given)
-
-
-def predict_validation_videos(args: argparse.Namespace, model: Path, trained: dict[str, Any]) -> None:
-    """Chooses videos, and predicts a frame of each or its rollout."""
-    if not args.val_annotations.is_file():
-        raise UserError(
-            f"there is no file {args.val_annotations}: set VAL_ANNOTATIONS and FRAMES_DIR, or make it with: python -m"
-            " data.dataset"
-        )
-    told = {"tell_horizon": args.tell_horizon, "progress_source": args.progress_source}
-    choice = asked = frame_choice(args.input_frame_idx, args.target_frame_idx, args.horizon, **told)
+    """Predicts as the options of sample_from_pix2pix.py say, those left out being as `recorded_settings` says."""
+    trained = read_training_config(find_model(args.model_dir))
+    clips.settle_frames(vars(args))
+    if args.image:
+        predict_from_picture(args, trained)
+        return
+    choice = asked = clips.frame_choice(vars(args))
     if args.rollout:
-        choice = rollout_choice(asked, args.rollout, args.rollout_mode)
-    entries = paths.read_annotations(args.val_annotations)
-    clips, left_out = find_clips(entries, args.frames_dir, choice, target_required=False)
+        args.rollout_mode = args.rollout_mode or ("direct" if choice.tell_horizon else "chained")
+        choice = rollouts.rollout_choice(asked, args.rollout, args.rollout_mode)
+    found, left_out = clips.find_clips(
+        args.data_dir, "val", args.resolution, choice, args.add_progress, target_required=False
+    )
     if left_out:
-        print(describe_left_out(left_out))
-    if not clips:
-        raise UserError(
-            f"no video of {args.val_annotations} has what is asked for ({choice}) in {args.frames_dir}: name both from"
-            f" one data directory, and extract its frames with: {paths.extraction_command(args.frames_dir)}"
-        )
-    clips = choose_samples(clips, args.num_samples, args.seed)
-    check_frames(clips, asked if args.rollout_mode == "chained" else choice, args.model_dir, trained)
-    if choice.is_estimated:
-        exact = load_pipeline(model, variant=args.variant)  # in float32, as the estimator was trained
-        clips = with_estimates(clips, choice, args.seed, args.progress_estimator, exact, PartialState().device)
-        del exact
-    samples = clips if args.rollout else draw_pairs(clips, choice, args.seed)
-    if all(len(sample.paths) == 1 for sample in samples):
-        raise UserError(
-            f"none of the {len(samples)} videos chosen has both frames ({choice}) in {args.frames_dir}: choose an"
-            f" earlier {'INPUT' if args.rollout else 'TARGET'}_FRAME_IDX"
-        )
-    (roll_out_clips if args.rollout else predict_and_score)(args, model, samples, choice)
+        print(clips.describe_left_out(left_out))
+    if not found:
+        raise UserError(f"no validation video of {args.data_dir} has what is asked for ({choice})")
+    learned = clips.frame_choice(trained) if trained else asked
+    if learned.start not in (None, asked.start) or not {*asked.horizons} <= {*learned.horizons}:
+        warn(f"predicting {asked}, but {args.model_dir} was trained with {learned}")
+    chosen = clips.choose_balanced(found, args.seed, args.num_samples)
+    if args.rollout:
+        roll_out_clips(args, chosen, choice)
+    else:
+        predict_and_score(args, [clips.draw_pair(clip, choice, args.seed) for clip in chosen], choice)
 
 
-def predict_and_score(args: argparse.Namespace, model: Path, pairs: Sequence[FramePair], choice: FrameChoice) -> None:
-    """Predicts the target of each pair, and saves the pictures and their scores."""
-    lpips_map = load_lpips() if args.lpips else None
+def load_model(model_dir: str) -> Pipeline:
+    """Loads a model for prediction, fp16 on a GPU, and moves it to the device it will run on."""
+    device = PartialState().device
+    pipeline = load_pipeline(find_model(model_dir), torch.float16 if device.type == "cuda" else torch.float32)
+    if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
+        raise UserError(f"{model_dir} takes no input frame; train it first, or name another")
+    return pipeline.to(device)
+
+
+@contextlib.contextmanager
+def results_folder(output_dir: Path, results_file: str) -> Iterator[Path]:
+    """Yields a new folder whose content replaces the results of an earlier run in `output_dir` when all went well.
+
+    Raises UserError where that has a folder of the user's in its place.
+    """
+    make_folder(output_dir)
+    if (output_dir / SAMPLES).exists() and not (output_dir / results_file).is_file():
+        raise UserError(
+            f"{output_dir}/{SAMPLES} is not from an earlier run like this (no {results_file} beside it) and would be"
+            " replaced: move it, or choose another OUTPUT_DIR"
+        )
+    with only_one(output_dir, "sampling"), parts_replaced(output_dir, last=results_file) as new:
+        yield new
+
+
+# Frame pairs.
+
+
+def predict_and_score(args: argparse.Namespace, pairs: Sequence[clips.FramePair], choice: clips.FrameChoice) -> None:
+    """Predicts the target of each pair, saves the pictures and their scores, and says whether the model is good."""
     others = read_scores(args.against) if args.against else None
-    check_output_dir(args.output_dir)
-    with files.only_one(args.output_dir, "sampling"):
-        pipeline = load_model(args, model)
-        predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, sampling_options(args))
-        summary = save_results(predictions, args.output_dir, f"{args.model_dir}, {choice.in_full}", lpips_map)
-    print(format_table(summary))
-    if summary["num_without_target"]:
-        print(f"{summary['num_without_target']} samples have no frame to predict ({choice}): predicted, not scored")
-    pictures = "overview.png, random_pairs.png, scores.png, samples/"
-    print(f"{args.output_dir} holds the pictures ({pictures}) and the scores (metrics.json)")
-    print(f"{choice.in_full}, {verdict(summary)}")
+    options = sampling_options(args)
+    how = f"{choice}, background kept" if options.keep_background else str(choice)
+    with results_folder(args.output_dir, METRICS_FILE) as new:
+        predictions = predict_pairs(load_model(args.model_dir), pairs, args.seed, args.batch_size, options)
+        rows = save_predictions(new, predictions, f"{args.model_dir}, {how}")
+        summary = scores.summarize(rows)
+        settings = {"model_dir": args.model_dir, "frames": str(choice), "seed": args.seed, **vars(options)}
+        write_json(new / METRICS_FILE, {"settings": settings, "summary": summary, "samples": rows})
+    print(scores.format_table(summary))
+    print("where something moves, but for 'whole'; ±: 95% interval; good frames: sharp and better placed than the copy")
+    if num_without := summary["all"]["num_without_target"]:
+        print(f"{num_without} samples have no frame to predict ({choice}): predicted, not scored")
+    print(f"{args.output_dir} has overview.png, random_pairs.png, scores.png, samples/ and {METRICS_FILE}")
+    print(f"{how}, {scores.verdict(summary['all'])}")
     if others is not None:
-        difference = paired_difference(read_scores(args.output_dir), others)
-        if difference["unpaired"]:
-            print(describe_left_out(difference["unpaired"]))
-        print(f"the same, {verdict(difference, str(args.against))}")
+        compared, unpaired = scores.paired_difference(rows, others)
+        if unpaired:
+            print(clips.describe_left_out(unpaired))
+        words = scores.better_or_not(compared["psnr"], compared["num_moving"], str(args.against))
+        ours, theirs = compared["good_frames"]
+        print(f"where something moves {words}; good frames {ours:.0%}, there {theirs:.0%}")
 
 
-def roll_out_clips(args: argparse.Namespace, model: Path, clips: Sequence[Clip], choice: FrameChoice) -> None:
+def save_predictions(new: Path, predictions: Iterable[Prediction], note: str) -> list[dict[str, Any]]:
+    """Writes samples/<video id>/*.png, overview.png, random_pairs.png and scores.png; returns the scores of each pair.
+
+    The predictions may be a generator: few are kept beyond their scores. Whoever chose the pairs drew them at random,
+    so the first ones are shown as random pairs.
+    """
+
+    def psnr_gain(row: dict[str, Any]) -> float:
+        return row["sample"]["psnr"] - row["copy"]["psnr"] if row["moving_share"] else 0.0
+
+    rows, strips = [], []
+    for prediction in predictions:
+        names = {name: getattr(prediction, name) for name in ("video_id", "task", "edit_prompt")}
+        rows.append(names | scores.score_prediction(prediction))
+        comparison = pictures.comparison_picture(prediction, rows[-1], note)
+        save_prediction(new / SAMPLES / prediction.video_id, prediction, comparison)
+        if len(strips) < RANDOM_PAIRS:
+            strips.append(pictures.panel_row(pictures.frame_panels(prediction), [pictures.short_prompt(prediction)]))
+    ranked = sorted([row for row in rows if row["moving_share"]] or rows, key=psnr_gain, reverse=True)
+    shown = np.linspace(0, len(ranked) - 1, min(len(ranked), SHOWN_IN_OVERVIEW)).round().astype(int)
+    folders = [new / SAMPLES / ranked[place]["video_id"] for place in shown]
+    comparisons = [load_picture(folder / "comparison.png") for folder in folders]
+    pictures.save_picture(new / "overview.png", pictures.sheet(comparisons))
+    pictures.save_picture(new / "random_pairs.png", pictures.sheet(strips, columns=2))
+    pictures.save_scores_plot(new / "scores.png", rows, note)
+    return rows
+
+
+def save_prediction(folder: Path, prediction: Prediction, comparison: np.ndarray) -> None:
+    """Writes comparison.png, the frames as they are, and uncertainty.png (16 bits: 256 times the deviation)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures.save_picture(folder / "comparison.png", comparison)
+    for title, frame in pictures.frame_panels(prediction):
+        pictures.save_picture(folder / f"{'prediction' if title == 'sample' else title}.png", frame)
+    if prediction.predicted.uncertainty is not None:
+        levels = np.clip(prediction.predicted.uncertainty * 256.0, 0, 65535)
+        pictures.save_picture(folder / "uncertainty.png", levels.round().astype(np.uint16))
+
+
+def read_scores(output_dir: Path) -> list[dict[str, Any]]:
+    """The scores of each pair that an earlier run left. Raises UserError where there are none."""
+    try:
+        return json.loads((output_dir / METRICS_FILE).read_bytes())["samples"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{output_dir} has no scores of an earlier run ({METRICS_FILE}): {one_line(error)}") from error
+
+
+# Rollouts and one picture.
+
+
+def roll_out_clips(args: argparse.Namespace, chosen: Sequence[clips.Clip], choice: clips.FrameChoice) -> None:
     """Predicts how each clip goes on, and saves films, filmstrips and the scores at each horizon."""
-    check_output_dir(args.output_dir, ROLLOUT_FILE)
-    with files.only_one(args.output_dir, "sampling"):
+    if isinstance(args.add_progress, str) and args.rollout_mode == "chained":
+        raise UserError("chained, there are no frames to estimate progress from: set PROGRESS to False or True")
+    rows = []
+    with results_folder(args.output_dir, ROLLOUT_FILE) as new:
         how = (args.rollout_mode, args.seed, args.batch_size, sampling_options(args))
-        rollouts = roll_out(load_model(args, model), clips, choice, *how)
-        summary = save_rollouts(rollouts, args.output_dir, f"{args.model_dir}, {choice.in_full}, {args.rollout_mode}")
-    print(f"{args.output_dir} holds films and filmstrips (samples/), quality_by_horizon.png and scores (rollout.json)")
-    print(describe_rollouts(summary))
+        for rollout in rollouts.roll_out(load_model(args.model_dir), chosen, choice, *how):
+            rollouts.save_rollout(new / SAMPLES / rollout.clip.video_id, rollout)
+            rows += rollout.rows()
+        summary = scores.summarize(rows, by="horizon")
+        write_json(new / ROLLOUT_FILE, {"summary": summary, "samples": rows})
+    print(scores.format_table(summary))
+    print(f"{args.output_dir} has films and filmstrips (samples/) and {ROLLOUT_FILE}")
+    if num_beyond := summary["all"]["num_without_target"]:
+        print(f"{num_beyond} of the predicted frames lie beyond the end of their video: not scored")
 
 
-def predict_from_picture(args: argparse.Namespace, model: Path, trained: dict[str, Any]) -> None:
-    """Predicts what follows one picture, and saves the pictures."""
+def predict_from_picture(args: argparse.Namespace, trained: dict[str, Any]) -> None:
+    """Predicts what follows one picture, and saves the pictures; there is no truth, so nothing is scored."""
     if args.image.resolve().parent == args.output_dir.resolve():
         raise UserError(f"{args.image} is in OUTPUT_DIR, where pictures are replaced; choose another OUTPUT_DIR")
-    picture = read_picture(args.image, args.resolution)
-    has_progress = args.progress is not None
-    if trained.get("add_progress", has_progress) != has_progress:
-        cli.warn(f"{args.model_dir} was trained with{'out' if has_progress else ''} progress prompts (--progress)")
-    if args.tell_horizon and len(horizons_of(args.horizon)) > 1:
-        raise UserError(f"{args.model_dir} predicts {args.horizon} frames ahead: choose one number with --horizon")
-    horizon = horizons_of(args.horizon)[0] if args.tell_horizon else None
-    edit_prompt = build_prompt(args.prompt, args.progress, horizon)
-    files.make_folder(args.output_dir)
-    with files.only_one(args.output_dir, "sampling"):
-        pipeline = load_model(args, model)
+    picture, choice = read_picture(args.image, args.resolution), clips.frame_choice(vars(args))
+    progress = args.add_progress if type(args.add_progress) is int else None
+    if trained and bool(trained["add_progress"]) != (progress is not None):
+        without = "" if progress is None else "out"
+        warn(f"{args.model_dir} was trained with{without} progress prompts (PROGRESS=40: 40% is done)")
+    if choice.tell_horizon and len(choice.horizons) > 1:
+        raise UserError(f"{args.model_dir} predicts {args.horizon} frames ahead: choose one number with HORIZON")
+    edit_prompt = build_prompt(args.prompt, progress, choice.horizons[0] if choice.tell_horizon else None)
+    make_folder(args.output_dir)
+    with only_one(args.output_dir, "sampling"):
+        pipeline = load_model(args.model_dir)
         [predicted] = predict_frames(pipeline, [picture], [edit_prompt], [args.seed], sampling_options(args))
-        names = {"video_id": args.image.stem, "task": "unknown", "edit_prompt": edit_prompt}
-        prediction = Prediction(**names, input=picture, **vars(predicted), target=None, vae_ceiling=None)
-        comparison = comparison_picture(prediction, score_prediction(prediction), args.model_dir)
+        prediction = Prediction(args.image.stem, "unknown", edit_prompt, picture, predicted)
+        comparison = pictures.comparison_picture(prediction, scores.score_prediction(prediction), args.model_dir)
         for name in ("expected.png", "uncertainty.png"):  # of an earlier picture
             (args.output_dir / name).unlink(missing_ok=True)
         save_prediction(args.output_dir, prediction, comparison)
     print(f"prompt: {edit_prompt}")
     if (predicted.sample == picture).all():
-        cli.warn("the prediction is the input, the model changes too little to show (but for --residual False)")
-    print(f"{args.output_dir} holds the prediction (prediction.png), input.png, and both side by side (comparison.png)")
-
-
-def load_model(args: argparse.Namespace, model: Path) -> StableDiffusionInstructPix2PixPipeline:
-    """Loads the model for prediction and moves it to the device it will run on."""
-    device = PartialState().device
-    precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    pipeline = load_pipeline(model, DTYPES[precision], args.variant)
-    if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
-        raise UserError(f"{args.model_dir} takes no input frame; train it first, or name another")
-    return pipeline.to(device)
+        warn("the prediction is the input: the model changes too little to show with KEEP_BACKGROUND=True")
+    print(f"{args.output_dir} has prediction.png, input.png, and both side by side (comparison.png)")

@@ -5,13 +5,11 @@ Only it and the first convolution need gradients and moments: the rest of the UN
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
 
 ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -29,27 +27,9 @@ def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int) -> None:
     unet.conv_in.requires_grad_(True)
 
 
-def has_adapter(unet: UNet2DConditionModel) -> bool:
-    return hasattr(unet, "peft_config")
-
-
-def save_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Writes the adapter alone, without the first convolution, as pytorch_lora_weights.safetensors.
-
-    A pipeline's `load_lora_weights` loads it.
-    """
-    StableDiffusionInstructPix2PixPipeline.save_lora_weights(folder, get_peft_model_state_dict(unet))
-
-
-@torch.no_grad()
 def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A copy, on the CPU, of which the adapter is part: an ordinary UNet that computes the same."""
-    weights = {
-        name.replace(".base_layer", ""): weight for name, weight in unet.state_dict().items() if ".lora_" not in name
-    }
-    for name, layer in unet.named_modules():
-        if isinstance(layer, LoraLayer):
-            weights[f"{name}.weight"] = layer.get_base_layer().weight + layer.get_delta_weight("default")
-    plain = type(unet).from_config(unet.config)
-    plain.load_state_dict(weights)
+    plain = copy.deepcopy(unet).cpu()
+    plain.fuse_lora()
+    plain.unload_lora()
     return plain

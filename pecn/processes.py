@@ -1,15 +1,19 @@
-"""The processes of a run: one, or several that work on one model."""
+"""The processes of a run, one or several that work on one model, and the signals that stop it where nothing is lost."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -20,12 +24,19 @@ from accelerate.utils import (
 
 from data.cli import UserError
 
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+)  # the last is Slurm's, before a time limit
+
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for.
-
-    Raises UserError where they do not go together.
-    """
+    """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for."""
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise UserError(f"{engine} is not supported: configure accelerate for plain multi-GPU")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -40,22 +51,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
+        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / "logs")),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
     )
-    for option in ("use_ema", "use_lora"):
-        if getattr(args, option) and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise UserError(f"--{option} does not go together with FSDP or DeepSpeed: leave it out")
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        if plugin.zero_stage not in (1, 2):  # 0 has no master weights to save; 3 shares out the text encoder too
-            raise UserError(f"DeepSpeed's ZeRO stage {plugin.zero_stage} is not supported: set zero_stage to 1 or 2")
-        # DeepSpeed takes the first two from the DataLoader that is prepared, which ours is not, and clips by itself.
-        config = plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
-        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-        config["gradient_clipping"] = args.max_grad_norm
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions have it
     torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolutions are found once
     return accelerator
 
@@ -88,3 +87,61 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
 def is_out_of_memory(error: Exception) -> bool:
     """Python has an exception of its own; what CUDA, PyTorch's allocators and the system raise has these words."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Work ended because of a signal. The message says where things stand."""
+
+    def __init__(self, signal_number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal_number  # what a shell reports of a process that a signal ended
+
+
+class StopRequest:
+    """Receives STOP_SIGNALS for the process that makes it (SIGHUP only if it is not ignored, as under nohup).
+
+    A signal raises `Interrupted` at once, except inside `deferred()`, where it is noted for `agree()` to tell. A second
+    one ends the process on the spot, with nothing more saved.
+    """
+
+    AT_ONCE = 2  # seconds: what arrives within them is the same request, passed on by a launcher or sent to all
+
+    def __init__(self) -> None:
+        self.signal_number, self.received_at, self.is_deferred = 0, 0.0, False
+        # A group of its own, on the CPU: asking at every step must not wait for the GPU.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if distributed else None
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_deferred:
+            raise Interrupted(number)
+        if not self.signal_number:
+            self.signal_number, self.received_at = number, time.monotonic()
+            write_error_line("stopping: this step is finished and saved first; once more stops without saving")
+        elif time.monotonic() - self.received_at > self.AT_ONCE:
+            write_error_line("stopped without saving; the last checkpoint remains")
+            os._exit(128 + number)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self.is_deferred = True
+        try:
+            yield
+        finally:
+            self.is_deferred = False
+
+    def agree(self) -> int:
+        """The signal that any process has received (0: none): the same on all."""
+        number = torch.tensor(self.signal_number)
+        if self.group is not None:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(number)
+
+
+def write_error_line(text: str) -> None:
+    """Writes a line to standard error past Python's buffers, which a signal handler must not enter again."""
+    if is_first_process():
+        os.write(2, f"\n{text}\n".encode())

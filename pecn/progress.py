@@ -1,237 +1,189 @@
-"""Progress without an oracle: trains and evaluates an estimator of how much of an action is done.
+"""Progress without knowing how long a clip is: estimates how much of the action is done at each frame.
 
-    python -m pecn.progress train --data_dir data/sthv2 --output_dir outputs/progress_estimator
-    python -m pecn.progress evaluate --data_dir data/sthv2 --output_dir outputs/progress_estimator
+    python -m pecn.progress --data_dir data/sthv2 --output_file data/sthv2/progress.json
 
-`evaluate` asks of the validation clips whether it is nearer to the truth than two constants, which see no frame: the
-training median, and the training median given the input's index. That is not to be taken for granted.
+writes {split: {video id: {frame: percent}}}, which training and sampling take as `--add_progress FILE`. A small network
+sees what a viewer sees while the action is going on: NUM_SEEN frames up to the input, the sentence, and the input's
+index. Each training clip is estimated by a network that has not seen it (FOLDS folds); the validation clips by one
+trained on all training clips. Its errors are printed beside those of two constants, which see no frame.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data import cli, paths
-from data.cli import UserError, number
-from data.clips import DEFAULT_INPUT_FRAME_IDX, ORACLE, Clip, FrameChoice, derive_seed, describe_left_out, load_clips
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from tqdm import trange
 
-EVERY_CUT = FrameChoice(start=None, progress_source=ORACLE)  # every frame but the last, which none follows
-WITHIN = 8  # points; the share of estimates that are nearer to the truth is told
+from data import paths
+from data.cli import CommandParser, UserError, number, run_command
+from data.clips import DEFAULT_INPUT_FRAME_IDX, FrameChoice, find_clips
+from data.files import write_json
+from data.prompts import progress_percent, swap_left_and_right
+from pecn.encoded_frames import encoded_cache, stored_frames, stored_prompts
+from pecn.model import Pipeline, find_model, load_pipeline, tokenize
+from pecn.scores import half_width
+
+NUM_SEEN = 6  # frames, spread from the first one to the input
+FOLDS = 4
+WIDTHS = (32, 64, 128)  # channels of the convolutions
+BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 64, 1e-3, 0.05
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Every frame of a split's clips that can be an input, and what is seen at it."""
+
+    table: pd.DataFrame  # a line each: video_id, frame, label, and the true share of the clip that lies before, 0..1
+    rows: np.ndarray  # (N, NUM_SEEN): of the frames that are seen, in `moments`
+    moments: np.ndarray  # of all frames, as `stored_frames` returns them
+    sentences: dict[str, torch.Tensor]  # of each label and its mirror image (d,): the mean of its tokens' states
+    scaling_factor: float  # the VAE's
+
+    def show(self, cuts: np.ndarray, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scaled latents (B, NUM_SEEN, C, h, w) at B cuts, and what else is told: sentence and frame (B, d + 2).
+
+        The latents of mirrored frames are not quite the mirrored latents, but near enough to learn from.
+        """
+        latents = torch.from_numpy(self.moments[self.rows[cuts].ravel(), : self.moments.shape[1] // 2])
+        latents = latents.reshape(len(cuts), NUM_SEEN, *latents.shape[1:]) * self.scaling_factor
+        labels, frames = self.table.label.iloc[cuts], self.table.frame.iloc[cuts].to_numpy(np.float32)
+        told = torch.stack([self.sentences[swap_left_and_right(label) if mirrored else label] for label in labels])
+        when = torch.from_numpy(np.stack([frames / 50, np.log1p(frames) / 4], axis=1))
+        return latents.flip(-1) if mirrored else latents, torch.cat([told, when], dim=1)
+
+
+def load_cuts(pipeline: Pipeline, args: argparse.Namespace, split: str) -> Cuts:
+    """All cuts of the clips of a split, encoded as training does it."""
+    clips, _ = find_clips(args.data_dir, split, args.resolution, FrameChoice(start=None))
+    if len(clips) < 2:
+        raise UserError(f"{args.data_dir} has {len(clips)} {split} videos with frames of {args.resolution} pixels")
+    cache_dir, device = encoded_cache(args.data_dir, args.output_file.parent), PartialState().device
+    moments, _ = stored_frames(pipeline, clips, False, cache_dir, device)
+    labels = sorted({told for clip in clips for told in (clip.label, swap_left_and_right(clip.label))})
+    states, _ = stored_prompts(pipeline, labels, cache_dir, device)
+    is_word = (tokenize(pipeline, labels) != pipeline.tokenizer.pad_token_id).numpy()
+    sentences = {
+        name: torch.from_numpy(state[words].mean(axis=0)) for name, state, words in zip(labels, states, is_word)
+    }
+    lines, rows, first_row = [], [], 0
+    for clip in clips:
+        for place, frame in enumerate(clip.frames[:-1]):
+            rows.append(first_row + np.linspace(0, place, NUM_SEEN).round().astype(int))
+            lines.append((clip.video_id, frame, clip.label, frame / (clip.frames[-1] + 1)))
+        first_row += len(clip.frames)
+    table = pd.DataFrame(lines, columns=["video_id", "frame", "label", "share"])
+    return Cuts(table, np.stack(rows), moments, sentences, pipeline.vae.config.scaling_factor)
+
+
+class ProgressNetwork(torch.nn.Module):
+    """A small convolutional network over the last seen frame and the changes since the others, told the sentence."""
+
+    def __init__(self, latent_channels: int, num_told: int) -> None:
+        super().__init__()
+        widths = (NUM_SEEN * latent_channels, *WIDTHS)
+        layers: list[torch.nn.Module] = []
+        for stride, inputs, outputs in zip((1, 2, 2), widths, widths[1:]):
+            convolution = torch.nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+            layers += [convolution, torch.nn.GroupNorm(8, outputs), torch.nn.SiLU()]
+        self.look = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(3), torch.nn.Flatten())
+        # Few clips are easily memorized, above all by their sentences.
+        self.read = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(num_told, 128))
+        hidden = [torch.nn.Dropout(0.5), torch.nn.Linear(9 * WIDTHS[-1] + 128, 128), torch.nn.SiLU()]
+        self.say = torch.nn.Sequential(*hidden, torch.nn.Dropout(0.5), torch.nn.Linear(128, 1), torch.nn.Sigmoid())
+
+    def forward(self, latents: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        """The share of the action that is done (B,), 0..1, of what `Cuts.show` returns."""
+        changes = latents[:, -1:] - latents[:, :-1]
+        looked = self.look(torch.cat([latents[:, -1:], changes], dim=1).flatten(1, 2))
+        return self.say(torch.cat([looked, self.read(told)], dim=1))[:, 0]
+
+
+def train_network(cuts: Cuts, chosen: np.ndarray, args: argparse.Namespace, name: str) -> ProgressNetwork:
+    """Minimizes the mean absolute error over the cuts `chosen`, drawn at random, half of the steps mirrored."""
+    device = PartialState().device
+    torch.manual_seed(args.seed)
+    latents, told = cuts.show(chosen[:1])
+    network = ProgressNetwork(latents.shape[2], told.shape[1]).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    steps = args.max_train_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(20, steps), pct_start=0.1)
+    rng = np.random.default_rng(args.seed)
+    for step in trange(steps, desc=f"Training, {name}", unit="step"):
+        drawn = rng.choice(chosen, BATCH_SIZE)
+        truth = torch.from_numpy(cuts.table.share.to_numpy(np.float32)[drawn]).to(device)
+        shown = cuts.show(drawn, mirrored=step % 2 == 1)
+        loss = (network(*(tensor.to(device) for tensor in shown)) - truth).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.cpu().eval()
+
+
+@torch.no_grad()
+def estimate(network: ProgressNetwork, cuts: Cuts, chosen: np.ndarray) -> np.ndarray:
+    """The share of the action that is done at the cuts `chosen`, 0..1."""
+    batches = np.array_split(chosen, -(-len(chosen) // BATCH_SIZE))
+    return np.concatenate([network(*cuts.show(batch)).numpy() for batch in batches])
+
+
+def describe_errors(cuts: pd.DataFrame, train: pd.DataFrame) -> str:
+    """Mean errors in points, each clip counting alike, of the `estimate` and of constants from the training clips."""
+    by_frame = train.groupby("frame").share.median()
+    frames = cuts.frame.clip(upper=by_frame.index.max())
+    said = pd.DataFrame({"estimator": cuts.estimate, "training median": train.share.median()}, index=cuts.index)
+    said["training median at that frame"] = by_frame.reindex(frames, method="ffill").to_numpy()
+    errors = 100 * said.sub(cuts.share, axis=0).abs().groupby(cuts.video_id).mean()
+    difference = errors.estimator - errors[errors.drop(columns="estimator").mean().idxmin()]
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in errors.mean().items())
+    spread = f"{difference.mean():+.1f} ± {half_width(difference):.1f}"
+    return f"mean error in points: {figures}; estimator - better constant: {spread} (95% interval)"
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.CommandParser(prog="python -m pecn.progress", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate")
-    train_parser = commands.add_parser("train", help="train an estimator on the training clips")
-    evaluate_parser = commands.add_parser("evaluate", help="compare it with constants on the validation clips")
-    for command in (train_parser, evaluate_parser):
-        add = command.add_argument
-        add("--data_dir", type=Path, default=paths.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
-        base_model = "timbrooks/instruct-pix2pix"
-        add("--pretrained_model_name_or_path", default=base_model, help="whose VAE and text encoder (%(default)s)")
-        side = number(at_least=8, multiple_of=8)
-        add("--resolution", type=side, default=128, help="side of the frames (%(default)s)")
-        output_dir = Path("outputs/progress_estimator")
-        add("--output_dir", type=Path, default=output_dir, help="of the estimator (%(default)s)")
-    add, count = train_parser.add_argument, number(at_least=0)
-    add("--max_train_steps", type=count, default=1000, help="0: it says the training median (%(default)s)")
-    add("--train_batch_size", type=number(at_least=1), default=64, help="cuts a step (%(default)s)")
-    add("--learning_rate", type=number(float, at_least=0), default=1e-3, help="falls to 0 (%(default)s)")
+    parser = CommandParser(prog="python -m pecn.progress", description="Estimate how much of each action is done.")
+    add = parser.add_argument
+    add("--data_dir", type=Path, default=paths.DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
+    add("--output_file", type=Path, required=True, help="JSON file of the estimates")
+    base_model = "timbrooks/instruct-pix2pix"
+    add("--pretrained_model_name_or_path", default=base_model, help="whose VAE and text encoder (%(default)s)")
+    side = number(at_least=8, multiple_of=8)
+    add("--resolution", type=side, default=128, help="side of the frames (%(default)s)")
+    add("--max_train_steps", type=number(at_least=0), default=1000, help="of each network (%(default)s)")
     add("--seed", type=int, default=42, help="(%(default)s)")
     return parser.parse_args(arguments)
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
-
-import numpy as np
-import torch
-from accelerate import PartialState
-from tqdm import tqdm
-
-from pecn.frame_store import encoded_cache
-from pecn.model import find_model, load_pipeline
-from pecn.progress_model import (
-    Cut,
-    ProgressEstimator,
-    ProgressNetwork,
-    SeenClips,
-    encode_clips,
-    hash_of_models,
-    load_estimator,
-    save_estimator,
-)
-from pecn.scores import bootstrap_intervals
-
-# The cuts and their truth.
-
-
-def find_all_frames(args: argparse.Namespace, split: str) -> list[Clip]:
-    """The clips of a split, with all their frames. Raises UserError where there are none."""
-    clips, left_out = load_clips(args.data_dir, split, args.resolution, EVERY_CUT)
-    if left_out:
-        print(f"{split}: {describe_left_out(left_out)}")
-    if not clips:
-        frames = paths.frames_dir(args.data_dir, args.resolution)
-        raise UserError(f"no {split} video has frames in {frames}; {paths.extraction_command(frames)} extracts them")
-    return clips
-
-
-def cuts_of(clip: Clip) -> list[int]:
-    """Every frame of a clip that can be an input."""
-    return EVERY_CUT.starts(clip.frame_set, EVERY_CUT.horizons[0])
-
-
-def true_share(clip: Clip, cut: int) -> float:
-    """The share of the clip that lies before the cut, 0..1."""
-    return cut / clip.num_frames
-
-
-def constants(clips: Sequence[Clip]) -> dict[str, Any]:
-    """`training_median`: of the share done, over all cuts of the clips; `medians_by_start`: over those at one frame."""
-    shares: dict[int, list[float]] = {}
-    for clip in clips:
-        for cut in cuts_of(clip):
-            shares.setdefault(cut, []).append(true_share(clip, cut))
-    every_share = [share for of_start in shares.values() for share in of_start]
-    by_start = {str(start): float(np.median(of_start)) for start, of_start in sorted(shares.items())}
-    return {"training_median": float(np.median(every_share)), "medians_by_start": by_start}
-
-
-def median_given(medians_by_start: dict[str, float], cut: int) -> float:
-    """The training median at a frame, or at the nearest one that a training clip has."""
-    return medians_by_start[min(medians_by_start, key=lambda start: abs(int(start) - cut))]
-
-
-# Training.
-
-
-def train(args: argparse.Namespace) -> None:
-    """Trains an estimator on any cut of every training clip, and saves it."""
-    clips = find_all_frames(args, "train")
-    pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
-    seen = encode_clips(
-        pipeline, clips, args.resolution, encoded_cache(args.data_dir, args.output_dir), PartialState().device
-    )
-    config = {
-        "resolution": args.resolution,
-        "hash_of_vae_and_text_encoder": hash_of_models(pipeline),
-        "latent_channels": pipeline.vae.config.latent_channels,
-        "text_width": pipeline.text_encoder.config.hidden_size,
-        **constants(clips),
-    }
-    torch.manual_seed(args.seed)
-    network = ProgressNetwork(config["latent_channels"], config["text_width"], config["training_median"])
-    fit(network, seen, args)
-    save_estimator(ProgressEstimator(network.cpu(), config), args.output_dir)
-    same = f"--data_dir {args.data_dir} --resolution {args.resolution} --output_dir {args.output_dir}"
-    print(
-        f"the progress estimator is in {args.output_dir}; compare it with constants: python -m pecn.progress evaluate"
-        f" {same} --pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    )
-
-
-def fit(network: ProgressNetwork, seen: SeenClips, args: argparse.Namespace) -> None:
-    """Minimizes the mean absolute error over cuts drawn at random, of clips drawn at random, half of them mirrored."""
-    device = PartialState().device
-    network.to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=max(20, args.max_train_steps), pct_start=0.1
-    )
-    cuts = [cuts_of(clip) for clip in seen.clips]
-    with tqdm(total=args.max_train_steps, desc="Training", unit="step") as progress_bar:
-        for step in range(args.max_train_steps):
-            rng = np.random.default_rng(derive_seed(args.seed, "cuts", step))
-            drawn = [(index, rng.choice(cuts[index])) for index in rng.integers(len(cuts), size=args.train_batch_size)]
-            truth = torch.tensor([true_share(seen.clips[index], cut) for index, cut in drawn], dtype=torch.float32)
-            shown = seen.show(drawn, mirrored=rng.random() < 0.5)
-            shares = network(*(tensor.to(device) for tensor in shown))
-            loss = (shares - truth.to(device)).abs().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress_bar.update()
-            if step % 10 == 0:
-                progress_bar.set_postfix(error=f"{100 * loss.item():.1f} points")
-
-
-# Evaluation.
-
-WAYS = ("estimator", "training median", "training median at that frame")
-
-
-def score(estimator: ProgressEstimator, seen: SeenClips, cuts: Sequence[Cut]) -> np.ndarray:
-    """(clips, WAYS, 2): each way's mean error in points, and share within WITHIN points, over a clip's `cuts`.
-
-    Clips without a cut are left out. The clip is the statistical unit: its cuts are alike.
-    """
-    truth = np.array([true_share(seen.clips[index], cut) for index, cut in cuts])
-    at_frame = [median_given(estimator.config["medians_by_start"], cut) for _, cut in cuts]
-    training_median = np.full(len(cuts), estimator.config["training_median"])
-    said = np.stack([estimator.estimate(seen, cuts), training_median, at_frame], axis=1)
-    errors = 100 * np.abs(said - truth[:, None])
-    of_cuts = np.stack([errors, errors <= WITHIN], axis=2)
-    clip_of_cut = np.array([index for index, _ in cuts])
-    return np.stack([of_cuts[clip_of_cut == index].mean(axis=0) for index in np.unique(clip_of_cut)])
-
-
-def format_table(scores: np.ndarray) -> str:
-    """A row for each way, and for the estimator's difference to each constant, with 95% bootstrap intervals."""
-    lines = [f"  {'':<44}{'mean error, points':>26}{f'within {WITHIN} points':>26}"]
-    rows = dict(zip(WAYS, scores.transpose(1, 0, 2)))
-    rows |= {f"{WAYS[0]} - {name}": rows[WAYS[0]] - rows[name] for name in WAYS[1:]}
-    for name, values in rows.items():
-        sign = "+" if " - " in name else ""
-        cells = []
-        for mean, interval, form in zip(values.mean(axis=0), bootstrap_intervals(values), (f"{sign}.2f", f"{sign}.0%")):
-            ends = f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
-            cells.append(f"{f'{mean:{form}}{ends}':>26}")
-        lines.append(f"  {name:<44}{''.join(cells)}")
-    return "\n".join(lines)
-
-
-def verdict(scores: np.ndarray) -> str:
-    """One sentence: whether the estimator's error is below that of the better constant."""
-    errors = scores[:, :, 0]
-    best = 1 + int(errors.mean(axis=0)[1:].argmin())
-    differences = errors[:, [0]] - errors[:, [best]]
-    [interval] = bootstrap_intervals(differences)
-    low, high = interval or (-np.inf, np.inf)
-    verb = "beats" if high < 0 else "is worse than" if low > 0 else "does not clearly beat"
-    return (
-        f"the estimator {verb} the better constant (the {WAYS[best]}): an error of {errors[:, 0].mean():.2f} against"
-        f" {errors[:, best].mean():.2f} points"
-    )
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    """Prints the estimator's errors on the validation clips, beside those of the constants."""
-    clips = find_all_frames(args, "val")
-    pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
-    estimator = load_estimator(args.output_dir, pipeline, args.resolution)
-    seen = encode_clips(
-        pipeline, clips, args.resolution, encoded_cache(args.data_dir, args.output_dir), PartialState().device
-    )
-    every_cut = [(index, cut) for index, clip in enumerate(clips) for cut in cuts_of(clip)]
-    at_default = [(index, cut) for index, cut in every_cut if cut == DEFAULT_INPUT_FRAME_IDX]
-    for title, cuts in ((f"cuts at frame {DEFAULT_INPUT_FRAME_IDX}", at_default), ("any cut", every_cut)):
-        if not cuts:
-            print(f"{title}: no validation video has one")
-            continue
-        scores = score(estimator, seen, cuts)
-        print(f"{title}: {len(cuts)} of {len(scores)} clips\n{format_table(scores)}\n{title}: {verdict(scores)}")
-
-
 def main() -> None:
-    {"train": train, "evaluate": evaluate}[ARGS.command](ARGS)
+    args = parse_args()
+    pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
+    train, val = (load_cuts(pipeline, args, split) for split in paths.SPLITS)
+    fold_of, everything = pd.factorize(train.table.video_id)[0] % FOLDS, np.arange(len(train.table))
+    for fold in np.unique(fold_of):
+        network = train_network(train, everything[fold_of != fold], args, f"fold {fold + 1}")
+        train.table.loc[fold_of == fold, "estimate"] = estimate(network, train, everything[fold_of == fold])
+    network = train_network(train, everything, args, "all clips")
+    val.table["estimate"] = estimate(network, val, np.arange(len(val.table)))
+    written = {}
+    for split, cuts in zip(paths.SPLITS, (train.table, val.table)):
+        at_default = cuts[cuts.frame == DEFAULT_INPUT_FRAME_IDX]
+        for where, some in (("any frame", cuts), (f"frame {DEFAULT_INPUT_FRAME_IDX}", at_default)):
+            if len(some):
+                print(f"{split}, {where}, {describe_errors(some, train.table)}")
+        percent = cuts.estimate.map(progress_percent)
+        by_video = percent.groupby([cuts.video_id, cuts.frame], sort=False).first()
+        written[split] = {name: {str(f): int(p) for (_, f), p in of.items()} for name, of in by_video.groupby(level=0)}
+    write_json(args.output_file, written)
+    print(f"{args.output_file} has the estimates; train with: PROGRESS={shlex.quote(str(args.output_file))}")
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    run_command(main)

@@ -1,6 +1,6 @@
 """How a frame is predicted: the options of sampling and validation, and their flags.
 
-Apart from pecn/sampling.py, since a command reads its options before it loads torch.
+Apart from pecn/sampling.py, since a script reads its options before it loads torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from data.cli import SWITCH, number
 SCHEDULERS = {
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
-    # Latents are not bounded by 1 as pictures are, and DDIM's steps fit no other spacing.
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
     "dpmsolver++karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
 
@@ -25,7 +22,7 @@ SCHEDULERS = {
 class SamplingOptions:
     """What a prediction depends on beside the model, the frame, the prompt and the seed.
 
-    `residual=False, num_predictions=1` draws the picture of diffusers' own pipeline, except that the latter drops the
+    With the defaults of the last two it is the picture of diffusers' own pipeline, except that the latter drops the
     image guidance too where `guidance_scale` is 1.
     """
 
@@ -34,28 +31,26 @@ class SamplingOptions:
     image_guidance_scale: float = 1.5  # of the input frame; 1 is none
     scheduler: str = "euler_ancestral"  # one of SCHEDULERS
     strength: float = 1.0  # share of the steps that are made; anything below 1 starts from the noised input frame
-    num_predictions: int = 1  # of each frame; of several one is shown, and their mean and spread beside it
-    residual: bool = True  # keep the input frame where the model changes little, instead of decoding it anew
+    num_predictions: int = 1  # draws of each frame; of several their mean and spread are kept too
+    keep_background: bool = False  # put the input frame's pixels where the model changes little
 
 
 DEFAULT_OPTIONS = SamplingOptions()
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The flags that `sampling_options` reads; their help names DEFAULT_OPTIONS, whatever the parser's defaults are."""
-    add, standard = parser.add_argument_group("how frames are predicted").add_argument, DEFAULT_OPTIONS
+    """The flags that `sampling_options` reads, with DEFAULT_OPTIONS."""
+    add = parser.add_argument_group("how frames are predicted").add_argument
     count, scale, share = number(at_least=1), number(float, at_least=1), number(float, above=0, at_most=1)
-    add("--num_inference_steps", type=count, help=f"denoising steps ({standard.num_inference_steps})")
-    add("--guidance_scale", type=scale, help=f"of the text; 1 is none ({standard.guidance_scale})")
-    image_help = f"of the input frame; 1 is none ({standard.image_guidance_scale})"
-    add("--image_guidance_scale", type=scale, help=image_help)
-    add("--scheduler", choices=list(SCHEDULERS), help=f"({standard.scheduler})")
-    strength_help = "share of the steps to make, from the noised input frame; 1 starts from noise alone"
-    add("--strength", type=share, help=f"{strength_help} ({standard.strength})")
-    count_help = f"of each frame; their mean and spread are shown too ({standard.num_predictions})"
-    add("--num_predictions", type=count, help=count_help)
-    add("--residual", **SWITCH, help=f"keep the input frame where the model changes little ({standard.residual})")
-    parser.set_defaults(**vars(standard))
+    add("--num_inference_steps", type=count, help="denoising steps (%(default)s)")
+    add("--guidance_scale", type=scale, help="of the text; 1 is none (%(default)s)")
+    add("--image_guidance_scale", type=scale, help="of the input frame; 1 is none (%(default)s)")
+    add("--scheduler", choices=list(SCHEDULERS), help="(%(default)s)")
+    strength_help = "share of the steps to make, from the noised input frame; 1 starts from noise alone (%(default)s)"
+    add("--strength", type=share, help=strength_help)
+    add("--num_predictions", type=count, help="draws of each frame; their mean is shown too (%(default)s)")
+    add("--keep_background", **SWITCH, help="keep the input's pixels where the model changes little (%(default)s)")
+    parser.set_defaults(**vars(DEFAULT_OPTIONS))
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:

@@ -1,21 +1,23 @@
-"""Scores of predicted frames, and how far they can be trusted.
+"""Scores of predicted frames against what really happened, and how far they can be trusted.
 
-Two predictions are judged, a single `sample` and the `expected` frame (the mean of several), beside two others:
-`copy` hands back the input frame, the simplest prediction there is, and `vae_ceiling` is the target after one trip
-through the VAE. Because most of a picture does not move, and copying is right there, what counts is the moving region.
-In it three figures are read together: a copy is a real frame in the wrong place, a blur is near the truth but no
-frame, colored noise is neither.
+Each way of predicting has the same scores: a single `sample`, the `expected` frame (the mean of several), `copy` (the
+input frame handed back, the simplest prediction there is), and `vae_ceiling` (the target after one trip through the
+VAE). Because most of a picture does not move, and copying is right there, what counts is the moving region. In it
+figures are read together: a copy is a real frame in the wrong place, a blur is near the truth but no frame.
+
+To add a metric to metrics.json and to the table, add a line to METRICS.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
+import pandas as pd
 from scipy import stats
 from skimage.color import rgb2gray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -24,38 +26,58 @@ from skimage.morphology import dilation, disk
 from data.cli import UserError
 from pecn.sampling import Prediction
 
-LpipsMap = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
 WAYS = ("sample", "expected", "copy", "vae_ceiling")  # `expected` only where several predictions were made
 PREDICTED = WAYS[:2]
-METRICS, MOVING_METRICS = ("psnr", "ssim"), ("psnr", "ssim", "mae", "sharpness")
-LOWER_IS_BETTER = ("mae", "lpips")
 
+HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
 # A pixel moves where any color channel of input and target differs by more than this many levels of 0..255.
 # Where nothing moves, sensor noise and VP9 at 96 and 128 pixels made 99.99% of pixels differ by at most 10 levels
 # and none by more than 14 (30 rendered clips, frame 20 to 25).
 MOVING_THRESHOLD = 20
 # Dilation takes in the soft rim of what moves: 2 pixels at a side of 96, 3 at 128.
 DILATION_RADIUS = 1 / 48  # of the picture's longer side
-SHARP_ENOUGH, TOO_SHARP = 0.8, 1.25  # a frame's sharpness lies between; a blur has 0.4, the copy about 1
-
-CONFIDENCE = 0.95
-NUM_RESAMPLES = 10_000
+SHARP_ENOUGH, TOO_SHARP = 0.8, 1.25  # a good frame's sharpness lies between; a blur has 0.4, the copy about 1
+CLOSER = 0.1  # and its SSIM closes at least this part of what the copy's lacks
 
 
 # One pair.
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A frame, uint8 RGB (H, W, 3), beside the target and the copy; `region` (H, W) is where something moves."""
+
+    frame: np.ndarray
+    target: np.ndarray
+    copy: np.ndarray
+    region: np.ndarray
+
+    @functools.cached_property
+    def ssim(self) -> tuple[float, np.ndarray]:
+        """The mean SSIM of the whole picture, and the map (H, W, 3)."""
+        return structural_similarity(self.target, self.frame, channel_axis=2, data_range=255, full=True)
+
+    @property
+    def ssim_where_moving(self) -> float:
+        return float(self.ssim[1][self.region].mean())
+
+    @property
+    def sharpness(self) -> float:
+        """Gradient energy over the target's; a plain target has none to compare with."""
+        return gradient_energy(self.frame, self.region) / max(gradient_energy(self.target, self.region), 1e-6)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is as sharp as a frame, and clearly nearer to the target's structure than the copy."""
+        ssim_of_copy = Comparison(self.copy, self.target, self.copy, self.region).ssim_where_moving
+        closed = (self.ssim_where_moving - ssim_of_copy) / max(1 - ssim_of_copy, 1e-6)
+        return SHARP_ENOUGH <= self.sharpness <= TOO_SHARP and closed >= CLOSER
 
 
 def psnr(values: np.ndarray, target: np.ndarray) -> float:
     """PSNR in dB, at most HIGHEST_PSNR, of uint8 values of any shape against those they should be."""
     with np.errstate(divide="ignore"):  # infinite for identical ones
         return min(float(peak_signal_noise_ratio(target, values, data_range=255)), HIGHEST_PSNR)
-
-
-def ssim_map(frame: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
-    """SSIM of a uint8 RGB picture (H, W, 3) against its target, and the map (H, W, 3) that it is the mean of."""
-    return structural_similarity(target, frame, channel_axis=2, data_range=255, full=True)
 
 
 def moving_region(input_frame: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -72,279 +94,155 @@ def gradient_energy(frame: np.ndarray, region: np.ndarray) -> float:
     return float(np.hypot(*np.gradient(rgb2gray(frame)))[region].mean())
 
 
-def load_lpips() -> LpipsMap:
-    """LPIPS with AlexNet (Zhang et al., 2018): its map (H, W) for two uint8 RGB pictures (H, W, 3).
+@dataclass(frozen=True)
+class Metric:
+    """A figure of one frame, and its column in the table."""
 
-    Raises UserError where it cannot be had.
+    title: str
+    function: Callable[[Comparison], float]
+    form: str = ".2f"  # how it is written
+    summary: str = "mean"  # over the pairs, or "median"
+    gain: bool = False  # whether the table has the paired difference to copying too
+    whole: bool = False  # of the whole picture, so that it is defined where nothing moves too
+
+
+METRICS = {
+    "sharpness": Metric("sharpness", lambda c: c.sharpness, summary="median"),
+    "good_frame": Metric("good frames", lambda c: float(c.is_good), form=".0%"),
+    "ssim": Metric("SSIM", lambda c: c.ssim_where_moving, form=".3f", gain=True),
+    "psnr": Metric("PSNR", lambda c: psnr(c.frame[c.region], c.target[c.region]), gain=True),
+    "whole_psnr": Metric("whole PSNR", lambda c: psnr(c.frame, c.target), whole=True),
+    "whole_ssim": Metric("whole SSIM", lambda c: float(c.ssim[0]), form=".3f", whole=True),
+}
+
+
+def score_prediction(prediction: Prediction) -> dict[str, Any]:
+    """Scores one pair: {way: {metric: figure}} for each of WAYS that there is, and `moving_share`.
+
+    That is the region's part of the picture, 0..1. Where nothing moves only figures of the whole picture are there, the
+    others are None; without a target it is None and no way is there.
     """
-    try:
-        import lpips  # not required: it needs torchvision, and a build that matches torch
-
-        network = lpips.LPIPS(net="alex", spatial=True, verbose=False)
-    except (ImportError, OSError, RuntimeError) as error:  # no package, no weights, a torchvision for another torch
-        raise UserError(
-            "--lpips needs: pip install lpips (its dependency torchvision must match torch); its weights are fetched"
-            f" on first use ({error!r:.200})"
-        ) from error
-
-    def lpips_map(frame: np.ndarray, target: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return network(lpips.im2tensor(frame), lpips.im2tensor(target))[0, 0].numpy()
-
-    return lpips_map
-
-
-def score_prediction(prediction: Prediction, lpips_map: LpipsMap | None = None) -> dict[str, Any]:
-    """Scores one pair against its target, for each of WAYS that there is.
-
-    Returns {"psnr": {way: dB}, "ssim": {way: -1..1}, "moving": {"psnr": {way: dB}, "ssim": {way: -1..1}, "mae": {way:
-    mean absolute error, 0..255}, "sharpness": {way: gradient energy over the target's}, "is_frame": {way: bool},
-    "share": the region's part of the picture, 0..1}}, with `lpips_map` also "lpips": {way: 0..}. A way deserves the
-    name of a frame where it is as sharp as one and has a higher SSIM than the copy. `moving` is None where nothing
-    moves, all three are None without a target.
-    """
-    target = prediction.target
+    target, copy = prediction.target, prediction.input
     if target is None:
-        return {"psnr": None, "ssim": None, "moving": None}
-    frames = dict(zip(WAYS, (prediction.sample, prediction.expected, prediction.input, prediction.vae_ceiling)))
-    frames = {way: frame for way, frame in frames.items() if frame is not None}
-    ssims = {way: ssim_map(frame, target) for way, frame in frames.items()}
-    maps = {"ssim": {way: full for way, (_, full) in ssims.items()}}
-    if lpips_map is not None:
-        maps["lpips"] = {way: lpips_map(frame, target) for way, frame in frames.items()}
-    return {
-        "psnr": {way: psnr(frame, target) for way, frame in frames.items()},
-        "ssim": {way: float(mean) for way, (mean, _) in ssims.items()},
-        "moving": _score_region(frames, target, maps),
-    }
+        return {"moving_share": None}
+    region = moving_region(copy, target)
+    scores: dict[str, Any] = {"moving_share": float(region.mean())}
+    predicted = prediction.predicted
+    for way, frame in zip(WAYS, (predicted.sample, predicted.expected, copy, prediction.vae_ceiling)):
+        if frame is not None:
+            compared = Comparison(frame, target, copy, region)
+            scores[way] = {
+                name: metric.function(compared) if metric.whole or region.any() else None
+                for name, metric in METRICS.items()
+            }
+    return scores
 
 
-def _score_region(
-    frames: dict[str, np.ndarray], target: np.ndarray, maps: dict[str, dict[str, np.ndarray]]
-) -> dict[str, Any] | None:
-    region = moving_region(frames["copy"], target)
-    if not region.any():
-        return None
-    of_target = gradient_energy(target, region)
-    means = {name: {way: float(full[region].mean()) for way, full in of.items()} for name, of in maps.items()}
-    ssim = means["ssim"]
-    # A target without any gradient (a plain surface) has no sharpness to compare with.
-    sharpness = {way: gradient_energy(frame, region) / max(of_target, 1e-6) for way, frame in frames.items()}
-    return means | {
-        "psnr": {way: psnr(frame[region], target[region]) for way, frame in frames.items()},
-        "mae": {way: float(cv2.absdiff(frame, target)[region].mean()) for way, frame in frames.items()},
-        "sharpness": sharpness,
-        "is_frame": {way: SHARP_ENOUGH <= sharpness[way] <= TOO_SHARP and ssim[way] > ssim["copy"] for way in frames},
-        "share": float(region.mean()),
-    }
+# Many pairs.
 
 
-def psnr_gain(scores: dict[str, Any]) -> float | None:
-    """How many dB the sample is above copying where something moves; None without a target, or if nothing moves."""
-    if scores["moving"] is None:
-        return None
-    of_pair = scores["moving"]["psnr"]
-    return of_pair["sample"] - of_pair["copy"]
+def half_width(values: pd.Series) -> float:
+    """Half of the 95% interval of the mean (Student's t); not a number for fewer than two values."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.sem()) if len(values) > 1 else math.nan
 
 
-# Statistics.
+def compare(ours: pd.Series, theirs: pd.Series) -> dict[str, float | None]:
+    """What is gained pair by pair: the mean, half of its 95% interval, and the share of better pairs (0..1)."""
+    gains = (ours - theirs).dropna()
+    spread = half_width(gains)
+    spread = None if math.isnan(spread) else spread
+    return {"gain": float(gains.mean()), "gain_half_width": spread, "better": float((gains > 0).mean())}
 
 
-def bootstrap_intervals(table: np.ndarray) -> list[tuple[float, float] | None]:
-    """The 95% percentile bootstrap interval (low, high) of the mean of each column of a table (pairs, columns).
+def table_of(rows: Sequence[dict[str, Any]], way: str) -> pd.DataFrame:
+    """The scores of one way, a line for each pair that has them."""
+    return pd.DataFrame([row.get(way) or {} for row in rows], dtype=float)
 
-    The pairs are drawn with replacement NUM_RESAMPLES times, the same ones for all columns (Efron and Tibshirani,
-    1993, section 13.3). None for fewer than two pairs: one alone says nothing about how much others would differ.
+
+def summarize(rows: Sequence[dict[str, Any]], by: str = "task") -> dict[str, Any]:
+    """The summary of metrics.json: for "all" and for each value of the column `by` the figures of each way.
+
+    `rows` are those of `score_prediction`, with the column `by`. A group has `num_pairs` (with a target), `num_moving`,
+    `num_without_target`, and for each way {metric: {"value": mean or median, "gain", "gain_half_width", "better"}}: the
+    last three are against the copy.
     """
-    num_pairs, num_columns = table.shape
-    if num_pairs < 2:
-        return [None] * num_columns
-    result = stats.bootstrap(
-        (table,),
-        np.mean,
-        n_resamples=NUM_RESAMPLES,
-        batch=100,  # resampled at once: few enough for any memory
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=0,
-    )
-    return list(zip(*(bound.tolist() for bound in result.confidence_interval)))
-
-
-def share(flags: Sequence[bool] | np.ndarray, name: str = "share") -> dict[str, Any]:
-    """The part of the flags that are set, 0..1, and its 95% interval (Wilson, 1927).
-
-    The bootstrap would give an interval of no width where all pairs agree, however few they are.
-    """
-    interval = stats.binomtest(int(np.sum(flags)), len(flags)).proportion_ci(CONFIDENCE, method="wilson")
-    return {name: float(np.mean(flags)), f"{name}_interval": (interval.low, interval.high)}
-
-
-# All pairs.
-
-
-def summarize(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of metrics.json: every way compared with copying, for all pairs and for each task.
-
-    `scores` holds one dictionary a pair: what `score_prediction` returned, and `task`. The summary and each task's
-    entry in `per_task` are what `summarize_group` returns; the whole summary also has `num_without_target`.
-    """
-    summary = summarize_group(scores)
-    summary["num_without_target"] = len(scores) - summary["num_samples"]
-    tasks = sorted({row["task"] for row in scores})
-    summary["per_task"] = {task: summarize_group([row for row in scores if row["task"] == task]) for task in tasks}
+    groups = {"all": list(rows)}
+    for value in sorted({row[by] for row in rows}):
+        groups[str(value)] = [row for row in rows if row[by] == value]
+    summary = {}
+    for name, group in groups.items():
+        scored = [row for row in group if row["moving_share"] is not None]
+        summary[name] = {
+            "num_pairs": len(scored),
+            "num_moving": sum(row["moving_share"] > 0 for row in scored),
+            "num_without_target": len(group) - len(scored),
+        }
+        copy = table_of(scored, "copy")
+        for way in (way for way in WAYS if scored and way in scored[0]):
+            table = table_of(scored, way)
+            summary[name][way] = {
+                key: {"value": float(table[key].agg(metric.summary)), **compare(table[key], copy[key])}
+                for key, metric in METRICS.items()
+                if table[key].notna().any()
+            }
     return summary
 
 
-def summarize_group(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`num_samples` and each metric's `compare` of the pairs that have a target, and the same where something moves.
-
-    `moving` also has the mean `share` of the picture, and `frames`: for each way the part of the pairs (0..1) that
-    deserve the name of a frame, with its interval.
-    """
-    scored = [row for row in scores if row["psnr"] is not None]
-    moving = [row["moving"] for row in scored if row["moving"] is not None]
-    metrics = MOVING_METRICS if not moving or "lpips" not in moving[0] else (*MOVING_METRICS, "lpips")
-    of_region = {metric: compare([row[metric] for row in moving], metric in LOWER_IS_BETTER) for metric in metrics}
-    ways = moving[0]["is_frame"] if moving else ()
-    frames = {way: share([row["is_frame"][way] for row in moving]) for way in ways}
-    region = float(np.mean([row["share"] for row in moving])) if moving else None
-    whole = {metric: compare([row[metric] for row in scored]) for metric in METRICS}
-    where = {"num_samples": len(moving), "share": region, "frames": frames, **of_region}
-    return {"num_samples": len(scored), **whole, "moving": where}
-
-
-def compare(rows: Sequence[dict[str, float]], lower_is_better: bool = False) -> dict[str, dict[str, Any]]:
-    """One metric's values {way: value} for each pair, summed up for each way.
-
-    Each has its `mean`, `median` and `interval` (95% bootstrap, [low, high]), its `gain` (mean difference to `base_of`
-    the ways, pair by pair) with its `gain_interval`, and its `better` (part of the pairs, 0..1, that score better than
-    that) with its `better_interval`. An interval is None for one pair.
-    """
-    if not rows:
-        return {}
-    ways = list(rows[0])
-    table = np.array([[row[way] for way in ways] for row in rows])
-    gains = table - table[:, [ways.index(base_of(ways))]]
-    intervals = bootstrap_intervals(np.column_stack([table, gains]))
-    better = gains < 0 if lower_is_better else gains > 0
-    return {
-        way: {
-            "mean": float(table[:, column].mean()),
-            "median": float(np.median(table[:, column])),
-            "interval": intervals[column],
-            "gain": float(gains[:, column].mean()),
-            "gain_interval": intervals[len(ways) + column],
-            **share(better[:, column], "better"),
-        }
-        for column, way in enumerate(ways)
-    }
-
-
-def base_of(ways: Iterable[str]) -> str:
-    """The way that the others are compared with: the copy, or another system's sample (`paired_difference`)."""
-    return "copy" if "copy" in ways else "other"
-
-
-def paired_difference(scores: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compares two systems on the videos of both: `summarize`'s summary of the ways "sample" and "other".
-
-    Both lists are as metrics.json's `samples`; `others` gives the samples called "other". The summary also has
-    `unpaired`: the videos that only one of the two has scores of, as `describe_left_out` takes them. Raises UserError
-    where they have no video in common, or where copying scores differently in them, which means other frames.
-    """
-    ours, theirs = ({row["video_id"]: row for row in rows if row["psnr"] is not None} for rows in (scores, others))
-    pairs = [(row, theirs[video_id]) for video_id, row in ours.items() if video_id in theirs]
-    if not pairs:
-        raise UserError("the two have scores of no video in common; predict the same videos with both")
-    rows = []
-    for one, two in pairs:
-        if not math.isclose(one["psnr"]["copy"], two["psnr"]["copy"], abs_tol=0.01):
-            raise UserError(f"video {one['video_id']} was scored on other frames in the two; use the same for both")
-        rows.append({"task": one["task"], **_side_by_side(one, two, METRICS), "moving": None})
-        if one["moving"] and two["moving"]:
-            of_region = _side_by_side(one["moving"], two["moving"], (*MOVING_METRICS, "is_frame"))
-            rows[-1]["moving"] = {"share": one["moving"]["share"], **of_region}
-    unpaired = [(video_id, "in one of the two only") for video_id in sorted(ours.keys() ^ theirs.keys())]
-    return summarize(rows) | {"unpaired": unpaired}
-
-
-def _side_by_side(one: dict[str, Any], two: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
-    return {metric: {"sample": one[metric]["sample"], "other": two[metric]["sample"]} for metric in metrics}
-
-
-# In one sentence, and as a table.
-
-
-def verdict(summary: dict[str, Any], base: str = "copying") -> str:
-    """One sentence on whether a sample is better than `base` where something moves, and how sure that is."""
-    pairs, moving = f"{summary['num_samples']} pairs", summary["moving"]
-    count = moving["num_samples"]
-    if not count:
-        return f"{pairs}: nothing moves in them, so that they do not tell whether the model is worth using"
-    of_sample, frames = moving["psnr"]["sample"], moving["frames"]["sample"]["share"]
-    gain, interval = of_sample["gain"], of_sample["gain_interval"]
-    low, high = interval or (-math.inf, math.inf)
-    others = f", of the other run's {moving['frames']['other']['share']:.0%}" if "other" in moving["frames"] else ""
-    clearly = "is worse than" if high < 0 else "is better than" if low > 0 else "is not clearly better than"
-    return (
-        f"{pairs}: where something moves the prediction {clearly} {base}, by {gain:+.1f}"
-        f"{_half_width(gain, interval, '.1f')} dB, on {round(of_sample['better'] * count)} of {count} pairs;"
-        f" {frames:.0%} deserve the name of a frame{others}"
-    )
-
-
-ROW = "{:17}{:>10}{:>15}{:>14}{:>7}{:>26}{:>13}{:>8}"
-
-
 def format_table(summary: dict[str, Any]) -> str:
-    """`summarize`'s summary as text of at most 110 columns: a block for each task and one for all."""
-    region = summary["moving"]["share"]
-    where = "nothing moves" if region is None else f"where something moves ({region:.0%} of the picture)"
-    titles = ("", "sharpness", "SSIM", "PSNR, dB", "MAE", "frames", "PSNR, dB", "SSIM")
-    lines = [f"{'':17}{where:^72}{'whole picture':>21}", ROW.format(*titles)]
-    for task, group in {**summary["per_task"], "all": summary}.items():
-        lines.append(f"{task}: {group['num_samples']} pairs, something moves in {group['moving']['num_samples']}")
-        names = {way: way.replace("vae_", "VAE ") for way in group["psnr"]}
-        lines += [ROW.format(f"  {name}", *_cells(group, way)) for way, name in names.items()]
-        base = base_of(names)
-        lines += [ROW.format(f"  {way} - {base}", *_cells(group, way, True)) for way in names if way in PREDICTED]
-        if lpips := group["moving"].get("lpips"):
-            means = ", ".join(f"{name} {lpips[way]['mean']:.3f}" for way, name in names.items())
-            lines.append(f"  LPIPS where something moves, lower is better: {means}")
-    lines += [
-        f"sharpness: gradients over the target's, median; frames: pairs with {SHARP_ENOUGH} to {TOO_SHARP} of it and",
-        "an SSIM above the copy's; better: pairs with the higher PSNR; MAE: mean absolute error of 255 levels;",
-        "±: the 95% interval's wider half",
-    ]
-    return "\n".join(lines)
+    """`summarize`'s summary as text: for each group a line for each way, where something moves but for "whole"."""
+    lines = []
+    for name, group in summary.items():
+        label = f"{name}, {group['num_pairs']} pair{'' if group['num_pairs'] == 1 else 's'}"
+        for way in (way for way in WAYS if way in group):
+            line = {"": label, " ": way.replace("vae_", "VAE ")}
+            for key, metric in METRICS.items():
+                figures = group[way].get(key)
+                line[metric.title] = f"{figures['value']:{metric.form}}" if figures else "-"
+                if metric.gain:
+                    gains = figures and way in PREDICTED
+                    line[f"{metric.title} - copy"] = gain_in_words(figures, metric.form) if gains else ""
+            lines.append(line)
+            label = ""
+    return pd.DataFrame(lines).to_string(index=False) if lines else "no pair has a frame to compare with"
 
 
-def _cells(group: dict[str, Any], way: str, of_gain: bool = False) -> list[str]:
-    """A way's own figures, or what it gains over the copy."""
-    mean, sign = ("gain", "+") if of_gain else ("mean", "")
-    moving, cells = group["moving"], ["-"] * 5
-    if moving["num_samples"]:
-        cells = [
-            "" if of_gain else f"{moving['sharpness'][way]['median']:.2f}",
-            with_spread(moving["ssim"][way], mean, f"{sign}.3f"),
-            with_spread(moving["psnr"][way], mean, f"{sign}.2f"),
-            f"{moving['mae'][way][mean]:{sign}.1f}",
-            share_cell(moving["psnr"][way], "better") if of_gain else share_cell(moving["frames"][way], "share"),
-        ]
-    return [*cells, with_spread(group["psnr"][way], mean, f"{sign}.2f"), f"{group['ssim'][way][mean]:{sign}.3f}"]
+def gain_in_words(figures: dict[str, Any], form: str = ".2f") -> str:
+    """A gain with its 95% interval: "+2.41 ± 0.31"."""
+    spread = figures["gain_half_width"]
+    return f"{figures['gain']:+{form}}" + ("" if spread is None else f" ± {spread:{form}}")
 
 
-def with_spread(figures: dict[str, Any], name: str, form: str) -> str:
-    value, interval = figures[name], figures["gain_interval" if name == "gain" else "interval"]
-    return f"{value:{form}}{_half_width(value, interval, form.lstrip('+'))}"
+def paired_difference(
+    rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Compares the samples of two runs on the videos of both where something moves: {metric: what `compare` returns}.
+
+    Both lists are as metrics.json's `samples`. Returns also the videos that are not in both, as `describe_left_out`
+    takes them. Raises UserError where no video is in both with the same frames.
+    """
+    ours, theirs = ({row["video_id"]: row for row in run if row["moving_share"]} for run in (rows, others))
+    ids = [name for name in ours if name in theirs and ours[name]["copy"]["psnr"] == theirs[name]["copy"]["psnr"]]
+    if not ids:
+        raise UserError("the two have scores of no video and frames in common; predict the same with both")
+    one, two = (table_of([run[video_id] for video_id in ids], "sample") for run in (ours, theirs))
+    compared = {key: compare(one[key], two[key]) for key in one.columns.intersection(two.columns)}
+    unpaired = [(video_id, "not scored alike in both") for video_id in sorted({*ours, *theirs} - {*ids})]
+    return compared | {"num_moving": len(ids), "good_frames": (one.good_frame.mean(), two.good_frame.mean())}, unpaired
 
 
-def _half_width(value: float, interval: tuple[float, float] | None, form: str) -> str:
-    """The wider half of an interval around a value; nothing where there is no interval."""
-    return "" if interval is None else f" ± {max(value - interval[0], interval[1] - value):{form}}"
+def verdict(group: dict[str, Any]) -> str:
+    """One sentence on whether the sample of a group of `summarize` is better than copying, and how sure that is."""
+    if not group["num_moving"]:
+        return "nothing moves: these pairs do not tell if the model is good"
+    sample = group["sample"]
+    words = better_or_not(sample["psnr"], group["num_moving"], "copying")
+    return f"where something moves the prediction is {words}; good frames {sample['good_frame']['value']:.0%}"
 
 
-def share_cell(figures: dict[str, Any], name: str) -> str:
-    low, high = figures[f"{name}_interval"]
-    return f"{'better ' if name == 'better' else ''}{figures[name]:.0%} ({low:.0%} to {high:.0%})"
+def better_or_not(figures: dict[str, Any], num_moving: int, base: str) -> str:
+    """A gain in PSNR in words: "better than copying: +2.41 ± 0.31 dB, better on 50 of 57 pairs"."""
+    gain, spread = figures["gain"], figures["gain_half_width"]
+    spread = math.inf if spread is None else spread
+    clearly = "better than" if gain > spread else "worse than" if gain < -spread else "not clearly better than"
+    better = f"better on {round(figures['better'] * num_moving)} of {num_moving} pairs"
+    return f"{clearly} {base}: {gain_in_words(figures)} dB, {better}"
