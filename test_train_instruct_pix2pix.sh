@@ -34,7 +34,8 @@ if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
   export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-800} LEARNING_RATE=${LEARNING_RATE:-$rate}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-8} SCHEDULER=${SCHEDULER:-dpmsolver++karras}
-  export STRENGTH=${STRENGTH:-0.9} IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1} NUM_PREDICTIONS=${NUM_PREDICTIONS:-8}
+  export STRENGTH=${STRENGTH:-0.9} IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1}
+  export NUM_SAMPLES=${NUM_SAMPLES:-all} NUM_PREDICTIONS=${NUM_PREDICTIONS:-4}
 fi
 export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}
 export DATA_DIR PRETRAINED_MODEL
@@ -46,7 +47,7 @@ OUTPUT_DIR="$TEST_OUTPUT/model" BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruc
 
 # What did fine-tuning add? The base model predicts the same pairs; a plain Stable Diffusion, which cannot, is refused.
 against=()
-if MODEL_DIR="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/base_samples" bash sample_from_pix2pix.sh > /dev/null; then
+if MODEL_DIR="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/base_samples" NUM_PREDICTIONS=1 bash sample_from_pix2pix.sh > /dev/null; then
   against=(--against "$TEST_OUTPUT/base_samples")
 elif (( $? > 128 )); then  # Ctrl-C
   exit 130

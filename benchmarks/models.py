@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerAncestralDiscreteScheduler,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from demo.pretraining import untrained
 from demo.pretraining.tokenizer import build_tokenizer
+from pecn.model import Pipeline
 
 
-def build_model(name: str) -> StableDiffusionInstructPix2PixPipeline:
+def build_model(name: str) -> Pipeline:
     """The pipeline called "demo" or "sd15" (float32, CPU), the same weights each time."""
     if name == "demo":
         return untrained.build_pipeline(seed=0)
@@ -23,17 +19,7 @@ def build_model(name: str) -> StableDiffusionInstructPix2PixPipeline:
     return build_stable_diffusion()
 
 
-def build_unet(name: str) -> tuple[UNet2DConditionModel, int]:
-    """The UNet alone of the pipeline called "demo" or "sd15", and how many pixels wide one of its latents is."""
-    if name == "demo":
-        return untrained.build_unet(), 4
-    unet = UNet2DConditionModel(
-        sample_size=64, in_channels=8, out_channels=4, cross_attention_dim=768, attention_head_dim=8
-    )
-    return unet, 8
-
-
-def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
+def build_stable_diffusion() -> Pipeline:
     """InstructPix2Pix of Stable Diffusion 1.5's size; the tokenizer is the demo's."""
     tokenizer = build_tokenizer()
     text_config = CLIPTextConfig(
@@ -53,7 +39,9 @@ def build_stable_diffusion() -> StableDiffusionInstructPix2PixPipeline:
         layers_per_block=2,
         sample_size=512,
     )
-    unet, _ = build_unet("sd15")
+    unet = UNet2DConditionModel(
+        sample_size=64, in_channels=8, out_channels=4, cross_attention_dim=768, attention_head_dim=8
+    )
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )

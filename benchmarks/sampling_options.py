@@ -1,45 +1,44 @@
-"""Compares ways to predict with one trained model: guidance, sampler, steps, several predictions, residual decoding.
+"""Compares ways to predict with one trained model: guidance, scheduler, steps, start, several predictions, background.
 
     python -m benchmarks.sampling_options --model_dir outputs/run --data_dir data/sthv2
 
 Each row changes what its name says of the way the model was validated, which the flags of `sample_from_pix2pix.py`
-change for all rows; the first five start from the paper's settings instead. All rows predict the same pairs from the
-same seeds.
+change for all rows; the first rows start from InstructPix2Pix's settings instead. All rows predict the same pairs from
+the same seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from data.cli import CommandParser, UserError, number, run_command
-from data.clips import DEFAULT_CHOICE, choice_of
-from data.files import write_file
-from pecn.sampling_options import DEFAULT_OPTIONS, SCHEDULERS, SamplingOptions, add_sampling_options
+from data.clips import FramePair, add_frame_options, choose_balanced, draw_pair, find_clips, frame_choice, settle_frames
+from pecn.evaluation import RECORDED, load_model
+from pecn.model import Pipeline, find_model, read_training_config
+from pecn.sampling import predict_pairs
+from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
+from pecn.scores import PREDICTED, gain_in_words, score_prediction, summarize
 
-PAPER = SamplingOptions(
+INSTRUCT_PIX2PIX = SamplingOptions(
     num_inference_steps=20,
     guidance_scale=7.5,
     image_guidance_scale=1.5,
     scheduler="euler_ancestral",
     strength=1.0,
     num_predictions=1,
-    residual=False,
+    keep_background=False,
 )
-BASE_ROW = "as validated, or as the flags say"  # the sixth; the rows below it start from it
-DEFAULT_RESOLUTION = 128  # of frames, where a model does not say what it was trained on
-QUICK_ROWS, QUICK_SAMPLES, QUICK_STEPS = 6, 3, 2
-COLUMNS = "{:>11}{:>8}{:>7}{:>8}"  # of the table, for the sample and for the expected frame
+QUICK_SAMPLES, QUICK_STEPS = 3, 2
+HEAD = "{:34}{:>10}{:>11}{:>13}{:>18}{:>16}{:>9}".format
+HEADINGS = ("where something moves", "", "sharpness", "good frames", "SSIM - copy", "PSNR - copy", "s/pair")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, those left out being as the model was trained and validated."""
     parser = CommandParser(prog="python -m benchmarks.sampling_options", description=__doc__.splitlines()[0])
     add, count = parser.add_argument, number(at_least=1)
     add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
@@ -47,130 +46,85 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_samples", type=count, default=60, help="validation pairs, spread over the tasks (%(default)s)")
     add("--seed", type=int, default=42, help="chooses the pairs and their noise (%(default)s)")
     add("--batch_size", type=count, default=16, help="pictures predicted at once (%(default)s)")
-    add("--output", type=Path, help="JSON file for all scores of all pairs")
-    add("--quick", action="store_true", help="a run under a minute: 3 pairs, 2 steps, 6 of the rows")
+    side = number(at_least=8, multiple_of=8)
+    add("--resolution", type=side, default=128, help="side of the frames, where a model does not say it (%(default)s)")
+    add("--quick", action="store_true", help="under a minute: 3 pairs, 2 steps, the first 4 rows")
+    add_frame_options(parser)
     add_sampling_options(parser)
-    parser.set_defaults(**dict.fromkeys(vars(DEFAULT_OPTIONS)))  # so that what is left out is known
+    trained = read_training_config(find_model(parser.parse_args(arguments).model_dir))
+    recorded = {name: trained[name] for name in RECORDED if name in trained}
+    parser.set_defaults(**{"add_progress": False} | recorded)
     args = parser.parse_args(arguments)
+    settle_frames(vars(args))
     if args.quick:
         args.num_samples = QUICK_SAMPLES
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"there is no folder {args.output.parent} for --output")
     return args
-
-
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the libraries are loaded, which takes seconds: --help answers at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C ends without a traceback
-
-from accelerate import PartialState
-
-from data.clips import FramePair, choose_samples, load_frame_pairs, verify_frames
-from pecn.model import find_model, load_pipeline, read_training_config
-from pecn.sampling import predict_pairs
-from pecn.scores import PREDICTED, score_prediction, summarize
 
 
 def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
     """The rows of the table."""
-    several = replace(PAPER, residual=True, num_predictions=4)
+    paper = INSTRUCT_PIX2PIX
     rows = {
-        "the paper's (diffusers' pipeline)": PAPER,
-        "the paper's, residual": replace(PAPER, residual=True),
-        "the paper's, residual, 4": several,
-        "  the same, guidance: text 1.0": replace(several, guidance_scale=1.0),
-        "  the same, text and image 1.0": replace(several, guidance_scale=1.0, image_guidance_scale=1.0),
-        BASE_ROW: base,
+        "InstructPix2Pix's own": paper,
+        "  without text guidance": replace(paper, guidance_scale=1.0),
+        "  without any guidance": replace(paper, guidance_scale=1.0, image_guidance_scale=1.0),
+        "as validated, or as the flags say": base,
+        "  keeping the background": replace(base, keep_background=True),
     }
     for count in (1, 4, 8):
-        for name, residual in (("plain", False), ("residual", True)):
-            rows[f"{name}, predictions: {count}"] = replace(base, residual=residual, num_predictions=count)
-    for text, image in ((1.0, 1.0), (1.0, 1.5), (1.5, 1.0), (2.0, 1.5), (3.0, 1.5), (7.5, 1.5), (7.5, 1.0)):
-        rows[f"guidance: text {text}, image {image}"] = replace(base, guidance_scale=text, image_guidance_scale=image)
-    for steps in (1, 2, 4, 10, 20, 50):
-        rows[f"steps: {steps}"] = replace(base, num_inference_steps=steps)
-    rows["from the noised input, strength 0.99"] = replace(base, strength=0.99)
-    several_steps = replace(base, num_inference_steps=10)  # a single one is the same with every scheduler
+        rows[f"  predictions: {count}"] = replace(base, num_predictions=count)
+    for text, image in ((1.0, 1.0), (1.0, 1.3), (1.3, 1.3), (1.0, 1.5), (1.5, 1.0), (2.0, 1.5), (7.5, 1.5)):
+        rows[f"  guidance: text {text}, image {image}"] = replace(base, guidance_scale=text, image_guidance_scale=image)
+    for steps in (1, 2, 4, 8, 20, 50):
+        rows[f"  steps: {steps}"] = replace(base, num_inference_steps=steps)
     for name in SCHEDULERS:
-        rows[f"10 steps, {name}"] = replace(several_steps, scheduler=name)
-    for strength in (0.3, 0.5, 0.7, 0.9):
-        rows[f"10 steps, strength {strength}"] = replace(several_steps, strength=strength)
+        rows[f"  scheduler: {name}"] = replace(base, scheduler=name)
+    for strength in (0.5, 0.75, 0.9, 1.0):
+        rows[f"  strength: {strength}"] = replace(base, strength=strength)
     return rows
 
 
-def base_options(args: argparse.Namespace, trained: dict[str, Any]) -> SamplingOptions:
-    """As the flags say, and what they leave out as the model's training config or the defaults have it."""
-    known = {name: trained.get(name, value) for name, value in vars(DEFAULT_OPTIONS).items()}
-    return SamplingOptions(**known | {name: value for name in known if (value := getattr(args, name)) is not None})
+def find_pairs(args: argparse.Namespace) -> list[FramePair]:
+    """Validation pairs that have their target, spread over the tasks."""
+    choice = frame_choice(vars(args))
+    clips, _ = find_clips(args.data_dir, "val", args.resolution, choice, args.add_progress)
+    if not clips:
+        raise UserError(f"no validation video of {args.data_dir} has both frames ({choice})")
+    return [draw_pair(clip, choice, args.seed) for clip in choose_balanced(clips, args.seed, args.num_samples)]
 
 
-def find_pairs(args: argparse.Namespace, trained: dict[str, Any]) -> list[FramePair]:
-    """Validation pairs that have their target, as the model was trained for (its training config)."""
-    resolution = trained.get("resolution", DEFAULT_RESOLUTION)
-    choice = DEFAULT_CHOICE
-    if "input_frame_idx" in trained:
-        choice = choice_of(trained)
-    if choice.is_estimated:
-        raise UserError(f"{args.model_dir} was trained with estimated progress, which this comparison does not know")
-    pairs, _ = load_frame_pairs(args.data_dir, "val", resolution, choice, args.seed)
-    if not pairs:
-        raise UserError(f"no validation video of {args.data_dir} has both frames of {args.model_dir}'s training")
-    pairs = choose_samples(pairs, args.num_samples, args.seed)
-    verify_frames(pairs, resolution)
-    return pairs
-
-
-def format_row(name: str, summary: dict[str, Any], seconds: float) -> str:
-    """One line: how the sample and the expected frame do where something moves."""
-    moving, cells = summary["moving"], ""
-    for way in PREDICTED:
-        if way not in moving["psnr"]:  # a single prediction has no expected frame
-            cells += COLUMNS.format("-", "-", "-", "-")
-            continue
-        ssim, psnr = (moving[metric][way]["gain"] for metric in ("ssim", "psnr"))
-        sharpness, frames = moving["sharpness"][way]["median"], moving["frames"][way]["share"]
-        cells += COLUMNS.format(f"{sharpness:.2f}", f"{ssim:+.3f}", f"{psnr:+.2f}", f"{frames:.0%}")
-    return f"{name:38}{cells}{seconds:>7.2f}"
+def print_row(
+    name: str, pipeline: Pipeline, pairs: list[FramePair], args: argparse.Namespace, options: SamplingOptions
+) -> None:
+    """Predicts all pairs, and prints how the sample and the expected frame do where something moves."""
+    started = time.perf_counter()
+    predictions = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
+    seconds = (time.perf_counter() - started) / len(pairs)
+    figures = summarize([{"task": prediction.task} | score_prediction(prediction) for prediction in predictions])["all"]
+    if not figures["num_moving"]:
+        raise UserError("nothing moves in these pairs; choose more with --num_samples")
+    for way in (way for way in PREDICTED if way in figures):
+        of_way = figures[way]
+        gains = [gain_in_words(of_way[metric], form) for metric, form in (("ssim", ".3f"), ("psnr", ".2f"))]
+        sharpness, good = of_way["sharpness"]["value"], of_way["good_frame"]["value"]
+        print(HEAD(name, way, f"{sharpness:.2f}", f"{good:.0%}", *gains, f"{seconds:.2f}"), flush=True)
+        name = ""
 
 
 def main(args: argparse.Namespace) -> None:
-    model = find_model(args.model_dir)  # first: it says which frames to look for
-    trained = read_training_config(model)
-    rows = alternatives(base_options(args, trained))
+    base = sampling_options(args)
+    rows = alternatives(base)
     if args.quick:
-        rows = {
-            name: replace(options, num_inference_steps=QUICK_STEPS) for name, options in list(rows.items())[:QUICK_ROWS]
-        }
-    pairs = find_pairs(args, trained)
-    pipeline = load_pipeline(model).to(PartialState().device)
-    print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}")
+        rows = {name: replace(options, num_inference_steps=QUICK_STEPS) for name, options in list(rows.items())[:4]}
+    pairs, pipeline = find_pairs(args), load_model(args.model_dir)
+    flags = " ".join(f"--{name} {value}" for name, value in vars(base).items())
+    print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}, {flags}")
     if args.quick:
         print(f"all rows in {QUICK_STEPS} steps")
-    flags = " ".join(f"--{name} {value}" for name, value in vars(rows[BASE_ROW]).items())
-    print(f"from row 6 on, unless the row says otherwise: {flags}")
-    print(f"{'where something moves:':38}" + "".join(f"{f'{way} (SSIM, PSNR: - copy)':>32}" for way in PREDICTED))
-    print(f"{'':38}" + 2 * COLUMNS.format("sharpness", "SSIM", "PSNR", "frames") + f"{'s/pair':>7}")
-    everything: dict[str, Any] = {}
-    rows_of: dict[SamplingOptions, dict[str, Any]] = {}
+    print(HEAD(*HEADINGS))
     for name, options in rows.items():
-        if options not in rows_of:  # several rows change nothing
-            started = time.perf_counter()
-            predictions = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
-            seconds = (time.perf_counter() - started) / len(pairs)
-            scores = [{"video_id": p.video_id, "task": p.task} | score_prediction(p) for p in predictions]
-            rows_of[options] = {"seconds_per_pair": seconds, "summary": summarize(scores), "samples": scores}
-        everything[name] = rows_of[options]
-        summary = everything[name]["summary"]
-        print(format_row(name, summary, everything[name]["seconds_per_pair"]), flush=True)
-        if args.output:
-            write_file(args.output, json.dumps(everything, indent=1) + "\n")
-    for way, name in (("copy", "copying"), ("vae_ceiling", "the VAE's ceiling")):
-        figures = [f"PSNR {summary['psnr'][way]['mean']:.2f} dB"]
-        if summary["moving"]["num_samples"]:
-            means = [summary["moving"][metric][way]["mean"] for metric in ("psnr", "ssim")]
-            figures.append("where something moves {:.2f} dB, SSIM {:.3f}".format(*means))
-        print(f"{name}: {', '.join(figures)}")
+        print_row(name, pipeline, pairs, args, options)
 
 
 if __name__ == "__main__":
-    run_command(functools.partial(main, ARGS))
+    run_command(lambda: main(parse_args()))

@@ -2,16 +2,11 @@
 
     python -m demo.make_clips
 
-writes `data/demo/annotations/train.json`, `validation.json` and `videos/<id>.webm`: VP9, 320 x 240, 12 frames
-per second, 24 to 72 frames. Then `python -m data.dataset --data_dir data/demo` filters them like SSv2.
+writes `data/demo/annotations/train.json`, `validation.json` and `videos/<id>.webm`: VP9, 320 x 240, 12 frames per
+second, 24 to 72 frames. Then `python -m data.dataset --data_dir data/demo` filters them like SSv2.
 
-The same command writes the same bytes on the same machine and library versions (one encoder thread; no date and no
-random identifier in the container). A second run renders only the clips that are missing.
-
-The action fills the whole clip, so a long clip is a slow action, and how far along it is decides what happens
-next: hands move along minimum-jerk curves, and what is let go falls with constant acceleration, bounces and
-comes to rest. This motion profile is the same for every split and seed; its figures and the reasons for them
-are documented at the top of `demo/renderer/actions.py`.
+The same command writes the same bytes with the same library versions. A second run renders only missing clips. How
+hands and objects move is described at the top of `demo/renderer/actions.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +15,13 @@ import argparse
 import json
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data.cli import CommandParser, UserError, available_cores, number, run_command
-from data.files import make_folder, only_one, remove_leftovers, write_file
-from data.paths import video_path, write_annotations
+from data.files import make_folder, only_one, remove_leftovers, write_json
+from data.paths import video_path
+from demo.renderer.clip import clip_id, plan_clip
+from demo.renderer.video import render_to_files
 
 RENDERER_VERSION = 1  # raised whenever the pictures change, so that old and new clips never mix in one folder
 ANNOTATION_NAMES = {"train": "train.json", "val": "validation.json"}
@@ -31,26 +30,18 @@ SETTINGS_NAME = "rendered_clips.json"
 
 def make_clips(output_dir: Path, num_train_clips: int, num_val_clips: int, seed: int, num_workers: int) -> None:
     """Render the clips that are missing in `output_dir`, then write the annotations of all asked for."""
-    from tqdm import tqdm
-
-    from demo.renderer.clip import clip_id, plan_clip
-    from demo.renderer.video import render_to_files
-
     claim_folder(output_dir, seed)
     with only_one(output_dir, "rendering"):
         remove_leftovers(output_dir / "videos")
         counts = {"train": num_train_clips, "val": num_val_clips}
         wanted = [(split, index) for split, count in counts.items() for index in range(count)]
         missing = [clip for clip in wanted if not video_path(output_dir, clip_id(*clip)).is_file()]
-        with tqdm(total=len(missing), desc="rendering", unit="clip", disable=not missing) as bar:
-            frames = 0
-            for num_frames in render_to_files(output_dir, seed, missing, num_workers):
-                frames += num_frames
-                bar.set_postfix(frames=frames, refresh=False)
-                bar.update()
+        rendered = render_to_files(output_dir, seed, missing, num_workers)
+        for _ in tqdm(rendered, total=len(missing), desc="rendering", unit="clip", disable=not missing):
+            pass
         for split, count in counts.items():
             entries = [plan_clip(seed, split, index).annotation for index in range(count)]
-            write_annotations(output_dir / "annotations" / ANNOTATION_NAMES[split], entries)
+            write_json(output_dir / "annotations" / ANNOTATION_NAMES[split], entries)
     print(
         f"{len(missing)} clips rendered, {len(wanted) - len(missing)} were there already: {output_dir} now "
         f"lists {num_train_clips} training and {num_val_clips} validation clips.\n"
@@ -59,22 +50,17 @@ def make_clips(output_dir: Path, num_train_clips: int, num_val_clips: int, seed:
 
 
 def claim_folder(output_dir: Path, seed: int) -> None:
-    """Make sure that `output_dir` is new, or holds clips of this seed and renderer."""
+    """Make `output_dir`. Raises UserError where it holds anything but clips of this seed and renderer."""
     settings_path = output_dir / SETTINGS_NAME
     settings = {"seed": seed, "renderer_version": RENDERER_VERSION}
-    way_out = "choose another --output_dir or delete this one"
-    if settings_path.is_file():
-        try:
-            found = json.loads(settings_path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if found != settings:
-            raise UserError(f"{output_dir} holds clips of other settings ({found}; asked for {settings}): {way_out}")
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} exists and was not made by this command: {way_out}")
+    if output_dir.exists() and not settings_path.is_file():
+        if not output_dir.is_dir() or any(output_dir.iterdir()):
+            raise UserError(f"{output_dir} was not made by this command: choose another --output_dir")
+    elif settings_path.is_file() and json.loads(settings_path.read_bytes()) != settings:
+        raise UserError(f"{output_dir} holds clips of another --seed or version: choose another --output_dir")
     for folder in ("annotations", "videos"):
         make_folder(output_dir / folder)
-    write_file(settings_path, json.dumps(settings) + "\n")
+    write_json(settings_path, settings)
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,10 +3,10 @@
     python -m demo.make_model
 
 writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet, a VAE, a
-CLIP text encoder with its tokenizer, and a scheduler, together under 15 million parameters. It stands in for
-`timbrooks/instruct-pix2pix` on the clips of `demo.make_clips`, and is trained on such clips: the VAE, the text
-encoder, then the UNet. What takes long is kept in `--work_dir` (rendered frames, latents, checkpoints): the same
-command goes on where it was stopped. With 0 steps of all three the weights come from `--seed` alone and take seconds.
+CLIP text encoder with its tokenizer, and a scheduler, together under 15 million parameters. It takes the place of
+`timbrooks/instruct-pix2pix` on rendered clips, and is trained on such clips: the VAE, the text encoder, then the UNet.
+Rendered frames, latents and checkpoints are kept in `--work_dir`: the same command continues where it was stopped.
+With 0 steps of all three, the weights are random numbers of `--seed`.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
 
 from data.cli import CommandParser, UserError, number, run_command
 from data.files import make_folder, only_one, remove_leftovers, whole_or_absent
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionInstructPix2PixPipeline
+from demo.pretraining.recipe import pretrain
+from demo.pretraining.untrained import build_pipeline, count_parameters
+from pecn.model import Pipeline, load_pipeline
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Refuse a path that holds anything but a model written before (which a new one replaces)."""
+    """Raise UserError where the path holds anything but a model, which the new one replaces."""
     if output_dir.is_dir() and (not any(output_dir.iterdir()) or (output_dir / "model_index.json").is_file()):
         return
     if output_dir.exists() or output_dir.is_symlink():
         raise UserError(f"{output_dir} exists and is no model directory; name another one with --output_dir")
 
 
-def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: Path) -> None:
-    """Write the pipeline (safetensors, float16) so that `output_dir` is whole or untouched.
+def save_pipeline(pipeline: Pipeline, output_dir: Path) -> None:
+    """Write the pipeline (safetensors, float16) so that `output_dir` is complete or unchanged.
 
-    float16 halves the size and is exact enough; `from_pretrained` gives float32, as the configurations say.
-    `vocab.json` and `merges.txt` lie beside `tokenizer.json` for versions of transformers that read those.
+    float16 halves the size; `from_pretrained` returns float32 all the same. `vocab.json` and `merges.txt` are for
+    versions of transformers that do not read `tokenizer.json`.
     """
-    from safetensors.torch import load_file, save_file
-
     output_dir = output_dir.absolute()
     check_output_dir(output_dir)
     make_folder(output_dir.parent)
@@ -49,7 +48,7 @@ def save_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, output_dir: 
             save_file(weights, weights_path, metadata={"format": "pt"})
         for config_path in (partial / "model_index.json", *partial.glob("*/config.json")):
             config = json.loads(config_path.read_text(encoding="utf-8"))
-            config.pop("_name_or_path", None)  # the directory it was loaded from says nothing to anyone else
+            config.pop("_name_or_path", None)  # the directory it was loaded from
             config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         pipeline.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
 
@@ -65,14 +64,14 @@ def parse_args() -> argparse.Namespace:
     add("--num_clips", type=count, default=3000, help="clips to train on (%(default)s)")
     seed_help = "of the weights and of training, not of the clips (%(default)s)"
     add("--seed", type=number(at_least=0, at_most=2**63), default=0, help=seed_help)
-    start_help = "folder of a model to go on from; a part with 0 steps stays as it is (none: random weights)"
+    start_help = "folder of a model to start from; a part with 0 steps is not changed (none: random weights)"
     add("--pretrained_model_name_or_path", type=Path, help=start_help)
     for stage, model, default_steps, batch_size in (
         ("vae", "VAE", 5000, 8),
         ("text", "text encoder", 500, 32),
         ("unet", "UNet", 60_000, 16),
     ):
-        steps_help = f"0 leaves the {model} as it is (%(default)s)"
+        steps_help = f"0: the {model} is not trained (%(default)s)"
         add(f"--{stage}_train_steps", type=steps, default=default_steps, help=steps_help)
         add(f"--{stage}_batch_size", type=count, default=batch_size, help="(%(default)s)")
     add("--checkpointing_steps", type=count, default=1000, help="steps between checkpoints (%(default)s)")
@@ -83,15 +82,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_output_dir(args.output_dir)
-
-    from demo.pretraining.untrained import build_pipeline, count_parameters
-    from pecn.model import load_pipeline
-
     start = args.pretrained_model_name_or_path
     pipeline = load_pipeline(start) if start else build_pipeline(args.seed)
     if args.vae_train_steps or args.text_train_steps or args.unet_train_steps:
-        from demo.pretraining.recipe import pretrain
-
         make_folder(args.work_dir)
         with only_one(args.work_dir, "pre-training"):
             remove_leftovers(args.work_dir)

@@ -4,17 +4,22 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from data.paths import filtered_annotations_path, frame_path, frames_dir, write_annotations
+from data.files import write_json
+from data.paths import filtered_annotations_path, frame_path, frames_dir
 
 PROJECT = Path(__file__).parents[1]
 SHARED = PROJECT.parent / "shared"
@@ -24,16 +29,14 @@ LABELS = {
     "drop_object": "dropping a ball onto a table",
     "cover_object": "covering a box with a cloth",
 }
-
-
+STEPS = 8  # of a training run, where the test does not say otherwise
 MOST_WORKERS = 8
 
 SCRIPTS = ("train_instruct_pix2pix.py", "sample_from_pix2pix.py")
-PRELOADED = ["torch._dynamo", "tensorboard", "pecn.checkpoints", "pecn.encoded_frames", "pecn.interruption"]
-PRELOADED += ["pecn.optimization", "pecn.processes", "pecn.validation"]
+PRELOADED = ["torch._dynamo", "tensorboard", "pecn.training", "pecn.evaluation"]
 
 # For this process and all that it starts: tests run side by side, and have neither a network nor a GPU.
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,42 +64,99 @@ def run(*command: object, check: bool = True, **environment: object) -> subproce
     return done
 
 
-def run_forked(words: list[str]) -> subprocess.CompletedProcess:
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = fork_script(words, *outputs)
-        process.join()
-        return subprocess.CompletedProcess(words, process.exitcode, *(output.read_text() for output in outputs))
+def run_forked(words: list[str], processes: int = 1, **how: object) -> subprocess.CompletedProcess:
+    """Runs a script in one process or in several that work together; returns what the first one printed.
+
+    `how` is what `fork_script` takes.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
+        several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": str(processes)}
+        server.close()
+        outputs = [[Path(folder, f"{name}{rank}") for name in ("stdout", "stderr")] for rank in range(processes)]
+        started = []
+        for rank, (stdout, stderr) in enumerate(outputs):
+            own = several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            started.append(fork_script(words, stdout, stderr, **own, **how))
+        for process in started:
+            process.join()
+        status = max(process.exitcode for process in started)
+        return subprocess.CompletedProcess(words, status, *(output.read_text() for output in outputs[0]))
 
 
 def fork_script(
-    words: list[str], stdout: Path, stderr: Path, memory: int | None = None, folder: Path = PROJECT, **environment: str
+    words: list[str],
+    stdout: Path,
+    stderr: Path,
+    memory: int | None = None,
+    before: Callable[[], None] | None = None,
+    **environment: str,
 ) -> multiprocessing.Process:
-    """Starts `python SCRIPT ...` in a process forked from one that has loaded the libraries, which takes seconds."""
+    """Starts `python SCRIPT ...` in a process forked from one that has loaded the libraries, which takes seconds.
+
+    It may use so many more bytes of `memory`; `before` is called in it first.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    arguments = (words, str(stdout), str(stderr), memory, folder, environment)
-    process = context.Process(target=execute_script, args=arguments)
+    process = context.Process(target=execute_script, args=(words, stdout, stderr, memory, before, environment))
     process.start()
     return process
 
 
 def execute_script(
-    words: list[str], stdout: str, stderr: str, memory: int | None, folder: Path, environment: dict[str, str]
+    words: list[str],
+    stdout: Path,
+    stderr: Path,
+    memory: int | None,
+    before: Callable[[], None] | None,
+    environment: dict[str, str],
 ) -> None:
     os.environ |= environment
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(folder)
+    os.chdir(PROJECT)
     if memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+    if before:
+        before()
     sys.argv = words
     try:
         runpy.run_path(str(PROJECT / words[0]), run_name="__main__")
     finally:
         sys.stdout.flush()
+
+
+def training_command(data_dir: Path, model: object, output_dir: Path, *options: object) -> list[str]:
+    """A short training of a small model, without validation; later options replace earlier ones."""
+    words = ["train_instruct_pix2pix.py", "--train_data_dir", data_dir, "--output_dir", output_dir]
+    words += ["--pretrained_model_name_or_path", model, "--resolution", SIDE, "--max_train_steps", STEPS]
+    words += ["--train_batch_size", 4, "--learning_rate", 1e-3, "--checkpointing_steps", 3]
+    words += ["--num_validation_images", 0, "--num_inference_steps", 1]
+    return [str(word) for word in [*words, *options]]
+
+
+def train(
+    data_dir: Path, model: object, output_dir: Path, *options: object, check: bool = True, **how: object
+) -> subprocess.CompletedProcess:
+    done = run_forked(training_command(data_dir, model, output_dir, *options), **how)
+    if check and done.returncode:
+        pytest.fail(f"training exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+def sampling_command(data_dir: Path, model: object, output_dir: Path, *options: object) -> list[str]:
+    words = ["sample_from_pix2pix.py", "--model_dir", model, "--data_dir", data_dir, "--output_dir", output_dir]
+    words += ["--resolution", SIDE, "--num_inference_steps", 2]
+    return [str(word) for word in [*words, *options]]
+
+
+def last_line(printed: str) -> str:
+    return printed.replace("\r", "\n").strip().splitlines()[-1]
+
+
+def unet_file(output_dir: Path) -> Path:
+    return output_dir / "unet" / "diffusion_pytorch_model.safetensors"
 
 
 def hear_ctrl_c() -> None:
@@ -140,14 +200,31 @@ def make_data_dir(data_dir: Path, side: int = SIDE) -> Path:
         write_frames(data_dir, f"{split}_short", range(19, 21), side)
         path = filtered_annotations_path(data_dir, split)
         path.parent.mkdir(exist_ok=True)
-        write_annotations(path, entries)
+        write_json(path, entries)
     return data_dir
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only by agreement: tests that change it make their own with `make_data_dir`."""
-    return make_data_dir(tmp_path_factory.mktemp("data"))
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder once for all workers: `made_once(name, make)`. Read-only by agreement: copy it to change it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made_once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / f"shared-{name}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.with_suffix(".done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                folder.with_suffix(".done").touch()
+        return folder
+
+    return made_once
+
+
+@pytest.fixture(scope="session")
+def data_dir(made_once: Callable) -> Path:
+    return made_once("data", make_data_dir)
 
 
 def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon", latent_channels: int = 4):
@@ -210,10 +287,20 @@ def make_tiny_pipeline(in_channels: int = 8, prediction_type: str = "epsilon", l
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny_model")
-    make_tiny_pipeline().save_pretrained(path)
-    return path
+def tiny_model(made_once: Callable) -> Path:
+    return made_once("tiny_model", lambda folder: make_tiny_pipeline().save_pretrained(folder))
+
+
+@pytest.fixture(scope="session")
+def trained(made_once: Callable, data_dir: Path, tiny_model: Path) -> Path:
+    """What an undisturbed training of STEPS steps leaves, with progress prompts and validation; `printed.txt` too."""
+
+    def make(folder: Path) -> None:
+        options = ("--add_progress", "--validation_epochs", 2, "--num_validation_images", 3)
+        done = train(data_dir, tiny_model, folder, *options, "--checkpoints_total_limit", 1)
+        (folder / "printed.txt").write_text(done.stdout)
+
+    return made_once("trained", make)
 
 
 def read_events(event_file: Path):

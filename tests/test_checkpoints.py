@@ -1,47 +1,12 @@
-"""Checkpoints as folders: which are kept and which are found. (Saving while training: test_faults_training.py.)"""
+"""Checkpoints as folders: which are kept and which are found. (Saving and resuming: test_training*.py.) The upload."""
 
 from pathlib import Path
 
 import pytest
 
 from data.cli import UserError
-from pecn.checkpoints import CheckpointTimes, checkpoint_steps, find_checkpoint, find_damage, save_checkpoint
-
-
-def test_interrupted_checkpoint_outlives_a_damaged_newer_one(tmp_path):
-    (tmp_path / "checkpoint-20").mkdir()
-    for step in (10, 11):
-        save_checkpoint(FilesOnly(), tmp_path, step, {}, total_limit=1)
-    assert checkpoint_steps(tmp_path) == [11, 20]
-    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-11"
-    save_checkpoint(FilesOnly(), tmp_path, 20, {}, total_limit=1)
-    assert checkpoint_steps(tmp_path) == [20] and find_damage(tmp_path / "checkpoint-20") is None
-
-
-def test_a_run_that_goes_on_elsewhere_is_checked_like_a_fresh_one(tmp_path):
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-    checkpoint = save_checkpoint(FilesOnly(), tmp_path / "one", 10, {})
-    assert find_checkpoint(tmp_path / "other", str(checkpoint)) == checkpoint
-    (tmp_path / "other" / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match="other holds checkpoints of an earlier run"):
-        find_checkpoint(tmp_path / "other", str(checkpoint))
-
-
-def test_saving_takes_less_than_a_fiftieth_of_the_time():
-    """A step takes 10 seconds; saving 100 million weights is estimated to take 3, and takes 2, then 40."""
-    now = 0.0
-    times = CheckpointTimes(None, 100_000_000, clock=lambda: now)
-    saved_after = []
-    for step in range(1, 60):
-        now += 10
-        if times.is_due(step):
-            with times.saving():
-                now += 40 if saved_after else 2
-            saved_after.append(step)
-    assert saved_after == [15, 25]  # 150 s = 50 x 3 s; 100 s = 50 x 2 s; the next one 2,000 s later
-    every_seven = CheckpointTimes(7, 100_000_000, clock=lambda: 0.0)
-    assert [step for step in range(1, 22) if every_seven.is_due(step)] == [7, 14, 21]
+from pecn import checkpoints
+from pecn.checkpoints import checkpoint_steps, create_hub_repository, find_checkpoint, save_checkpoint, upload
 
 
 class FilesOnly:
@@ -55,3 +20,64 @@ class FilesOnly:
     def save_state(self, folder: str) -> None:
         Path(folder).mkdir()
         (Path(folder) / "state").write_bytes(b"state")
+
+
+def test_the_newest_checkpoints_are_kept_and_the_latest_is_found(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    for step in (9, 10, 100):
+        save_checkpoint(FilesOnly(), tmp_path, step, {}, total_limit=2)
+    assert checkpoint_steps(tmp_path) == [10, 100]
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-100"
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-10")) == tmp_path / "checkpoint-10"
+    (tmp_path / ".checkpoint-200.partial").mkdir()  # of a run that was killed
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-100"
+
+
+def test_a_run_never_mixes_with_an_earlier_one(tmp_path):
+    """Nor does one that goes on from a checkpoint elsewhere."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    checkpoint = save_checkpoint(FilesOnly(), tmp_path / "one", 10, {})
+    assert find_checkpoint(tmp_path / "other", str(checkpoint)) == checkpoint
+    (tmp_path / "other" / "checkpoint-5").mkdir()
+    for asked in (str(checkpoint), None):
+        with pytest.raises(UserError, match=r"other has checkpoints of an earlier run \(checkpoint-5\)"):
+            find_checkpoint(tmp_path / "other", asked)
+
+
+def test_the_upload_is_private_and_never_names_the_token(monkeypatch, tmp_path):
+    """Of the output directory's content the pipeline and its training config go up, no frames and no checkpoints."""
+    calls = []
+
+    class Hub:
+        def __init__(self, token: str) -> None:
+            assert token == "hf_secret"
+
+        def create_repo(self, name: str, private: bool, exist_ok: bool):
+            if name == "taken/name":
+                raise OSError("403 Forbidden")
+            calls.append(("create", name, private, exist_ok))
+            return type("Repository", (), {"repo_id": f"user/{name}"})
+
+        def upload_file(self, path_or_fileobj: Path, path_in_repo: str, repo_id: str) -> None:
+            calls.append(("file", path_or_fileobj.name, path_in_repo, repo_id))
+
+    class Loaded:
+        def push_to_hub(self, repository: str, token: str, private: bool) -> None:
+            if repository == "user/full":
+                raise OSError("the connection broke")
+            calls.append(("pipeline", repository, token, private))
+
+    monkeypatch.setattr(checkpoints, "HfApi", Hub)
+    monkeypatch.setattr(checkpoints, "load_pipeline", lambda folder: Loaded())
+    upload(tmp_path / "run", create_hub_repository("run", "hf_secret"), "hf_secret")
+    assert calls == [
+        ("create", "run", True, True),
+        ("pipeline", "user/run", "hf_secret", True),
+        ("file", "training_config.json", "training_config.json", "user/run"),
+    ]
+    with pytest.raises(UserError, match="pipeline is in .*run, but its upload failed: the connection broke"):
+        upload(tmp_path / "run", "user/full", "hf_secret")
+    with pytest.raises(UserError, match="cannot upload to taken/name: 403 Forbidden") as refusal:
+        create_hub_repository("taken/name", "hf_secret")
+    assert "hf_secret" not in str(refusal.value)

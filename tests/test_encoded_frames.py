@@ -1,5 +1,6 @@
 """Encoding once, and the batches that training draws from it."""
 
+import itertools
 import math
 
 import cv2
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.cli import UserError
-from data.clips import ORACLE, FrameChoice, load_clips, verify_frames
+from data.clips import FrameChoice, find_clips
 from data.paths import frame_path, frames_dir
 from pecn.diffusion import conditioning_dropout
 from pecn.encoded_frames import TrainingBatches, encode_once
@@ -24,11 +25,10 @@ def pipeline():
     return make_tiny_pipeline()
 
 
-def encode(pipeline, data_dir, random_flip=False, **choice):
+def encode(pipeline, data_dir, random_flip=False, add_progress=False, **choice):
     choice = FrameChoice(**choice)
-    clips, _ = load_clips(data_dir, "train", SIDE, choice)
-    cache_dir, accelerator = data_dir / "encoded_cache", Accelerator(cpu=True)
-    return encode_once(pipeline, clips, choice, verify_frames(clips, SIDE), random_flip, cache_dir, accelerator)
+    clips, _ = find_clips(data_dir, "train", SIDE, choice, add_progress)
+    return encode_once(pipeline, clips, choice, random_flip, data_dir / "encoded_cache", Accelerator(cpu=True))
 
 
 def moments_of(encoded, sample, frame):
@@ -107,7 +107,7 @@ def test_changed_inputs_never_meet_the_old_cache(pipeline, tmp_path):
         other.text_encoder.get_input_embeddings().weight[0, 0] += 1
         keys.add(encode(other, data_dir).key)
     keys.add(encode(pipeline, data_dir, random_flip=True).key)
-    keys.add(encode(pipeline, data_dir, progress_source=ORACLE).key)
+    keys.add(encode(pipeline, data_dir, add_progress=True).key)
     assert len(keys) == 6
 
 
@@ -117,6 +117,34 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(UserError, match="AutoencoderKL gives numbers that are not finite"):
         encode(broken, make_data_dir(tmp_path))
     assert not list((tmp_path / "encoded_cache").glob("*.npy"))
+    encode(make_tiny_pipeline(), tmp_path)  # nothing stands in the way of the next run
+
+
+def test_frames_of_two_sizes_are_refused(pipeline, tmp_path):
+    path = frame_path(frames_dir(make_data_dir(tmp_path), SIDE), "train1", 21)
+    cv2.imwrite(str(path), np.zeros((SIDE, 2 * SIDE, 3), np.uint8))
+    with pytest.raises(UserError, match=f"{path} is {2 * SIDE} x {SIDE} pixels, not {SIDE} x {SIDE}"):
+        encode(pipeline, tmp_path)
+
+
+def test_pairs_of_any_start_and_horizon_tell_their_own(pipeline, tmp_path):
+    """Each pair's prompt fits its frames, and passes through the text encoder when the batch is loaded."""
+    several = encode(pipeline, make_data_dir(tmp_path), True, True, start=None, horizons=range(1, 4), tell_horizon=True)
+    seen = set()
+    for index, clip in enumerate(several.clips):
+        for for_horizon, for_start in itertools.product(np.linspace(0, 0.99, 6), repeat=2):
+            first, last, prompt = several.draw(index, for_horizon, for_start, mirrored=False)
+            start, end = (clip.frames[row - several.first_rows[index]] for row in (first, last))
+            assert f"And {clip.progress[start]}% of the action" in prompt
+            assert prompt.endswith(f"The frame is {end - start} frame{'s' * (end - start > 1)} later.")
+            seen.add((start, end))
+    assert seen == {(start, end) for start in range(19, 24) for end in range(start + 1, min(start + 3, 23) + 1)}
+    stream = batches(several, max_train_steps=2)
+    for index, loaded in enumerate(stream.load(0, pipeline, torch.device("cpu"))):
+        own = encode_prompts(pipeline, stream[index]["prompts"])
+        torch.testing.assert_close(loaded["prompt_embeds"], own.detach())
+    [resumed] = stream.load(1, pipeline, torch.device("cpu"))
+    assert torch.equal(resumed["noise"], stream[1]["noise"])
 
 
 def test_mirrored_pairs_have_mirrored_frames_and_prompts(pipeline, encoded_with_flip, encoded):
@@ -137,7 +165,7 @@ def test_mirrored_pairs_have_mirrored_frames_and_prompts(pipeline, encoded_with_
     )
     flips = batches(encoded_with_flip, conditioning_dropout_prob=0.0)
     seen = set()
-    for index in range(len(flips)):
+    for index in range(flips.max_train_steps):
         batch = flips[index]
         for place, sample in enumerate(flips.samples_of_step(index)):
             flipped = torch.equal(batch["image_latents"][place], mirrored[sample])

@@ -3,7 +3,9 @@
 import hashlib
 import http.server
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -15,8 +17,7 @@ import pytest
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from safetensors.torch import load_file, save_file
 
-from data.paths import filtered_annotations_path, frames_dir
-from tests.conftest import PROJECT, SIDE, run
+from tests.conftest import PROJECT, last_line, train
 
 REPOSITORY, COMMIT = "someone/model", "0123456789abcdef0123456789abcdef01234567"
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -113,33 +114,76 @@ def mirror(repository) -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
+def find_in_new_process(*names: object, **variables: object) -> list[str]:
+    """What `find_model` gives for each name, or the error's message: these variables are read on import."""
+    code = """
+import sys
+from data.cli import UserError
+from pecn.model import find_model
+for name in sys.argv[1:]:
+    try:
+        print(find_model(name))
+    except UserError as error:
+        print("error:", error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    command = [sys.executable, "-c", code, *map(str, names)]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_a_model_on_a_mirror_is_fetched_once_and_without_what_is_not_needed(mirror, data_dir, tmp_path):
     endpoint, requested = mirror
-    cache, output_dir, results = tmp_path / "cache", tmp_path / "trained", tmp_path / "results"
-    words = ["--pretrained_model_name_or_path", REPOSITORY, "--train_data_dir", data_dir, "--output_dir", output_dir]
-    words += ["--resolution", SIDE, "--max_train_steps", 1, "--num_validation_images", 0]
-    online = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": 0, "HF_HUB_CACHE": cache}
-    run("python", "train_instruct_pix2pix.py", *words, **online)
+    variables = {"HF_HUB_CACHE": tmp_path / "cache", "HF_ENDPOINT": endpoint}
+    [found] = find_in_new_process(REPOSITORY, **variables)
     fetched = {path.partition(f"/resolve/{COMMIT}/")[2] or path.rpartition("/main/")[2] for path in requested}
     assert {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"} <= fetched
     unneeded = (".bin", ".ckpt", ".fp16.safetensors", "22000.safetensors")
     assert not [name for name in fetched if name.endswith(unneeded) or "safety_checker/" in name]
     assert not [path for path in requested if "xet" in path]  # large files would come from elsewhere
-
-    index = json.loads((output_dir / "model_index.json").read_text())
-    assert index["feature_extractor"] == index["safety_checker"] == [None, None]
-    assert StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir).feature_extractor is None
-
     requested.clear()
-    words = ["--model_dir", REPOSITORY, "--output_dir", results, "--num_samples", 1, "--num_inference_steps", 1]
-    places = [
-        "--frames_dir",
-        frames_dir(data_dir, SIDE),
-        "--val_annotations",
-        filtered_annotations_path(data_dir, "val"),
-    ]
-    run("python", "sample_from_pix2pix.py", *words, *places, HF_HUB_OFFLINE=1, HF_HUB_CACHE=cache)
-    assert (results / "metrics.json").is_file() and not requested
+    assert find_in_new_process(REPOSITORY, **variables) == [found] and not requested
+
+    train(data_dir, found, tmp_path / "trained", "--max_train_steps", 1)
+    index = json.loads((tmp_path / "trained" / "model_index.json").read_text())
+    assert index["feature_extractor"] == index["safety_checker"] == [None, None]
+    assert StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "trained").feature_extractor is None
+
+
+@pytest.fixture
+def silent_endpoint() -> Iterator[str]:
+    """An endpoint that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_hub_that_never_answers_is_an_error_and_no_loss(tiny_model, silent_endpoint, tmp_path):
+    """What is there is found without it. (The process's time limit lets only a wait without end fail.)"""
+    folder = tmp_path / "cache" / "models--nobody--fetched"
+    snapshot = shutil.copytree(tiny_model, folder / "snapshots" / COMMIT)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    variables = {"HF_HUB_CACHE": tmp_path / "cache", "HF_ENDPOINT": silent_endpoint}
+    found = find_in_new_process("nobody/fetched", tiny_model, "nobody/nothing", **variables)
+    assert found[:2] == [str(snapshot), str(tiny_model)] and len(found) == 3
+    for part in ("error: ", "nobody/nothing", silent_endpoint, "set HF_ENDPOINT to a mirror", "name a directory"):
+        assert part in found[2]
+
+
+def test_the_hub_token_is_written_nowhere(data_dir, tiny_model, tmp_path):
+    """Neither by a run that trains, nor by one whose upload is refused before it (there is no hub here)."""
+    token = "hf_secretTokenOfThisTest"
+    options = ("--num_validation_images", 1, "--checkpointing_steps", 1, "--max_train_steps", 1, "--hub_token", token)
+    done = train(data_dir, tiny_model, tmp_path / "trained", *options)
+    refused = train(data_dir, tiny_model, tmp_path / "refused", "--push_to_hub", *options, check=False)
+    assert refused.returncode == 1 and last_line(refused.stderr).startswith("error: cannot upload to refused")
+    assert not any(token in text for text in (done.stdout, done.stderr, refused.stdout, refused.stderr))
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_config.json", "model_index.json"} <= {path.name for path in written}
+    assert any(path.name.startswith("events.out.tfevents") for path in written)
+    assert not [path for path in written if token.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize(

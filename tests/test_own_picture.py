@@ -1,4 +1,4 @@
-"""Your own picture: what follows it, from the shell and from the README's Python."""
+"""Your own picture: what follows it, from the shell and from the Python that the documents show."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from skimage.data import astronaut
 
+from data.video_decoder import read_picture
 from tests.conftest import PROJECT, SIDE, run
 
 EXIF_ORIENTATION, TURNED_LEFT = 0x0112, 6  # the picture is stored turned to the left
@@ -40,67 +41,52 @@ def read(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def readme_blocks(tmp_path, tiny_model):
-    """The README's Python for one picture, with another model."""
-    readme = (PROJECT / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
-    return [block.replace("outputs/instruct_pix2pix_128", str(tiny_model)) for block in blocks]
-
-
 def test_script_predicts_from_a_photo_as_the_model_was_trained(photo, upright, tiny_model, tmp_path):
-    model = tmp_path / "model"
+    model, output_dir = tmp_path / "model", tmp_path / "out"
     shutil.copytree(tiny_model, model)
-    arguments = {"resolution": SIDE, "add_progress": True}
+    arguments = {"resolution": SIDE, "add_progress": True, "num_inference_steps": 1}
     (model / "training_config.json").write_text(json.dumps({"arguments": arguments}))
-    variables = {"IMAGE": photo, "PROMPT": LABEL, "MODEL_DIR": model, "OUTPUT_DIR": tmp_path / "out"}
-    variables |= {"NUM_INFERENCE_STEPS": 1, "FRAMES_DIR": "none", "VAL_ANNOTATIONS": "none"}
-    script = ("bash", "sample_from_pix2pix.sh")
-    done = run(*script, "--progress", 40, "--horizon", 1, "--num_predictions", 2, **variables)
+    done = predict(model, photo, output_dir, "--add_progress", 40, "--num_predictions", 2)
     names = ["comparison.png", "expected.png", "input.png", "prediction.png", "uncertainty.png"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    prompt = f"{LABEL}. And 40% of the action has been completed. The frame is 1 frame later."
-    assert f"prompt: Generate a future frame of this action: {prompt}\n" in done.stdout
+    assert sorted(path.name for path in output_dir.glob("*.*[!k]")) == names
+    sentence = f"{LABEL}. And 40% of the action has been completed."
+    assert f"prompt: Generate a future frame of this action: {sentence}\n" in done.stdout
     assert not done.stderr
-    frame = read(tmp_path / "out" / "input.png")
-    assert frame.shape == read(tmp_path / "out" / "prediction.png").shape == (SIDE, SIDE, 3)
+    frame = read(output_dir / "input.png")
+    assert frame.shape == read(output_dir / "prediction.png").shape == (SIDE, SIDE, 3)
     assert np.abs(frame - cv2.resize(upright, (SIDE, SIDE), interpolation=cv2.INTER_AREA)).mean() < 1
 
-    done = run(*script, **variables)
-    assert "was trained with progress prompts (--progress)" in done.stderr
+    done = predict(model, photo, output_dir)
+    assert "was trained with progress prompts (PROGRESS=40: 40% is done)" in done.stderr
     names = ["comparison.png", "input.png", "prediction.png"]  # no mean of the earlier two
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert sorted(path.name for path in output_dir.glob("*.*[!k]")) == names
 
 
 def test_a_prediction_that_is_the_input_is_named(photo, tmp_path):
     one_small_step = ("--num_inference_steps", 50, "--strength", 0.02, "--image_guidance_scale", 1)
-    done = predict(PROJECT / "demo" / "base_model", photo, tmp_path / "out", *one_small_step, "--scheduler", "ddim")
+    done = predict(PROJECT / "demo" / "base_model", photo, tmp_path / "out", *one_small_step, "--keep_background")
     assert "warning: the prediction is the input" in done.stderr
     assert np.array_equal(read(tmp_path / "out" / "prediction.png"), read(tmp_path / "out" / "input.png"))
 
 
-def test_readmes_python_draws_what_the_command_draws(photo, tiny_model, tmp_path, monkeypatch):
+def test_the_documents_python_draws_what_the_command_draws(photo, tiny_model, tmp_path, monkeypatch):
+    done = predict(tiny_model, photo, tmp_path / "out", "--horizon", 5)  # of a model that does not say what it knows
+    assert f"{LABEL}. The frame is 5 frames later." in done.stdout
     predict(tiny_model, photo, tmp_path / "out")
-    expected = read(tmp_path / "out" / "prediction.png")
-    assert expected.shape == (128, 128, 3)
+    texts = [path.read_text(encoding="utf-8") for path in (PROJECT / "README.md", *PROJECT.glob("docs/*.md"))]
+    blocks = re.findall(r"^```python\n(.*?)^```$", "\n".join(texts), flags=re.MULTILINE | re.DOTALL)
+    [ours] = [block for block in blocks if "predict_frames" in block]
     monkeypatch.chdir(photo.parent)
-    [ours] = readme_blocks(tmp_path, tiny_model)
-    assert len(ours.splitlines()) <= 10
-    made = {}
-    exec(ours, made)
-    assert np.array_equal(read("prediction.png"), expected)
-    stock = made["pipeline"](made["prompt"], Image.fromarray(made["image"])).images[0]  # as the README says below it
-    assert np.asarray(stock).shape == expected.shape and not np.array_equal(stock, expected)
+    exec(ours.replace("outputs/instruct_pix2pix_128", str(tiny_model)), {})
+    assert read("prediction.png").shape == (128, 128, 3)
+    assert np.array_equal(read("prediction.png"), read(tmp_path / "out" / "prediction.png"))
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("RGBA", "webp"), ("P", "gif")])
-def test_other_formats_are_read(mode, suffix, tmp_path):
-    from data.video_decoder import read_picture
-
-    Image.new("RGB", (7, 300), (255, 0, 0)).convert(mode).save(tmp_path / f"picture.{suffix}")
-    picture = read_picture(tmp_path / f"picture.{suffix}", 16)
-    assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
-    wanted = (76, 76, 76) if mode == "L" else (255, 0, 0)
-    assert np.abs(picture.astype(int) - wanted).max() <= 3
+def test_other_formats_are_read(tmp_path):
+    for mode, suffix, wanted in (("L", "png", (76, 76, 76)), ("RGBA", "webp", (255, 0, 0)), ("P", "gif", (255, 0, 0))):
+        Image.new("RGB", (7, 300), (255, 0, 0)).convert(mode).save(tmp_path / f"picture.{suffix}")
+        picture = read_picture(tmp_path / f"picture.{suffix}", 16)
+        assert picture.shape == (16, 16, 3) and np.abs(picture.astype(int) - wanted).max() <= 3
 
 
 def test_mistakes_get_one_line(photo, tiny_model, tmp_path):
@@ -116,13 +102,12 @@ def test_mistakes_get_one_line(photo, tiny_model, tmp_path):
     assert "nothing.png cannot be read as a picture (No such file" in message(image=tmp_path / "nothing.png")
     (tmp_path / "input.png").touch()
     assert "choose another OUTPUT_DIR" in message(image=tmp_path / "input.png", output_dir=tmp_path)
-    assert "a multiple of 10" in message("--progress", 45, status=2)
-    assert "a multiple of 8" in message("--resolution", 100, status=2)
+    assert "a multiple of 10" in message("--add_progress", 45, status=2)
+    assert "choose one number with HORIZON" in message("--horizon", "1-3")
     for flags, wanted in (
         (("--image", photo), "--image and --prompt need each other"),
         (("--prompt", LABEL), "--image and --prompt need each other"),
-        (("--resolution", 64), "need --image and --prompt"),
-        (("--image", photo, "--prompt", LABEL, "--horizon", "1-3"), "give --horizon one number"),
+        (("--add_progress", 40), "a percentage as --add_progress needs --image"),
     ):
         done = run("python", "sample_from_pix2pix.py", "--model_dir", tiny_model, *flags, check=False)
         assert done.returncode == 2 and wanted in done.stderr

@@ -4,7 +4,10 @@ import json
 
 import pytest
 
-from data.paths import SPLITS, filtered_annotations_path, find_video, read_filtered_annotations, write_annotations
+from data import own_videos, video_loader
+from data.files import write_json
+from data.paths import SPLITS, filtered_annotations_path, find_video, read_filtered_annotations
+from tests.commands import call, error_line
 from tests.conftest import SIDE, run
 from tests.test_video_loader import write_video
 
@@ -33,10 +36,12 @@ def videos(tmp_path_factory):
 def prepare(videos, tmp_path):
     """A function that makes a data directory of captions, given as text."""
 
-    def prepare(captions, *options, check=True):
-        (tmp_path / "captions").write_text(captions, encoding="utf-8")
-        command = ["python", "-m", "data.own_videos", "--videos", videos, "--captions", tmp_path / "captions"]
-        return run(*command, "--data_dir", tmp_path / "mine", *options, check=check)
+    def prepare(captions, *options, encoding="utf-8", fails=False):
+        (tmp_path / "captions").write_text(captions, encoding)
+        where = ("--videos", videos, "--captions", tmp_path / "captions", "--data_dir", tmp_path / "mine")
+        done = call(own_videos, *where, *options)
+        assert fails or not done.returncode, done.stderr
+        return done
 
     return prepare
 
@@ -61,7 +66,7 @@ def test_csv_becomes_a_data_directory_to_train_on_and_sample_from(prepare, video
     assert "3 videos for training and 2 for validation" in prepare("\r\n".join(rows)).stdout
     data_dir = tmp_path / "mine"
     entries = entries_of(data_dir)
-    assert set(entries) == set(CLIPS)
+    assert entries.keys() == CLIPS.keys()
     for file, entry in entries.items():
         link = find_video(data_dir, entry["id"])
         assert link.is_symlink() and link.samefile(videos / file)
@@ -70,30 +75,28 @@ def test_csv_becomes_a_data_directory_to_train_on_and_sample_from(prepare, video
     assert (entries["pour_milk.mp4"]["label"], entries["pour_milk.mp4"]["task"]) == ("pouring milk, slowly", "pour")
     assert {entry["file"] for entry in read_filtered_annotations(data_dir, "val")} == {"shut.avi", "kitchen/shut.mkv"}
 
-    run("python", "-m", "data.video_loader", "--data_dir", data_dir, "--resolutions", SIDE)
+    call(video_loader, "--data_dir", data_dir, "--resolutions", SIDE)
     assert {entry["num_frames"] for entry in entries_of(data_dir).values()} == {23}
     options = ["--resolution", SIDE, "--max_train_steps", 1, "--num_validation_images", 1, "--num_inference_steps", 1]
     command = ["python", "train_instruct_pix2pix.py", "--pretrained_model_name_or_path", tiny_model]
     run(*command, "--train_data_dir", data_dir, "--output_dir", tmp_path / "model", "--add_progress", *options)
     command = ["python", "sample_from_pix2pix.py", "--model_dir", tmp_path / "model"]
     done = run(*command, "--output_dir", tmp_path / "samples")
-    assert "open: 1 pairs" in done.stdout and "unknown: 1 pairs" in done.stdout
+    assert "open, 1 pair " in done.stdout and "unknown, 1 pair " in done.stdout
     samples = json.loads((tmp_path / "samples" / "metrics.json").read_text())["samples"]
     [prompt] = [row["edit_prompt"] for row in samples if row["video_id"] == entries["shut.avi"]["id"]]
     assert prompt.endswith("this action: shutting a drawer. And 80% of the action has been completed.")
 
 
+@pytest.mark.filterwarnings("error")  # which a user would see
 def test_json_lines_make_the_same_as_csv_and_again_the_same(prepare, tmp_path):
     prepare(csv_of(CLIPS))
     data_dir = tmp_path / "mine"
-    paths = [filtered_annotations_path(data_dir, split) for split in SPLITS]
-    first = [path.read_bytes() for path in paths]
-    assert len(read_filtered_annotations(data_dir, "val")) == 1  # a tenth of five is none: at least one
-    lines = [json.dumps({"file": name, "caption": "moving a cup"}) for name in reversed(CLIPS)]
-    prepare("\n".join(lines))
-    assert {path: sorted(json.loads(path.read_bytes()), key=str) for path in paths} == {
-        path: sorted(json.loads(content), key=str) for path, content in zip(paths, first)
-    }
+    first = {split: read_filtered_annotations(data_dir, split) for split in SPLITS}
+    assert len(first["val"]) == 1  # a tenth of five is none: at least one
+    prepare("\n".join(json.dumps({"file": name, "caption": "moving a cup"}) for name in reversed(CLIPS)))
+    for split in SPLITS:
+        assert sorted(read_filtered_annotations(data_dir, split), key=str) == sorted(first[split], key=str)
     prepare(csv_of(CLIPS), "--val_fraction", 0.6)
     assert len(read_filtered_annotations(data_dir, "val")) == 3
 
@@ -103,36 +106,27 @@ def test_json_lines_make_the_same_as_csv_and_again_the_same(prepare, tmp_path):
     [
         ("video,text\na.mp4,moving\n", "the columns are video,text; name them file,caption,task,split"),
         ("file,caption,spilt\nshut.avi,moving,val\n", "the columns are file,caption,spilt; name them"),
-        ('{"file": "shut.avi", "text": "moving"}', "line 1: the columns are file,text; name them"),
-        ('{"file": "shut.avi", "caption": 3}', "line 1 is not such a JSON object of strings: {"),
-        ("", "the columns are none; name them"),
+        ('{"file": "shut.avi", "text": "moving"}', "the columns are file,text; name them"),
+        ("", "cannot be read as CSV or JSON Lines (No columns to parse from file)"),
         ("file,caption\n", "names no video"),
-        ("file,caption\nshut.avi,pulling, then pushing\n", "line 2 has more values than columns"),
-        ('file,caption\nshut.avi,"pulling\n', "is not CSV"),
-        (csv_of(["shut.avi", "nothing.mp4"]), "line 3: there is no file "),
-        (csv_of(["shut.avi"], caption="  "), "line 2: the caption is empty; write what is done in shut.avi"),
-        (csv_of(["shut.avi", "pour_milk.mp4", "./shut.avi"]), "line 4: ./shut.avi is named in "),
+        ("file,caption\nshut.avi,pulling, then pushing\n", 'put a caption with commas in "double quotes"'),
+        ('file,caption\nshut.avi,"pulling\n', "cannot be read as CSV or JSON Lines"),
+        (csv_of(["shut.avi", "nothing.mp4"]), "row 2: there is no file "),
+        (csv_of(["shut.avi"], caption="  "), "row 1: the caption is empty; write what is done in shut.avi"),
+        (csv_of(["shut.avi", "pour_milk.mp4", "./shut.avi"]), "row 3: ./shut.avi is named in "),
         (csv_of(["shut.avi", "notes.txt"]), "notes.txt is none of .webm, .mp4, "),
-        ("file,caption,split\nshut.avi,moving,test\n", "line 2: the split is 'test'; write train or val"),
+        ("file,caption,split\nshut.avi,moving,test\n", "row 1: the split is 'test'; write train or val"),
         ("file,caption,split\nshut.avi,a,train\npour_milk.mp4,b,train\n", "no video is left for val"),
     ],
 )
 def test_a_mistake_gets_one_line_and_nothing_is_written(prepare, tmp_path, captions, message):
-    done = prepare(captions, check=False)
-    assert done.returncode == 1
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ") and message in line
+    assert message in error_line(prepare(captions, fails=True))
     assert not (tmp_path / "mine").exists()
 
 
-def test_a_link_to_a_clip_that_has_moved_is_made_anew(prepare, videos, tmp_path):
-    prepare(csv_of(["shut.avi", "pour_milk.mp4"]))
-    link = tmp_path / "mine" / "videos" / "shut.avi"
-    link.unlink()
-    link.symlink_to(tmp_path / "gone.avi")
-    assert find_video(tmp_path / "mine", "shut") == link
-    prepare(csv_of(["shut.avi", "pour_milk.mp4"]))
-    assert link.samefile(videos / "shut.avi")
+def test_a_spreadsheet_that_is_not_utf8_is_one_line(prepare):
+    line = error_line(prepare(csv_of(["shut.avi"], caption="Schublade öffnen"), encoding="latin-1", fails=True))
+    assert "is not UTF-8 text; save it as CSV in UTF-8" in line
 
 
 def test_frames_of_another_video_are_never_taken_for_those_of_this_one(prepare, tmp_path):
@@ -142,15 +136,15 @@ def test_frames_of_another_video_are_never_taken_for_those_of_this_one(prepare, 
     assert entries_of(tmp_path / "mine")["kitchen/shut.mkv"]["id"] != "shut"
     (tmp_path / "mine" / "videos" / "shut.avi").unlink()
     (tmp_path / "mine" / "videos" / "shut.mp4").write_bytes(b"another")
-    done = prepare(csv_of(["shut.avi", "pour_milk.mp4"]), check=False)
-    assert done.returncode == 1 and "shut.mp4 is another video than" in done.stderr
+    done = prepare(csv_of(["shut.avi", "pour_milk.mp4"]), fails=True)
+    assert "shut.mp4 is another video than" in error_line(done)
 
 
 def test_the_lists_of_other_videos_are_not_replaced(prepare, tmp_path):
     path = filtered_annotations_path(tmp_path / "mine", "val")
     path.parent.mkdir(parents=True)
-    write_annotations(path, [{"id": "74225", "label": "moving a cup up", "task": "move_object"}])
+    write_json(path, [{"id": "74225", "label": "moving a cup up", "task": "move_object"}])
     before = path.read_bytes()
-    done = prepare(csv_of(["shut.avi", "pour_milk.mp4"]), check=False)
-    assert done.returncode == 1 and f"{path} lists other videos than your own" in done.stderr
+    done = prepare(csv_of(["shut.avi", "pour_milk.mp4"]), fails=True)
+    assert f"{path} lists other videos than your own" in error_line(done)
     assert path.read_bytes() == before

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from pecn.progress_model import CONFIG, NUM_SEEN, WEIGHTS, encode_clips, load_estimator, seen_frames, with_estimates
 
 from data.cli import UserError
 from data.clips import ESTIMATED, FrameChoice, draw_pairs, load_clips, verify_frames
@@ -20,7 +21,6 @@ from data.paths import filtered_annotations_path, frame_path, frames_dir, write_
 from data.prompts import progress_percent
 from pecn.encoded_frames import encode_once
 from pecn.model import load_pipeline
-from pecn.progress_model import CONFIG, NUM_SEEN, WEIGHTS, encode_clips, load_estimator, seen_frames, with_estimates
 from tests.conftest import SIDE, entry, read_events, run
 
 LENGTHS = {"train": (8, 11, 15, 20, 27, 36) * 3, "val": (9, 13, 18, 24, 33)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from pecn.rollout_pictures import enlarged, film, save_mp4, save_rollouts
 from PIL import Image
 
 from data.clips import ORACLE, Clip, FrameChoice, choose_samples, load_frame_pairs
@@ -18,7 +19,6 @@ from data.prompts import build_prompt
 from data.video_decoder import frame_rate, load_picture
 from pecn import rollouts
 from pecn.pictures import titled
-from pecn.rollout_pictures import enlarged, film, save_mp4, save_rollouts
 from pecn.rollouts import Rollout, describe_rollouts, roll_out, rollout_choice, score_rollout, summarize_by_horizon
 from pecn.sampling import predict_frames
 from pecn.sampling_options import SamplingOptions

@@ -12,12 +12,7 @@ from demo.pretraining.tokenizer import build_tokenizer
 TOKENIZER = build_tokenizer()
 
 
-def expected_text(text: str) -> str:
-    """`text` by CLIP's own rule: normal form, lower case; white space separates words and is not kept."""
-    return re.sub(r"\s", "", TOKENIZER.backend_tokenizer.normalizer.normalize_str(text))
-
-
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text_can_be_read_back_from_its_tokens(text):
     for word in ("<|startoftext|>", "<|endoftext|>", "</w>"):
@@ -26,7 +21,8 @@ def test_any_text_can_be_read_back_from_its_tokens(text):
     assert ids[0] == TOKENIZER.bos_token_id and ids[-1] == TOKENIZER.eos_token_id
     assert TOKENIZER.unk_token_id not in ids[1:-1]
     decoded = TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert re.sub(r"\s", "", decoded) == expected_text(text)
+    normalized = TOKENIZER.backend_tokenizer.normalizer.normalize_str(text)  # CLIP's own rule: lower case, normal form
+    assert re.sub(r"\s", "", decoded) == re.sub(r"\s", "", normalized)
 
 
 def test_words_of_a_prompt_in_another_order_or_another_percentage_are_other_tokens():

@@ -6,7 +6,6 @@ import argparse
 import functools
 
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch.utils.tensorboard import SummaryWriter
 
 from demo.pretraining.clips import RESOLUTIONS, rendered_clips
@@ -14,13 +13,13 @@ from demo.pretraining.text_encoder import train_text_encoder
 from demo.pretraining.unet import train_unet
 from demo.pretraining.vae import encoded_clips, latent_scaling_factor, train_vae
 from demo.pretraining.validation import held_out_pairs, vae_ceiling, validate
-from pecn.frame_store import digest, module_bytes
+from pecn.model import Pipeline, digest, module_bytes
 
 
-def pretrain(pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Namespace) -> None:
-    """Trains the pipeline's models in place, as demo.make_model's options say; a stage of 0 steps is left out.
+def pretrain(pipeline: Pipeline, args: argparse.Namespace) -> None:
+    """Trains the pipeline's models in place, as demo.make_model's options say; a stage of 0 steps is skipped.
 
-    What the work folder holds already is not done again.
+    Steps whose results are in the work folder are not repeated.
     """
     models = (pipeline.vae, pipeline.text_encoder, pipeline.unet)
     args.start_weights = digest(part for model in models for part in module_bytes(model))  # for the checkpoints

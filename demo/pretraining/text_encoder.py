@@ -1,8 +1,7 @@
 """Pre-training of the demo's text encoder: it learns to tell the sentences apart before the UNet reads them.
 
-Trained from scratch together with the UNet, the encoder gave the same for every text: as long as the UNet could not use
-the text, the text was noise to it, and the encoder learned to let nothing through (after 7,000 steps a swapped left and
-right changed no prediction). Stable Diffusion's encoder comes trained as well, and stays frozen while the UNet learns.
+Trained together with the UNet, the encoder returned the same for every text: after 7,000 steps a swapped left and right
+changed no prediction. Stable Diffusion's encoder is trained before the UNet too.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import argparse
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch.utils.tensorboard import SummaryWriter
 
 from data.clips import derive_seed
@@ -21,18 +19,18 @@ from demo.pretraining.clips import CLIP_SEED, NUM_HELD_OUT_CLIPS
 from demo.pretraining.stages import train_stage
 from demo.renderer.clip import plan_clip
 from demo.renderer.templates import ACTIONS
-from pecn.model import tokenize
+from pecn.model import Pipeline, tokenize
 
 TEMPLATES = sorted({action.template for actions in ACTIONS.values() for action in actions})
 MAX_HORIZON = 10  # frames between input and target
-TOLD = 0.75  # of the prompts tell the progress, and as many tell the horizon
-# For each property its number of classes. Of progress: tenths, 0 to 9, or 10 where the sentence does not tell it; of
-# the horizon: 1 to MAX_HORIZON, or 0 where it is not told.
+TOLD = 0.75  # share of the prompts that tell the progress, and of those that tell the horizon
+# The number of classes of each property. Progress: tenths, 0 to 9, or 10 where it is not told; horizon: 1 to
+# MAX_HORIZON, or 0 where it is not told.
 NUM_CLASSES = {"template": len(TEMPLATES), "progress": 11, "horizon": MAX_HORIZON + 1}
 
 
 def sentence_batch(step: int, seed: int, num_clips: int, batch_size: int) -> tuple[list[str], torch.Tensor]:
-    """Prompts of training clips, and what each says: the classes (B, 3) of NUM_CLASSES, int64. A pure function."""
+    """Prompts of training clips, and their classes (B, 3) of the properties in NUM_CLASSES. A pure function."""
     rng = np.random.default_rng(derive_seed(seed, "sentences", step))
     prompts, classes = [], []
     for clip_index in NUM_HELD_OUT_CLIPS + rng.integers(0, num_clips, batch_size):
@@ -45,12 +43,12 @@ def sentence_batch(step: int, seed: int, num_clips: int, batch_size: int) -> tup
 
 
 def read_sentences(
-    pipeline: StableDiffusionInstructPix2PixPipeline, reader: torch.nn.Linear, prompts: list[str], classes: torch.Tensor
+    pipeline: Pipeline, reader: torch.nn.Linear, prompts: list[str], classes: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each property the scores (S, number of classes) that the reader gives, and the right classes (S,).
+    """For each property the reader's scores (S, number of classes), and the right classes (S,).
 
-    It reads every state from the end token to the 77th: those hold no word of their own, so most of what the UNet
-    attends to then says what the sentence means.
+    It reads all states from the end token to the 77th: most of the states that the UNet attends to, none of them a
+    word's own.
     """
     device, tokens = reader.weight.device, tokenize(pipeline, prompts)
     row, position = torch.nonzero(tokens == pipeline.tokenizer.eos_token_id, as_tuple=True)  # it also pads
@@ -59,12 +57,10 @@ def read_sentences(
     return list(zip(scores, classes[row].to(device).T))
 
 
-def train_text_encoder(
-    pipeline: StableDiffusionInstructPix2PixPipeline, args: argparse.Namespace, logs: SummaryWriter
-) -> float:
-    """Trains the text encoder in place, to let a linear layer name template, progress and horizon from its states.
+def train_text_encoder(pipeline: Pipeline, args: argparse.Namespace, logs: SummaryWriter) -> float:
+    """Trains the text encoder in place: a linear layer has to tell template, progress and horizon from its states.
 
-    Returns the share of one more batch that is read correctly in all three.
+    Returns for which share of another batch all three are right.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(args.seed, "sentence reader"))

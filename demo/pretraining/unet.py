@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
+from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.nn.functional import avg_pool2d
 from torch.utils.tensorboard import SummaryWriter
@@ -18,10 +18,10 @@ from demo.pretraining.clips import Clip, StoredClips, pick_size
 from demo.pretraining.stages import fast_arithmetic, memory_format, step_generator, train_stage
 from demo.pretraining.text_encoder import MAX_HORIZON, TOLD
 from pecn.diffusion import conditioning_dropout, diffusion_loss
-from pecn.model import encode_prompts
+from pecn.model import Pipeline, encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
-LAST_TIMESTEP = 0.1  # share of the samples that are all noise, where motion is decided
+LAST_TIMESTEP = 0.1  # share of the samples at the last timestep, all noise, where the motion is decided
 WINDOW = 16  # side of the windows of latents that most steps train on
 WHOLE_FRAMES = 0.25  # share of the steps that train on whole frames
 
@@ -43,7 +43,7 @@ def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> t
 def moving_windows(moments: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
     """Of each pair of frames, moments (B, 2 C, h, w), the same window (B, 2 C, WINDOW, WINDOW).
 
-    Its place is drawn in proportion to the squared change of the latents' means in it: little happens elsewhere.
+    Its place is drawn in proportion to the squared change of the latents' means in it.
     """
     input_means, target_means = (each.chunk(2, dim=1)[0] for each in moments)
     change = (target_means - input_means).square().mean(dim=1, keepdim=True)
@@ -57,7 +57,7 @@ def moving_windows(moments: Sequence[torch.Tensor], generator: torch.Generator) 
 
 
 def noised_batch(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pipeline: Pipeline,
     input_moments: torch.Tensor,
     target_moments: torch.Tensor,
     prompts: Sequence[str],
@@ -65,15 +65,14 @@ def noised_batch(
     dropout: float = CONDITIONING_DROPOUT,
     last_timestep: float = LAST_TIMESTEP,
 ) -> dict[str, torch.Tensor]:
-    """What `diffusion_loss` takes, on the UNet's device, from moments (B, 2 C, h, w) and B prompts.
+    """A batch for `diffusion_loss`, on the UNet's device, from moments (B, 2 C, h, w) and B prompts.
 
-    Latents, noise, timesteps and what is dropped are drawn from `generator`.
+    Everything random is drawn from `generator`.
     """
     posterior = DiagonalGaussianDistribution(target_moments)
     posterior_noise, noise = torch.randn(2, *posterior.mean.shape, generator=generator)
     drop_text, drop_image = conditioning_dropout(torch.rand(len(prompts), generator=generator), dropout)
     num_timesteps = pipeline.scheduler.config.num_train_timesteps
-    # The others have any timestep: late ones decide what lies where, early ones its color and detail.
     timesteps = torch.randint(num_timesteps, (len(prompts),), generator=generator)
     timesteps[torch.rand(len(prompts), generator=generator) < last_timestep] = num_timesteps - 1
     latents = {
@@ -89,7 +88,7 @@ def noised_batch(
 
 
 def unet_batch(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pipeline: Pipeline,
     sizes: Sequence[StoredClips],
     step: int,
     seed: int,
@@ -107,7 +106,7 @@ def unet_batch(
 
 
 def train_unet(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pipeline: Pipeline,
     sizes: Sequence[StoredClips],
     args: argparse.Namespace,
     logs: SummaryWriter,

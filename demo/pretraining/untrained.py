@@ -32,7 +32,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = CLIPTextModel(config)
-    # At CLIP's own 0.02 words and their order are lost beside what the layers add to these embeddings.
+    # With CLIP's own 0.02, words and their order are small compared with what the layers add.
     with torch.no_grad():
         for embedding in (model.get_input_embeddings(), model.embeddings.position_embedding):
             embedding.weight *= 0.3 / embedding.weight.std()
@@ -59,8 +59,8 @@ def build_vae() -> AutoencoderKL:
 def build_unet() -> UNet2DConditionModel:
     """An untrained UNet for latents of side 24 or 32: the noisy channels, then as many of the input frame.
 
-    It attends, to the sentence and from place to place, at a half and a quarter of the latents' resolution, where most
-    of its weights are. A summary of the sentence is added to the timestep's embedding as well.
+    It has attention at a half and a quarter of the latents' resolution. A summary of the sentence is added to the
+    timestep's embedding as well.
     """
     return UNet2DConditionModel(
         sample_size=24,
@@ -89,8 +89,8 @@ def build_pipeline(seed: int) -> StableDiffusionInstructPix2PixPipeline:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction",  # its loss also counts where all is noise, and there the motion is decided
-        timestep_spacing="trailing",  # begins where all is noise, for any number of steps
+        prediction_type="v_prediction",  # its loss also counts where all is noise, where the motion is decided
+        timestep_spacing="trailing",  # starts at the last timestep for any number of steps
     )
     return assemble_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,14 +13,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from data.clips import derive_seed
-from data.stored_array import stored_array
 from demo.pretraining.clips import StoredClips, pick_size
 from demo.pretraining.stages import fast_arithmetic, memory_format, step_generator, train_stage
-from pecn.frame_store import digest, module_bytes
+from pecn.encoded_frames import stored_array
+from pecn.model import digest, module_bytes
 
 CROP = 64  # pixels
-CROPPED_SHARE = 0.85  # of the steps see crops (more pictures for the same work), the rest whole frames
-KL_WEIGHT = 1e-3  # a small part of what a variational bound gives it: enough to keep the latents bounded
+CROPPED_SHARE = 0.85  # of the steps train on crops, the last ones on whole frames
+KL_WEIGHT = 1e-3  # enough to keep the latents bounded
 ENCODING_BATCH = 64
 
 
@@ -66,20 +65,19 @@ def train_vae(vae: AutoencoderKL, sizes: Sequence[StoredClips], args: argparse.N
 
 
 def encoded_clips(vae: AutoencoderKL, frames: StoredClips, args: argparse.Namespace) -> StoredClips:
-    """The latents of all frames, encoded where the work folder does not hold those of this VAE yet."""
+    """The latents of all frames; encoded if the work folder does not have those of this VAE."""
     device, num_frames, side = vae.device, *frames.rows.shape[:2]
     weights = digest(module_bytes(vae.to("cpu")))
     side_of_latents = side // 2 ** (len(vae.config.block_out_channels) - 1)
     shape = (num_frames, 2 * vae.config.latent_channels, side_of_latents, side_of_latents)
     path = args.work_dir / f"latents-{side}-of-{args.num_clips}-clips-{weights}.npy"
-    rows_from = functools.partial(encode_all, vae.to(device), frames.rows)
-    return replace(frames, rows=stored_array(path, np.float16, shape, rows_from))
+    return replace(frames, rows=stored_array(path, np.float16, shape, encode_all(vae.to(device), frames.rows)))
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, frames: np.ndarray, first: int) -> Iterator[np.ndarray]:
-    """The posterior's means and log variances of uint8 frames (N, H, W, 3) from the first on, some at a time."""
-    for start in trange(first, len(frames), ENCODING_BATCH, desc=f"encoding at {frames.shape[1]} pixels", unit="batch"):
+def encode_all(vae: AutoencoderKL, frames: np.ndarray) -> Iterator[np.ndarray]:
+    """The posterior's means and log variances of uint8 frames (N, H, W, 3), batch by batch."""
+    for start in trange(0, len(frames), ENCODING_BATCH, desc=f"encoding at {frames.shape[1]} pixels", unit="batch"):
         pictures = to_pictures(frames[start : start + ENCODING_BATCH], vae.device)
         yield vae.encode(pictures).latent_dist.parameters.cpu().numpy()
 

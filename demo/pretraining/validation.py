@@ -1,4 +1,4 @@
-"""What held-out clips say of the demo's base model while it is trained: single samples, their scores and a picture."""
+"""How good the demo's base model is while it is trained: one draw of each held-out pair, its scores and a picture."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch.utils.tensorboard import SummaryWriter
 
 from data.clips import derive_seed
 from data.files import make_folder
 from data.prompts import action_progress, build_prompt
 from demo.pretraining.clips import StoredClips
-from pecn.pictures import save_picture, sheet_of_strips, strip_of_frames
-from pecn.sampling import Prediction, predict_frames, reconstruct_frame
+from pecn.model import Pipeline
+from pecn.pictures import frame_panels, panel_row, save_picture, sheet
+from pecn.sampling import PredictedFrame, Prediction, predict_frames, reconstruct_frame
 from pecn.sampling_options import SamplingOptions
-from pecn.scores import score_prediction, summarize_group
+from pecn.scores import score_prediction, summarize
 
 INPUT_FRAME, TARGET_FRAME = 20, 25
-# No guidance, and the input frame is put back nowhere: what the model itself draws.
-OPTIONS = SamplingOptions(20, guidance_scale=1, image_guidance_scale=1, scheduler="euler", residual=False)
+OPTIONS = SamplingOptions(20, guidance_scale=1, image_guidance_scale=1, scheduler="euler")  # no guidance
 
 
 @dataclass(frozen=True)
@@ -42,55 +41,49 @@ def held_out_pairs(frames: StoredClips) -> HeldOutPairs:
     return HeldOutPairs(inputs, targets, [build_prompt(c.label, p, horizon) for c, p in zip(clips, progresses)])
 
 
-def compared(pairs: HeldOutPairs, samples: Sequence[np.ndarray]) -> list[Prediction]:
-    """The samples beside their pairs' frames."""
-    unused = dict.fromkeys(("expected", "uncertainty", "vae_ceiling"))
+def with_predicted(pairs: HeldOutPairs, predicted: Sequence[PredictedFrame]) -> list[Prediction]:
+    """The predicted frames together with their pairs."""
     return [
-        Prediction(video_id="", task="", edit_prompt=prompt, input=image, sample=sample, target=target, **unused)
-        for image, target, prompt, sample in zip(pairs.inputs, pairs.targets, pairs.prompts, samples)
+        Prediction(video_id="", task="", edit_prompt=prompt, input=image, predicted=frame, target=target)
+        for image, target, prompt, frame in zip(pairs.inputs, pairs.targets, pairs.prompts, predicted)
     ]
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Where something moves: the samples' sharpness (median), their gains over the copy, and the share of frames."""
-    moving = summarize_group([score_prediction(prediction) for prediction in predictions])["moving"]
+    """Where something moves: the samples' sharpness (median), PSNR, gains over the copy, and share of good frames."""
+    rows = [score_prediction(prediction) | {"task": prediction.task} for prediction in predictions]
+    sample = summarize(rows)["all"]["sample"]
     return {
-        "sharpness": moving["sharpness"]["sample"]["median"],
-        "ssim_gain": moving["ssim"]["sample"]["gain"],
-        "psnr_gain": moving["psnr"]["sample"]["gain"],
-        "psnr": moving["psnr"]["sample"]["mean"],
-        "frames": moving["frames"]["sample"]["share"],
+        "sharpness": sample["sharpness"]["value"],
+        "ssim_gain": sample["ssim"]["gain"],
+        "psnr_gain": sample["psnr"]["gain"],
+        "psnr": sample["psnr"]["value"],
+        "good_frames": sample["good_frame"]["value"],
     }
 
 
 def scores_in_words(scores: dict[str, float]) -> str:
     return (
         f"sharpness {scores['sharpness']:.2f}, SSIM - copy {scores['ssim_gain']:+.3f}, PSNR {scores['psnr']:.1f} dB,"
-        f" - copy {scores['psnr_gain']:+.2f} dB, frames {scores['frames']:.0%}"
+        f" - copy {scores['psnr_gain']:+.2f} dB, good frames {scores['good_frames']:.0%}"
     )
 
 
-def vae_ceiling(pipeline: StableDiffusionInstructPix2PixPipeline, pairs: HeldOutPairs) -> str:
-    """In words what a perfect prediction would score: the targets after one trip through the VAE."""
-    reconstructed = [reconstruct_frame(pipeline, target) for target in pairs.targets]
-    return scores_in_words(score(compared(pairs, reconstructed)))
+def vae_ceiling(pipeline: Pipeline, pairs: HeldOutPairs) -> str:
+    """The scores, in words, of the targets after one trip through the VAE: no prediction can be better."""
+    reconstructed = [PredictedFrame(reconstruct_frame(pipeline, target), None, None) for target in pairs.targets]
+    return scores_in_words(score(with_predicted(pairs, reconstructed)))
 
 
-def validate(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
-    pairs: HeldOutPairs,
-    args: argparse.Namespace,
-    logs: SummaryWriter,
-    step: int,
-) -> None:
-    """Draws one sample of each pair, and logs, prints and saves what came of it; the noise is the same each time."""
+def validate(pipeline: Pipeline, pairs: HeldOutPairs, args: argparse.Namespace, logs: SummaryWriter, step: int) -> None:
+    """Predicts each pair with noise that is the same at every step; logs, prints and saves scores and pictures."""
     seeds = [derive_seed(args.seed, "validation", index) for index in range(len(pairs.inputs))]
-    predicted = predict_frames(pipeline, pairs.inputs, pairs.prompts, seeds, OPTIONS)
-    predictions = compared(pairs, [frame.sample for frame in predicted])
+    predictions = with_predicted(pairs, predict_frames(pipeline, pairs.inputs, pairs.prompts, seeds, OPTIONS))
     scores = score(predictions)
     for name, value in scores.items():
         logs.add_scalar(f"validation/{name}", value, step)
-    picture = sheet_of_strips([strip_of_frames(prediction) for prediction in predictions])
+    rows = [panel_row(frame_panels(prediction), [prediction.edit_prompt]) for prediction in predictions]
+    picture = sheet(rows, columns=2)
     logs.add_image("validation/input_sample_target", picture, step, dataformats="HWC")
     make_folder(args.work_dir / "validation")
     save_picture(args.work_dir / "validation" / f"step-{step:06}.png", picture)
