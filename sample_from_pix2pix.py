@@ -6,8 +6,7 @@ or how the videos go on (`--rollout 10`), or what follows a picture of your own,
 
     python sample_from_pix2pix.py --model_dir outputs/instruct_pix2pix_128 --image photo.jpg --prompt "pushing a cup"
 
-Options that are left out are as the model was trained and validated: its training_config.json has them. The work is
-done by pecn/evaluation.py.
+Options that are left out come from the model's training_config.json. pecn/evaluation.py does the work.
 """
 
 from __future__ import annotations

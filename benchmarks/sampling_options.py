@@ -62,7 +62,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
-    """The rows of the table."""
+    """The rows of the table; what is the same as an earlier row is left out."""
     paper = INSTRUCT_PIX2PIX
     rows = {
         "InstructPix2Pix's own": paper,
@@ -81,7 +81,8 @@ def alternatives(base: SamplingOptions) -> dict[str, SamplingOptions]:
         rows[f"  scheduler: {name}"] = replace(base, scheduler=name)
     for strength in (0.5, 0.75, 0.9, 1.0):
         rows[f"  strength: {strength}"] = replace(base, strength=strength)
-    return rows
+    first_names = {options: name for name, options in reversed(rows.items())}
+    return {name: options for name, options in rows.items() if first_names[options] == name}
 
 
 def find_pairs(args: argparse.Namespace) -> list[FramePair]:

@@ -120,7 +120,7 @@ def predict_and_score(args: argparse.Namespace, pairs: Sequence[clips.FramePair]
             print(clips.describe_left_out(unpaired))
         words = scores.better_or_not(compared["psnr"], compared["num_moving"], str(args.against))
         ours, theirs = compared["good_frames"]
-        print(f"where something moves {words}; good frames {ours:.0%}, there {theirs:.0%}")
+        print(f"where something moves it is {words}; good frames {ours:.0%}, there {theirs:.0%}")
 
 
 def save_predictions(new: Path, predictions: Iterable[Prediction], note: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from data.cli import UserError
 from data.clips import DEFAULT_INPUT_FRAME_IDX, Clip, FrameChoice, derive_seed
 from data.video_decoder import load_picture
 from pecn.model import Pipeline
-from pecn.pictures import panel_row, save_picture, sheet
+from pecn.pictures import panel_row, save_gif, save_picture, sheet
 from pecn.sampling import PredictedFrame, Prediction, predict_frames
 from pecn.sampling_options import DEFAULT_OPTIONS, SamplingOptions
 from pecn.scores import score_prediction
@@ -127,8 +127,7 @@ def save_rollout(folder: Path, rollout: Rollout) -> None:
     height, width = (side // 2 * 2 for side in film.shape[1:3])  # what H.264 needs
     even = film[:, :height, :width]
     iio.imwrite(folder / "rollout.mp4", even, plugin="pyav", codec="libx264", fps=FRAMES_PER_SECOND)
-    durations = [1000 / FRAMES_PER_SECOND] * (len(film) - 1) + [1000 * PAUSE]
-    iio.imwrite(folder / "rollout.gif", film, duration=durations, loop=0)
+    save_gif(folder / "rollout.gif", film, [1 / FRAMES_PER_SECOND] * (len(film) - 1) + [PAUSE])
     strips = [
         panel_row(list(zip(titles, truths)), [f"{rollout.clip.label}: truth above, prediction below"]),
         panel_row(list(zip(titles, predictions))),

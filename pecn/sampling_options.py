@@ -22,8 +22,7 @@ SCHEDULERS = {
 class SamplingOptions:
     """What a prediction depends on beside the model, the frame, the prompt and the seed.
 
-    With the defaults of the last two it is the picture of diffusers' own pipeline, except that the latter drops the
-    image guidance too where `guidance_scale` is 1.
+    With the last two left alone it is the picture of diffusers' own pipeline, which needs a `guidance_scale` above 1.
     """
 
     num_inference_steps: int = 20  # denoising steps

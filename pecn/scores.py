@@ -31,8 +31,7 @@ PREDICTED = WAYS[:2]
 
 HIGHEST_PSNR = 100.0  # stands for the infinite PSNR of identical pictures, so that means and JSON stay finite
 # A pixel moves where any color channel of input and target differs by more than this many levels of 0..255.
-# Where nothing moves, sensor noise and VP9 at 96 and 128 pixels made 99.99% of pixels differ by at most 10 levels
-# and none by more than 14 (30 rendered clips, frame 20 to 25).
+# Where nothing moves, noise and VP9 made no pixel differ by more than 14 (30 rendered clips, frame 20 to 25).
 MOVING_THRESHOLD = 20
 # Dilation takes in the soft rim of what moves: 2 pixels at a side of 96, 3 at 128.
 DILATION_RADIUS = 1 / 48  # of the picture's longer side

@@ -5,7 +5,8 @@ import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from safetensors.torch import load_file
 
-from pecn.lora import add_adapter, has_adapter, merged, save_adapter
+from pecn.checkpoints import save_pipeline
+from pecn.lora import add_adapter, merged
 from pecn.optimization import create_optimizer, trained_weights
 from tests.conftest import make_tiny_pipeline
 
@@ -36,7 +37,8 @@ def test_an_adapter_changes_nothing_at_first_and_little_is_trained():
 
 
 def test_merged_and_loaded_adapters_compute_what_was_trained(tmp_path):
-    unet, inputs = make_tiny_pipeline().unet, random_input()
+    pipeline, inputs = make_tiny_pipeline(), random_input()
+    unet = pipeline.unet
     add_adapter(unet, rank=4, seed=0)
     with torch.no_grad():
         for name, weight in unet.named_parameters():
@@ -44,10 +46,13 @@ def test_merged_and_loaded_adapters_compute_what_was_trained(tmp_path):
                 weight += 0.1 * torch.randn_like(weight)
         trained, plain = unet(*inputs).sample, merged(unet)
         torch.testing.assert_close(plain(*inputs).sample, trained)
-        assert not has_adapter(plain) and has_adapter(unet)
+        assert not hasattr(plain, "peft_config") and hasattr(unet, "peft_config")
         assert list(plain.state_dict()) == list(make_tiny_pipeline().unet.state_dict())
 
-        save_adapter(unet, tmp_path)
+        save_pipeline(pipeline, tmp_path, {})
+        assert pipeline.unet is unet
+        saved = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path)
+        torch.testing.assert_close(saved.unet(*inputs).sample, trained)
         assert {name.partition(".")[0] for name in load_file(tmp_path / "pytorch_lora_weights.safetensors")} == {"unet"}
         base = make_tiny_pipeline()
         assert (base.unet(*inputs).sample - trained).abs().max() > 1e-3

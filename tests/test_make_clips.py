@@ -103,11 +103,6 @@ def test_what_would_be_mixed_or_overwritten_is_refused_in_one_line(clips_dir: Pa
     assert file_bytes(clips_dir) | file_bytes(tmp_path) == before
 
 
-def test_an_impossible_option_is_refused(tmp_path: Path) -> None:
-    assert "--num_workers" in error_line(run_make_clips(tmp_path / "demo", "--num_workers", 0), status=2)
-    assert not (tmp_path / "demo").exists()
-
-
 def test_plans_are_balanced_unique_and_worded_as_in_sthv2() -> None:
     plans = [plan_clip(42, split, index) for split in ("train", "val") for index in range(480)]
     assert len({plan.annotation["id"] for plan in plans}) == len(plans)

@@ -63,7 +63,8 @@ def test_csv_becomes_a_data_directory_to_train_on_and_sample_from(prepare, video
         "kitchen/shut.mkv, shutting a door, , val",
         "把杯子.webm, moving a cup up, move_object, train",
     ]
-    assert "3 videos for training and 2 for validation" in prepare("\r\n".join(rows)).stdout
+    printed = prepare("\r\n".join(rows)).stdout
+    assert "train: 3 videos in " in printed and "val: 2 videos in " in printed
     data_dir = tmp_path / "mine"
     entries = entries_of(data_dir)
     assert entries.keys() == CLIPS.keys()
