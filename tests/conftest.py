@@ -70,7 +70,11 @@ def run_forked(words: list[str], processes: int = 1, **how: object) -> subproces
     `how` is what `fork_script` takes.
     """
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
-        several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": str(processes)}
+        several = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(server.getsockname()[1]),
+            "WORLD_SIZE": str(processes),
+        }
         server.close()
         outputs = [[Path(folder, f"{name}{rank}") for name in ("stdout", "stderr")] for rank in range(processes)]
         started = []

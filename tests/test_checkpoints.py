@@ -43,6 +43,10 @@ def test_a_run_never_mixes_with_an_earlier_one(tmp_path):
     for asked in (str(checkpoint), None):
         with pytest.raises(UserError, match=r"other has checkpoints of an earlier run \(checkpoint-5\)"):
             find_checkpoint(tmp_path / "other", asked)
+    (tmp_path / "model_index.json").touch()
+    for asked in (str(checkpoint), None, "latest"):
+        with pytest.raises(UserError, match="holds a model, which training would overwrite"):
+            find_checkpoint(tmp_path, asked)
 
 
 def test_the_upload_is_private_and_never_names_the_token(monkeypatch, tmp_path):

@@ -214,12 +214,6 @@ def test_every_sample_is_seen_once_an_epoch(encoded):
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_batches_follow_the_seed(encoded):
-    first, again, other = (batches(encoded, seed=seed)[1] for seed in (1, 1, 2))
-    assert torch.equal(first["noise"], again["noise"])
-    assert not torch.equal(first["noise"], other["noise"])
-
-
 def test_targets_are_samples_of_the_scaled_posterior(encoded):
     stream = batches(encoded, train_batch_size=6, max_train_steps=400)
     mean, logvar = torch.stack([moments_of(encoded, sample, 21) for sample in range(6)]).chunk(2, dim=1)

@@ -77,17 +77,11 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, recorded, tmp_path):
     assert "1 samples have no frame to predict (frame 20 to 21)" in done.stdout
 
 
-def test_a_single_prediction_leaves_no_expected_frame(data_dir, tiny_model, tmp_path):
-    done = sample(data_dir, tiny_model, tmp_path)  # one is the default
-    assert "expected" not in (tmp_path / "metrics.json").read_text() + done.stdout
-    assert "background kept" not in done.stdout and not results(tmp_path)["settings"]["keep_background"]
-    names = {path.name for path in (tmp_path / "samples").rglob("*.png")}
-    assert names == {"comparison.png", "input.png", "prediction.png", "target.png"}
-
-
 def test_runs_are_compared_on_the_pairs_of_both(data_dir, tiny_model, tmp_path):
     """Pictures do not depend on the batch or on how many are drawn."""
     sample(data_dir, tiny_model, tmp_path / "all", "--num_samples", "all", "--batch_size", 4)
+    names = {path.name for path in (tmp_path / "all" / "samples").rglob("*.png")}
+    assert names == {"comparison.png", "input.png", "prediction.png", "target.png"}  # one draw has no mean
     options = ("--num_samples", 2, "--batch_size", 1, "--against", tmp_path / "all")
     done = sample(data_dir, tiny_model, tmp_path / "two", *options)
     folders = list((tmp_path / "two" / "samples").iterdir())
@@ -162,7 +156,9 @@ def test_the_overview_goes_from_the_best_pair_to_the_worst(tiny_model, tmp_path)
         write_frames(data_dir, f"v{number}", range(19, 24), seed=number)
     write_json(data_dir / "annotations" / "val_filtered.json", entries)
     sample(data_dir, tiny_model, tmp_path / "out", "--num_samples", "all")
-    gains = {row["video_id"]: row["sample"]["psnr"] - row["copy"]["psnr"] for row in results(tmp_path / "out")["samples"]}
+    gains = {
+        row["video_id"]: row["sample"]["psnr"] - row["copy"]["psnr"] for row in results(tmp_path / "out")["samples"]
+    }
     ranked = sorted(gains, key=gains.get, reverse=True)
     overview = read(tmp_path / "out" / "overview.png")
     for place, of_all in ((0, 0), (8, 21)):

@@ -109,8 +109,8 @@ def test_commands_end_in_one_line(data_dir, model, tmp_path):
     trap, output_dir = tmp_path / "trap", tmp_path / "output"
     unet_file(model).unlink()
     write_trap(unet_file(model).with_suffix(".bin"), trap)
-    done = run("python", *sampling_command(data_dir, model, output_dir), check=False)
-    for done in (done, train(data_dir, model, output_dir, check=False)):
+    sampled = run("python", *sampling_command(data_dir, model, output_dir), check=False)
+    for done in (sampled, train(data_dir, model, output_dir, check=False)):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert last_line(done.stderr).startswith(f"error: the model {model} cannot be loaded: unet/ holds no *.safet")
     assert not trap.exists() and not list(output_dir.rglob("model*"))

@@ -164,10 +164,3 @@ def test_all_that_the_scripts_run_is_understood(script, variables, commands, mon
         monkeypatch.setattr("sys.argv", [first, *words])
         args = parse_args()
         assert script.startswith("benchmarks") or args.output_dir == tmp_path / "run"
-
-
-def test_ci_runs_the_readmes_test_command():
-    ci, readme = (PROJECT / ".ci" / "run").read_text(), (PROJECT / "README.md").read_text()
-    assert "python -m pytest" in readme and "bash test_train_instruct_pix2pix.sh" in readme
-    assert "pip install -r requirements.txt && python -m pytest" in ci.replace("--quiet ", "")
-    assert os.access(PROJECT / ".ci" / "run", os.X_OK)
