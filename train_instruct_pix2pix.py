@@ -52,6 +52,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_train_steps", type=count, help="optimizer steps, overrides --num_train_epochs")
     add("--seed", type=int, default=42, help="order, noise, timesteps and dropout follow from it (%(default)s)")
     third = number(float, at_least=0, at_most=1 / 3)
+    scale_help = "learn to draw in one pass what guidance of this scale draws in two (Tang et al., 2025); 1: do not"
+    add("--model_guidance_scale", type=number(float, at_least=1), default=1.0, help=f"{scale_help} (%(default)s)")
     add("--conditioning_dropout_prob", type=third, default=0.05, help="for text, image, and both (%(default)s)")
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -66,8 +68,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("speed and memory").add_argument
     precisions = ["auto", "no", "fp16", "bf16"]
-    precision_help = "auto: bf16 where the GPU or CPU is fast in it, else fp16 (on a CPU no)"
-    add("--mixed_precision", choices=precisions, help=f"{precision_help} (what accelerate is configured for)")
+    precision_help = "auto: bf16 where GPU or CPU are fast in it, else fp16, on a CPU no (accelerate's configuration)"
+    add("--mixed_precision", choices=precisions, help=precision_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     add("--compile", action="store_true", help="torch.compile the UNet: slow first step, faster ones after")
 
@@ -80,8 +82,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume_from_checkpoint", help="a checkpoint's directory, or 'latest'")
     add("--validation_epochs", type=count, default=5, help="epochs between validations (%(default)s)")
     add("--num_validation_images", type=index, default=4, help="validation pairs to predict, 0: none (%(default)s)")
-    add("--push_to_hub", action="store_true", help="upload the trained pipeline, to a private repository")
+    add("--save_best", action="store_true", help="keep the pipeline of the lowest held-out loss too, as best/")
+    add("--push_to_hub", action="store_true", help="upload the trained pipeline")
     add("--hub_model_id", help="repository to upload to (the output directory's name)")
+    add("--hub_private", **SWITCH | {"default": True}, help="make the repository private (%(default)s)")
     add("--hub_token", help="token for the upload (what `hf auth login` stored); never logged")
     add_sampling_options(parser)
 

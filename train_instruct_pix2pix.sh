@@ -18,6 +18,7 @@ GRADIENT_ACCUM=${GRADIENT_ACCUM:-1}        # passes a step: 2 with BATCH_SIZE=8 
 EPOCHS=${EPOCHS:-20}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-}       # overrides EPOCHS
 LEARNING_RATE=${LEARNING_RATE:-}           # empty: 5e-6, with LORA=True 1e-4 (the demo's model: 3e-4 and 1e-3)
+MODEL_GUIDANCE_SCALE=${MODEL_GUIDANCE_SCALE:-}  # 2: learn to draw in one pass what guidance draws; objects keep their looks
 LORA=${LORA:-False}                        # True: an adapter is trained, in much less memory, and merged when saved
 LR_SCHEDULER=${LR_SCHEDULER:-constant}     # or constant_with_warmup, linear, cosine
 LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-0}
@@ -45,7 +46,7 @@ if [[ -z $ACCELERATE_CONFIG ]]; then arguments+=(--mixed_precision "$MIXED_PRECI
 # Variables whose flag has the same name, where they are set; the last line has those of sample_from_pix2pix.sh, which
 # say how validation predicts.
 for name in OUTPUT_DIR RESOLUTION INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON MAX_TRAIN_STEPS LEARNING_RATE LR_SCHEDULER \
-  LR_WARMUP_STEPS SEED CHECKPOINTING_STEPS CHECKPOINTS_TOTAL_LIMIT VALIDATION_EPOCHS NUM_VALIDATION_IMAGES \
+  MODEL_GUIDANCE_SCALE LR_WARMUP_STEPS SEED CHECKPOINTING_STEPS CHECKPOINTS_TOTAL_LIMIT VALIDATION_EPOCHS NUM_VALIDATION_IMAGES \
   NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH NUM_PREDICTIONS KEEP_BACKGROUND; do
   if [[ -n ${!name:-} ]]; then arguments+=("--${name,,}" "${!name}"); fi
 done
@@ -59,7 +60,8 @@ elif (( NUM_PROCESSES > 1 )); then
 fi
 
 export PYTHONUNBUFFERED=1
-# Seconds that torch's launcher leaves its processes after a signal, for saving a checkpoint.
+# torch's launcher passes these signals on, and leaves its processes so many seconds for saving a checkpoint.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # glibc keeps freed memory for the next step, which on a CPU takes a third off a step of Stable Diffusion's size.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}

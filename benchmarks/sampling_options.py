@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data.cli import CommandParser, UserError, number, run_command
 from data.clips import FramePair, add_frame_options, choose_balanced, draw_pair, find_clips, frame_choice, settle_frames
-from pecn.evaluation import RECORDED, load_model
+from pecn.evaluation import RECORDED, loaded_model
 from pecn.model import Pipeline, find_model, read_training_config
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import SCHEDULERS, SamplingOptions, add_sampling_options, sampling_options
@@ -117,14 +117,15 @@ def main(args: argparse.Namespace) -> None:
     rows = alternatives(base)
     if args.quick:
         rows = {name: replace(options, num_inference_steps=QUICK_STEPS) for name, options in list(rows.items())[:4]}
-    pairs, pipeline = find_pairs(args), load_model(args.model_dir)
+    pairs = find_pairs(args)
     flags = " ".join(f"--{name} {value}" for name, value in vars(base).items())
     print(f"{len(pairs)} pairs of {args.data_dir}, model {args.model_dir}, {flags}")
     if args.quick:
         print(f"all rows in {QUICK_STEPS} steps")
     print(HEAD(*HEADINGS))
-    for name, options in rows.items():
-        print_row(name, pipeline, pairs, args, options)
+    with loaded_model(args.model_dir) as pipeline:
+        for name, options in rows.items():
+            print_row(name, pipeline, pairs, args, options)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ class OurStep:
         self.optimizer = self.accelerator.prepare(
             optimization.create_optimizer(model, LEARNING_RATE, self.use_8bit_adam)
         )
-        self.passes = self.batches.load(0, self.pipeline, self.accelerator.device)
+        self.passes = self.batches.load(0, self.pipeline, self.accelerator)
         self.unread: list[torch.Tensor] = []
 
     def take(self) -> None:

@@ -92,5 +92,5 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-# An option that can be written alone (`--lpips`) or with its value (`--lpips True`), as scripts do.
+# An option that can be written alone (`--use_lora`) or with its value (`--use_lora True`), as scripts do.
 SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}

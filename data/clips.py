@@ -94,7 +94,7 @@ def add_frame_options(parser: argparse._ActionsContainer) -> None:
     index = number(at_least=0, at_most=999_999)
     parser.add_argument("--input_frame_idx", type=lambda text: ANY if text == ANY else index(text), help=start_help)
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--target_frame_idx", type=index, help="frame to predict (21)")
+    either.add_argument("--target_frame_idx", type=index, help="frame to predict (the next one)")
     horizon_help = "in place of the target: predict so many frames later, such as 5, or each of 1-10"
     either.add_argument("--horizon", type=lambda text: horizons_of(text) and text, help=horizon_help)
 

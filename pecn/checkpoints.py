@@ -20,14 +20,21 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from huggingface_hub import HfApi
+from diffusers.training_utils import EMAModel
+from huggingface_hub import HfApi, ModelCardData
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from data.cli import UserError, one_line
-from data.files import partial_path, parts_replaced, whole_or_absent, write_json
+from data.clips import frame_choice
+from data.files import partial_path, parts_replaced, whole_or_absent, write_file, write_json
+from data.prompts import build_prompt
 from pecn import lora
-from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG, Pipeline, load_pipeline, read_training_config
+from pecn.diffusion import add_image_channels, changed_scheduler
+from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG, Pipeline, find_model, load_pipeline, read_training_config
+from pecn.optimization import averaged_weights, trained_weights
 
+MODEL_CARD = "README.md"
 HOW_TO_RESUME = "RESUME=latest (--resume_from_checkpoint latest)"
 
 
@@ -58,29 +65,64 @@ def save_checkpoint(
     return final
 
 
-def save_pipeline(pipeline: Pipeline, output_dir: Path, config: dict[str, Any]) -> None:
+def save_pipeline(
+    pipeline: Pipeline, output_dir: Path, config: dict[str, Any], adapter: dict[str, torch.Tensor] | None = None
+) -> None:
     """Puts the whole pipeline and its training config into the output directory, beside the checkpoints.
 
-    Where its UNet has an adapter, an ordinary UNet that the adapter is part of is saved, and the adapter beside it, as
-    a pipeline's `load_lora_weights` loads it, without the first convolution.
+    An adapter, which is merged into the pipeline's UNet, is saved too, as a pipeline's `load_lora_weights` loads it.
     """
     with (
         failure_in_one_line(f"the pipeline in {output_dir}", output_dir),
         parts_replaced(output_dir, last=PIPELINE_INDEX) as folder,
     ):
-        trained = pipeline.unet
-        if hasattr(trained, "peft_config"):
-            Pipeline.save_lora_weights(folder, get_peft_model_state_dict(trained))
-            pipeline.unet = lora.merged(trained)
+        if adapter:
+            Pipeline.save_lora_weights(folder, adapter)
         pipeline.save_pretrained(folder, safe_serialization=True)
-        pipeline.unet = trained
         write_json(folder / TRAINING_CONFIG, config)
 
 
-def create_hub_repository(name: str, token: str | None) -> str:
-    """Makes the private repository to upload to, or finds it; returns its full name. Raises UserError if it cannot."""
+def save_trained(
+    args: argparse.Namespace, pipeline: Pipeline, ema: EMAModel | None, folder: Path, config: dict[str, Any]
+) -> None:
+    """Saves the pipeline as trained so far; with LoRA the base model in float32, with the adapter merged into it."""
+    with averaged_weights(ema, pipeline.unet):
+        adapter = None
+        if args.use_lora:
+            adapter, trained = get_peft_model_state_dict(pipeline.unet), lora.trained_state(pipeline.unet)
+            pipeline = load_base_model(args)
+            lora.merge(pipeline.unet, trained)
+        save_pipeline(pipeline, folder, config, adapter)
+
+
+def save_model_card(output_dir: Path, arguments: dict[str, Any], scores: str) -> None:
+    """Writes README.md: what the model was made of, how it is prompted, and what its last validation gave."""
+    base, choice = arguments["pretrained_model_name_or_path"], frame_choice(arguments)
+    data = ModelCardData(base_model=None if Path(base).exists() else base, library_name="diffusers")
+    told = (60 if arguments["add_progress"] else None, 5 if choice.tell_horizon else None)
+    settings = "\n".join(f"- {name}: {value}" for name, value in sorted(arguments.items()))
+    text = f"""---
+{data.to_yaml()}
+---
+# {output_dir.name}
+
+Predicts a future frame of a video ({choice}, {arguments["resolution"]} pixels). Fine-tuned from `{base}` with PECN.
+{scores}
+
+```python
+pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained("{output_dir.name}")
+pipeline({build_prompt("pushing a cup from left to right", *told)!r}, image=frame).images[0]
+```
+
+{settings}
+"""
+    write_file(output_dir / MODEL_CARD, text)
+
+
+def create_hub_repository(name: str, token: str | None, private: bool) -> str:
+    """Makes the repository to upload to, or finds it; returns its full name. Raises UserError if it cannot."""
     try:
-        return HfApi(token=token).create_repo(name, private=True, exist_ok=True).repo_id
+        return HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
     except Exception as error:
         raise UserError(
             f"cannot upload to {name}: {one_line(error)}; log in with `hf auth login`, or leave --push_to_hub out"
@@ -88,12 +130,11 @@ def create_hub_repository(name: str, token: str | None) -> str:
 
 
 def upload(output_dir: Path, repository: str, token: str | None) -> None:
-    """Uploads the trained pipeline and its training config, and nothing else: no video's frames."""
+    """Uploads the trained pipeline, its training config and its card, and nothing else: no video's frames."""
     try:
-        load_pipeline(output_dir).push_to_hub(repository, token=token, private=True)
-        HfApi(token=token).upload_file(
-            path_or_fileobj=output_dir / TRAINING_CONFIG, path_in_repo=TRAINING_CONFIG, repo_id=repository
-        )
+        load_pipeline(output_dir).push_to_hub(repository, token=token)
+        for name in (TRAINING_CONFIG, MODEL_CARD):
+            HfApi(token=token).upload_file(path_or_fileobj=output_dir / name, path_in_repo=name, repo_id=repository)
     except Exception as error:
         raise UserError(f"the trained pipeline is in {output_dir}, but its upload failed: {one_line(error)}") from error
 
@@ -121,6 +162,36 @@ def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
 
 
 # Finding and loading.
+
+
+def load_base_model(args: argparse.Namespace) -> Pipeline:
+    """The model to start from, its UNet ready for training, with the input frame's channels where it lacks them."""
+    pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
+    pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
+    lacks_channels = pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
+    if lacks_channels:
+        add_image_channels(pipeline.unet)
+    if args.use_lora:
+        lora.add_adapter(pipeline.unet, args.lora_rank, args.seed, train_conv_in=lacks_channels)
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    pipeline.unet.train()
+    return pipeline
+
+
+def load_from_checkpoint(folder: Path) -> Pipeline:
+    """The pipeline that a run would have saved at a checkpoint."""
+    args = argparse.Namespace(**read_training_config(folder))
+    pipeline = load_base_model(args)
+    state = load_file(folder / "model.safetensors")
+    pipeline.unet.load_state_dict({name.removeprefix("module."): w for name, w in state.items()}, strict=False)
+    if args.use_ema:
+        average = torch.load(folder / "custom_checkpoint_1.pkl", map_location="cpu", weights_only=True)["shadow_params"]
+        for weight, averaged in zip(trained_weights(pipeline.unet), average):
+            weight.data.copy_(averaged)
+    if args.use_lora:
+        lora.merge(pipeline.unet, {})
+    return pipeline
 
 
 def checkpoint_steps(output_dir: Path) -> list[int]:
@@ -171,7 +242,9 @@ def load_checkpoint(
             " another OUTPUT_DIR"
         )
     try:
-        accelerator.load_state(str(checkpoint))
+        accelerator.load_state(
+            str(checkpoint), strict=not arguments["use_lora"]
+        )  # LoRA's has the trained weights alone
     except Exception as error:  # whatever a damaged or missing file makes the libraries raise
         raise UserError(
             f"{checkpoint} cannot be loaded ({one_line(error)}); delete it to go on from the one before:"

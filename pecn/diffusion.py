@@ -10,11 +10,18 @@ from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel
 
 from data.cli import UserError
 
+GUIDED_TIMESTEPS = 0.25, 0.95  # shares of the timesteps between which guidance is learned: they decide place and looks
 
-def diffusion_loss(unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+
+def diffusion_loss(
+    unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str, torch.Tensor], guidance: float = 1.0
+) -> torch.Tensor:
     """Mean squared error of the UNet's prediction of the noise (or the velocity, as the scheduler says), float32.
 
-    `batch` is one of `TrainingBatches`.
+    `batch` is one of `TrainingBatches`. With a `guidance` above 1 the UNet learns to predict in one pass what guidance
+    of this scale would make of its predictions v with both conditions and u with none. The guided prediction
+    g = u + guidance (v - u) is also v + (1 - 1 / guidance) (g - u): the target of v is known, and g and u are the
+    UNet's own (after Tang et al., 2025, arXiv 2502.12154).
     """
     latents, noise, timesteps = batch["target_latents"], batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
@@ -22,6 +29,14 @@ def diffusion_loss(unet: torch.nn.Module, noise_scheduler: Any, batch: dict[str,
     prediction = unet(unet_input, timesteps, batch["prompt_embeds"], return_dict=False)[0].float()
     velocity = noise_scheduler.config.prediction_type == "v_prediction"
     target = noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    if guidance != 1:
+        first, last = (share * noise_scheduler.config.num_train_timesteps for share in GUIDED_TIMESTEPS)
+        is_guided = ((timesteps >= first) & (timesteps <= last)).float()[:, None, None, None]
+        unet_input = torch.cat([noisy_latents, torch.zeros_like(noisy_latents)], dim=1)
+        no_text = batch["empty_embeds"].expand_as(batch["prompt_embeds"])
+        with torch.no_grad():
+            unconditional = unet(unet_input, timesteps, no_text, return_dict=False)[0].float()
+        target = target + is_guided * (1 - 1 / guidance) * (prediction.detach() - unconditional)
     return F.mse_loss(prediction, target)
 
 
@@ -29,10 +44,10 @@ def changed_scheduler(scheduler: Any, prediction_type: str | None, rescale_betas
     """A pipeline's scheduler with what is to be predicted, and whether nothing is left of the signal in the end.
 
     A prediction of the noise cannot give the frame in one step: at the last timestep its error is multiplied by 14.6,
-    and where no signal is left it says nothing. A prediction of the velocity can. Nothing asked for changes nothing.
+    and where no signal is left it says nothing. A prediction of the velocity can. What it is already changes nothing.
     """
     changes = {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescale_betas_zero_snr}
-    changes = {name: value for name, value in changes.items() if value}
+    changes = {name: value for name, value in changes.items() if value and scheduler.config.get(name) != value}
     if not changes:
         return scheduler
     # InstructPix2Pix's own, since not every scheduler knows these; "trailing" begins at the last timestep.

@@ -30,6 +30,7 @@ from data.prompts import swap_left_and_right
 from data.video_decoder import load_picture
 from pecn.diffusion import conditioning_dropout
 from pecn.model import Pipeline, digest, encode_pictures, encode_prompts, module_bytes, tokenize
+from pecn.processes import on_main_process
 
 STORE_FORMAT = b"4"  # raise it when what the files hold changes
 ENCODING_BATCH = 16  # frames, or prompts
@@ -80,9 +81,13 @@ def encode_once(
         horizon = choice.horizons[0] if choice.tell_horizon else None
         own = [clip.prompt(clip.frames[0], horizon) for clip in clips]
         prompts = sorted({"", *own, *(map(swap_left_and_right, own) if random_flip else ())})
-    with accelerator.main_process_first():
-        moments, frames_key = stored_frames(pipeline, clips, random_flip, cache_dir, accelerator.device)
-        embeddings, prompts_key = stored_prompts(pipeline, prompts, cache_dir, accelerator.device)
+
+    def store() -> tuple[tuple[np.ndarray, str], tuple[np.ndarray, str]]:
+        frames = stored_frames(pipeline, clips, random_flip, cache_dir, accelerator.device)
+        return frames, stored_prompts(pipeline, prompts, cache_dir, accelerator.device)
+
+    on_main_process(accelerator, lambda: store() and None)  # the others find the files
+    (moments, frames_key), (embeddings, prompts_key) = store()
     told = [(clip.label, clip.frames, clip.progress) for clip in clips]
     contents = json.dumps([asdict(choice) | {"horizons": list(choice.horizons)}, told]).encode()
     return EncodedClips(
@@ -200,9 +205,9 @@ class TrainingBatches:
     encoded: EncodedClips
     seed: int
     train_batch_size: int  # samples of one process in one pass
-    gradient_accumulation_steps: int  # passes in a step
+    gradient_accumulation_steps: int = 1  # passes in a step
     num_train_epochs: int
-    max_train_steps: int | None  # overrides num_train_epochs
+    max_train_steps: int | None = None  # overrides num_train_epochs
     scaling_factor: float  # the VAE's, for target latents
     num_train_timesteps: int
     conditioning_dropout_prob: float = 0.0
@@ -228,7 +233,8 @@ class TrainingBatches:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`target_latents` (B, C, h, w), scaled; `image_latents` (B, C, h, w), not scaled, 0 where dropped;
-        `prompt_embeds` (B, 77, d), or the B `prompts` that are to be encoded; `noise` (B, C, h, w); `timesteps` (B,).
+        `prompt_embeds` (B, 77, d) and `empty_embeds` (1, 77, d), or the B `prompts` that are to be encoded; `noise`
+        (B, C, h, w); `timesteps` (B,).
         """
         step, pass_index = divmod(index, self.gradient_accumulation_steps)
         start = (pass_index * self.num_processes + self.process_index) * self.train_batch_size
@@ -263,13 +269,15 @@ class TrainingBatches:
         if encoded.embeddings is None:
             return batch | {"prompts": prompts}
         rows = [encoded.prompts[prompt] for prompt in prompts]
-        return batch | {"prompt_embeds": torch.from_numpy(encoded.embeddings[rows])}
+        embeds = torch.from_numpy(encoded.embeddings[[*rows, 0]])  # the empty prompt's are in row 0
+        return batch | {"prompt_embeds": embeds[:-1], "empty_embeds": embeds[-1:]}
 
-    def load(self, steps_done: int, pipeline: Pipeline, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's passes after the first `steps_done` optimizer steps, to the end, on `device`.
+    def load(self, steps_done: int, pipeline: Pipeline, accelerator: Accelerator) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's passes after the first `steps_done` optimizer steps, to the end, on its device.
 
-        Prompts that are not kept encoded pass through the pipeline's text encoder here.
+        Prompts that are not kept encoded pass through the pipeline's text encoder here, in the run's precision.
         """
+        device = accelerator.device
         passes = self.gradient_accumulation_steps
         for index in range(steps_done * passes, self.max_train_steps * passes):
             batch = self[index]
@@ -279,8 +287,9 @@ class TrainingBatches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             if prompts is not None:
                 pipeline.text_encoder.to(device)  # a validation puts it away
-                with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                    batch["prompt_embeds"] = encode_prompts(pipeline, prompts)
+                with torch.no_grad(), accelerator.autocast():
+                    embeds = encode_prompts(pipeline, [*prompts, ""])
+                batch |= {"prompt_embeds": embeds[:-1], "empty_embeds": embeds[-1:]}
             yield batch
 
 

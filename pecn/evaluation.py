@@ -19,7 +19,9 @@ from data.files import make_folder, only_one, parts_replaced, write_json
 from data.prompts import build_prompt
 from data.video_decoder import load_picture, read_picture
 from pecn import pictures, rollouts, scores
-from pecn.model import Pipeline, find_model, load_pipeline, read_training_config
+from pecn.checkpoints import load_from_checkpoint
+from pecn.model import DTYPES, Pipeline, find_model, load_pipeline, read_training_config, round_weights
+from pecn.processes import is_fast_in_bf16
 from pecn.sampling import Prediction, predict_frames, predict_pairs
 from pecn.sampling_options import DEFAULT_OPTIONS, sampling_options
 
@@ -69,13 +71,24 @@ def run(args: argparse.Namespace) -> None:
         predict_and_score(args, [clips.draw_pair(clip, choice, args.seed) for clip in chosen], choice)
 
 
-def load_model(model_dir: str) -> Pipeline:
-    """Loads a model for prediction, fp16 on a GPU, and moves it to the device it will run on."""
-    device = PartialState().device
-    pipeline = load_pipeline(find_model(model_dir), torch.float16 if device.type == "cuda" else torch.float32)
+@contextlib.contextmanager
+def loaded_model(model_dir: str) -> Iterator[Pipeline]:
+    """Loads a model, or a checkpoint of a run, for prediction, and computes in the precision that it was trained in.
+
+    For a model that does not say that is fp16 on a GPU. On the CPU it is bf16 where that is fast, else float32.
+    """
+    device, folder = PartialState().device, find_model(model_dir)
+    is_checkpoint = (folder / "model.safetensors").is_file()
+    pipeline = load_from_checkpoint(folder) if is_checkpoint else load_pipeline(folder)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
         raise UserError(f"{model_dir} takes no input frame; train it first, or name another")
-    return pipeline.to(device)
+    precision = read_training_config(folder).get("mixed_precision", "fp16" if device.type == "cuda" else "no")
+    if device.type == "cpu" and not (precision == "bf16" and is_fast_in_bf16("cpu")):
+        precision = "no"
+    pipeline.unet.requires_grad_(False).eval()
+    round_weights(pipeline.unet, precision)
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "no"):
+        yield pipeline.to(device)
 
 
 @contextlib.contextmanager
@@ -102,14 +115,16 @@ def predict_and_score(args: argparse.Namespace, pairs: Sequence[clips.FramePair]
     others = read_scores(args.against) if args.against else None
     options = sampling_options(args)
     how = f"{choice}, background kept" if options.keep_background else str(choice)
-    with results_folder(args.output_dir, METRICS_FILE) as new:
-        predictions = predict_pairs(load_model(args.model_dir), pairs, args.seed, args.batch_size, options)
+    with results_folder(args.output_dir, METRICS_FILE) as new, loaded_model(args.model_dir) as pipeline:
+        predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, options)
         rows = save_predictions(new, predictions, f"{args.model_dir}, {how}")
         summary = scores.summarize(rows)
         settings = {"model_dir": args.model_dir, "frames": str(choice), "seed": args.seed, **vars(options)}
         write_json(new / METRICS_FILE, {"settings": settings, "summary": summary, "samples": rows})
     print(scores.format_table(summary))
     print("where something moves, but for 'whole'; ±: 95% interval; good frames: sharp and better placed than the copy")
+    if num_lost := len(pairs) - len(rows):
+        print(f"{num_lost} predictions were not finite and are left out")
     if num_without := summary["all"]["num_without_target"]:
         print(f"{num_without} samples have no frame to predict ({choice}): predicted, not scored")
     print(f"{args.output_dir} has overview.png, random_pairs.png, scores.png, samples/ and {METRICS_FILE}")
@@ -178,9 +193,9 @@ def roll_out_clips(args: argparse.Namespace, chosen: Sequence[clips.Clip], choic
     if isinstance(args.add_progress, str) and args.rollout_mode == "chained":
         raise UserError("chained, there are no frames to estimate progress from: set PROGRESS to False or True")
     rows = []
-    with results_folder(args.output_dir, ROLLOUT_FILE) as new:
+    with results_folder(args.output_dir, ROLLOUT_FILE) as new, loaded_model(args.model_dir) as pipeline:
         how = (args.rollout_mode, args.seed, args.batch_size, sampling_options(args))
-        for rollout in rollouts.roll_out(load_model(args.model_dir), chosen, choice, *how):
+        for rollout in rollouts.roll_out(pipeline, chosen, choice, *how):
             rollouts.save_rollout(new / SAMPLES / rollout.clip.video_id, rollout)
             rows += rollout.rows()
         summary = scores.summarize(rows, by="horizon")
@@ -204,9 +219,10 @@ def predict_from_picture(args: argparse.Namespace, trained: dict[str, Any]) -> N
         raise UserError(f"{args.model_dir} predicts {args.horizon} frames ahead: choose one number with HORIZON")
     edit_prompt = build_prompt(args.prompt, progress, choice.horizons[0] if choice.tell_horizon else None)
     make_folder(args.output_dir)
-    with only_one(args.output_dir, "sampling"):
-        pipeline = load_model(args.model_dir)
+    with only_one(args.output_dir, "sampling"), loaded_model(args.model_dir) as pipeline:
         [predicted] = predict_frames(pipeline, [picture], [edit_prompt], [args.seed], sampling_options(args))
+        if predicted is None:
+            raise UserError("the prediction is not finite: the model is damaged, or does not fit its precision")
         prediction = Prediction(args.image.stem, "unknown", edit_prompt, picture, predicted)
         comparison = pictures.comparison_picture(prediction, scores.score_prediction(prediction), args.model_dir)
         for name in ("expected.png", "uncertainty.png"):  # of an earlier picture

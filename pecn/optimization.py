@@ -59,6 +59,7 @@ def compile_unet(unet: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Mo
         # torch 2.13's C++ backend fuses loops of compatible ranges wrongly: an upsampling's gradient is zero.
         # The layout optimization leads there by choosing channels-last.
         return torch.compile(unet, dynamic=False, options={"layout_optimization": False})
+    torch._dynamo.config.optimize_ddp = False  # which would split the UNet into a graph for each bucket of gradients
     # CUDA graphs reuse the memory of gradients: right only where a step is one pass, without other processes.
     one_pass = accelerator.gradient_accumulation_steps == accelerator.num_processes == 1
     mode = torch._inductor.list_mode_options("max-autotune" if one_pass else "max-autotune-no-cudagraphs")
@@ -79,25 +80,20 @@ def optimizer_step(
     noise_scheduler: Any,
     batches: Iterator[dict[str, torch.Tensor]],
     max_grad_norm: float,
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """One update of the weights from all its passes.
-
-    Returns this process's mean loss, the gradient's norm, and whether the weights were updated: fp16's scaler skips a
-    step whose gradients overflow, and lowers its scale.
-    """
-    losses, scaler = [], accelerator.scaler
-    scale = scaler.get_scale() if scaler else 1.0  # a fused optimizer skips by itself, which accelerate cannot see
+    guidance: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update of the weights from all its passes; returns this process's mean loss and the gradient's norm."""
+    losses = []
     for batch in itertools.islice(batches, accelerator.gradient_accumulation_steps):
         with accelerator.accumulate(model), fast_attention(accelerator.device, accelerator.mixed_precision == "bf16"):
-            loss = diffusion_loss(model, noise_scheduler, batch)
+            loss = diffusion_loss(model, noise_scheduler, batch, guidance)
             accelerator.backward(loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:
                 grad_norm = clip_gradients(accelerator, model, optimizer, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    skipped = optimizer.step_was_skipped or (scaler is not None and not scaler.get_scale() >= scale > 0)
-    return sum(losses) / len(losses), grad_norm, not skipped
+    return sum(losses) / len(losses), grad_norm
 
 
 def clip_gradients(
@@ -132,39 +128,48 @@ def averaged_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[No
 
 
 class StepLog:
-    """Collects the figures of steps and writes them to the trackers; the loss is averaged over processes."""
+    """Collects the figures of steps and writes them to the trackers; the loss is averaged over processes.
+
+    fp16's scaler skips a step whose gradients overflow, and lowers its scale. Only the scale tells, and it is read with
+    the losses: each read waits for the device.
+    """
 
     def __init__(self, accelerator: Accelerator, samples_per_step: int) -> None:
         self.accelerator, self.samples_per_step = accelerator, samples_per_step
-        self.pending: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
-        self.skipped = 0  # steps in a row, up to the last one
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor, float, torch.Tensor]] = []
+        self.num_updates, self.skipped = 0, 0  # the latter in a row, up to the last step
+        self.scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+        self.samples_per_second = 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves out of the samples per second what was not training."""
         self.started = time.perf_counter()
 
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float, updated: bool) -> None:
-        """Takes a step's figures; `updated` says whether it has changed the weights.
-
-        Raises UserError where many steps in a row have not.
-        """
-        self.pending.append((step, loss, grad_norm, learning_rate))
-        self.skipped = 0 if updated else self.skipped + 1
-        if self.skipped == MANY_SKIPPED:
-            raise UserError(f"the {MANY_SKIPPED} steps up to {step} {WHY_SKIPPED}")
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Takes a step's figures."""
+        scale = self.accelerator.scaler._scale.clone() if self.accelerator.scaler else torch.ones(())
+        self.pending.append((step, loss, grad_norm, learning_rate, scale))
 
     def flush(self) -> float:
-        """Writes what was collected; returns the last step's loss. Raises UserError where a loss is not finite."""
+        """Writes what was collected; returns the last step's loss.
+
+        Raises UserError where the loss of a step that was not skipped is not finite, or many steps in a row were.
+        """
         losses = self.accelerator.reduce(torch.stack([loss for _, loss, *_ in self.pending]), "mean").tolist()
-        figures = {"samples_per_second": len(losses) * self.samples_per_step / (time.perf_counter() - self.started)}
-        if self.accelerator.scaler:
-            figures["grad_scale"] = self.accelerator.scaler.get_scale()
-        for (step, _, grad_norm, learning_rate), loss in zip(self.pending, losses):
-            figures |= {"loss": loss, "learning_rate": learning_rate, "grad_norm": float(grad_norm)}
+        scales = torch.stack([scale for *_, scale in self.pending]).tolist()
+        self.samples_per_second = len(losses) * self.samples_per_step / (time.perf_counter() - self.started)
+        for (step, _, grad_norm, learning_rate, _), loss, scale in zip(self.pending, losses, scales):
+            was_skipped, self.scale = not scale >= self.scale > 0, scale
+            self.num_updates += not was_skipped
+            self.skipped = self.skipped + 1 if was_skipped else 0
+            figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": float(grad_norm), "grad_scale": scale}
+            figures["samples_per_second"] = self.samples_per_second
             self.accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=step)
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) and not was_skipped:
                 raise UserError(f"the loss of step {step} is {loss}; {HOW_TO_KEEP_FINITE}")
+            if self.skipped == MANY_SKIPPED:
+                raise UserError(f"the {MANY_SKIPPED} steps up to {step} {WHY_SKIPPED}")
         self.pending.clear()
         self.restart_clock()
         return losses[-1]

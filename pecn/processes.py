@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -15,21 +16,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     ProjectConfiguration,
-    broadcast_object_list,
     parse_flag_from_env,
 )
 
 from data.cli import UserError
 
-STOP_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-)  # the last is Slurm's, before a time limit
+# Slurm sends the last one before a job's time limit, where it is asked to.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -38,13 +35,17 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise UserError(f"{engine} is not supported: configure accelerate for plain multi-GPU")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # the other processes wait while one encodes
+    state = PartialState(cpu=on_cpu)
+    patient_group()  # which all processes have to make at the same time
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if mixed_precision in ("auto", "fp16") and on_cpu:
         mixed_precision = "bf16" if mixed_precision == "auto" and is_fast_in_bf16("cpu") else "no"
         state.print(f"no GPU found: training on the CPU, mixed precision: {mixed_precision}")
     elif mixed_precision == "auto":
         mixed_precision = "bf16" if is_fast_in_bf16("cuda") else "fp16"
+    # Half the bytes between GPUs, rounded to bfloat16, where the forward pass is rounded too.
+    rounded = not on_cpu and mixed_precision in ("fp16", "bf16")
+    hook = DDPCommunicationHookType.BF16 if rounded else DDPCommunicationHookType.NO
     accelerator = Accelerator(
         cpu=on_cpu,
         # Given like this, it is not overridden by what accelerate is configured for.
@@ -52,7 +53,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)],
     )
     torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions have it
     torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolutions are found once
@@ -64,6 +65,16 @@ def is_fast_in_bf16(device_type: str) -> bool:
     if device_type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@functools.cache
+def patient_group() -> Any:
+    """All processes, on the CPU: asking at every step must not wait for the GPU, and encoding may take hours.
+
+    None for a single process.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if distributed else None
 
 
 def is_first_process() -> bool:
@@ -78,7 +89,9 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
             result_and_error[0] = function(*arguments, **options)
         except UserError as error:
             result_and_error[1] = error
-    result, error = broadcast_object_list(result_and_error)
+    if patient_group() is not None:
+        torch.distributed.broadcast_object_list(result_and_error, src=0, group=patient_group())
+    result, error = result_and_error
     if error:
         raise error if accelerator.is_main_process else SystemExit(1)
     return result
@@ -108,9 +121,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number, self.received_at, self.is_deferred = 0, 0.0, False
-        # A group of its own, on the CPU: asking at every step must not wait for the GPU.
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if distributed else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.receive)
@@ -136,8 +146,8 @@ class StopRequest:
     def agree(self) -> int:
         """The signal that any process has received (0: none): the same on all."""
         number = torch.tensor(self.signal_number)
-        if self.group is not None:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
+        if patient_group() is not None:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=patient_group())
         return int(number)
 
 

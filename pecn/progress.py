@@ -25,7 +25,7 @@ from tqdm import trange
 from data import paths
 from data.cli import CommandParser, UserError, number, run_command
 from data.clips import DEFAULT_INPUT_FRAME_IDX, FrameChoice, find_clips
-from data.files import write_json
+from data.files import make_folder, write_json
 from data.prompts import progress_percent, swap_left_and_right
 from pecn.encoded_frames import encoded_cache, stored_frames, stored_prompts
 from pecn.model import Pipeline, find_model, load_pipeline, tokenize
@@ -39,7 +39,7 @@ BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 64, 1e-3, 0.05
 
 @dataclass(frozen=True)
 class Cuts:
-    """Every frame of a split's clips that can be an input, and what is seen at it."""
+    """Every frame of a split's clips, and what is seen at it."""
 
     table: pd.DataFrame  # a line each: video_id, frame, label, and the true share of the clip that lies before, 0..1
     rows: np.ndarray  # (N, NUM_SEEN): of the frames that are seen, in `moments`
@@ -75,7 +75,7 @@ def load_cuts(pipeline: Pipeline, args: argparse.Namespace, split: str) -> Cuts:
     }
     lines, rows, first_row = [], [], 0
     for clip in clips:
-        for place, frame in enumerate(clip.frames[:-1]):
+        for place, frame in enumerate(clip.frames):
             rows.append(first_row + np.linspace(0, place, NUM_SEEN).round().astype(int))
             lines.append((clip.video_id, frame, clip.label, frame / (clip.frames[-1] + 1)))
         first_row += len(clip.frames)
@@ -164,6 +164,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    make_folder(args.output_file.parent)
     pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
     train, val = (load_cuts(pipeline, args, split) for split in paths.SPLITS)
     fold_of, everything = pd.factorize(train.table.video_id)[0] % FOLDS, np.arange(len(train.table))

@@ -87,6 +87,8 @@ def roll_out(
                 prompts = [rollout.edit_prompts[place] for rollout in rollouts]
                 seeds = [derive_seed(seed, rollout.clip.video_id, "rollout", horizon) for rollout in rollouts]
                 predicted = predict_frames(pipeline, images, prompts, seeds, options)
+                if None in predicted:
+                    raise UserError(f"a prediction {horizon} frames after the start is not finite")
                 for rollout, frame in zip(rollouts, predicted):
                     rollout.predictions.append(frame)
                 if mode == "chained":

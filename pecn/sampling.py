@@ -14,6 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
+from data.cli import warn
 from data.clips import FramePair, derive_seed
 from data.video_decoder import load_picture
 from pecn.model import Pipeline, decode_latents, encode_pictures, encode_prompts, to_picture
@@ -117,8 +118,8 @@ def predict_frames(
     edit_prompts: Sequence[str],
     seeds: Sequence[int],
     options: SamplingOptions = DEFAULT_OPTIONS,
-) -> list[PredictedFrame]:
-    """Predicts one batch from uint8 RGB frames (H, W, 3).
+) -> list[PredictedFrame | None]:
+    """Predicts one batch from uint8 RGB frames (H, W, 3); None where a prediction is not finite.
 
     Each draw has its own noise seed, so its picture does not depend on its neighbors in the batch.
     """
@@ -132,6 +133,9 @@ def predict_frames(
     reconstructed = decode_latents(pipeline, image_latents) if options.keep_background else [None] * len(images)
     frames = []
     for image, draws, same in zip(images, decoded.reshape(len(images), count, *decoded.shape[1:]), reconstructed):
+        if not np.isfinite(draws).all():
+            frames.append(None)
+            continue
         sample, mean = (with_background(picture, image, same) for picture in (draws[0], draws.mean(axis=0)))
         spread = draws.std(axis=0, ddof=1).mean(axis=-1) if count > 1 else None
         frames.append(PredictedFrame(to_picture(sample), to_picture(mean) if count > 1 else None, spread))
@@ -176,6 +180,9 @@ def predict_pairs(
             seeds = [derive_seed(seed, pair.video_id) for pair in batch]
             predicted = predict_frames(pipeline, inputs, [pair.edit_prompt for pair in batch], seeds, options)
             for pair, image, frame in zip(batch, inputs, predicted):
+                if frame is None:
+                    warn(f"{pair.video_id}: the prediction is not finite; left out")
+                    continue
                 target = load_picture(pair.edited_image) if pair.edited_image else None
                 ceiling = None if target is None else reconstruct_frame(pipeline, target)
                 yield Prediction(pair.video_id, pair.task, pair.edit_prompt, image, frame, target, ceiling)

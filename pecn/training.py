@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import shlex
+import uuid
 
+import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
@@ -23,21 +26,19 @@ from data.clips import (
     frame_choice,
 )
 from data.files import make_folder, only_one, remove_leftovers
-from pecn import checkpoints, optimization, processes
-from pecn.diffusion import add_image_channels, changed_scheduler
+from pecn import checkpoints, lora, optimization, processes
 from pecn.encoded_frames import TrainingBatches, encode_once, encoded_cache
-from pecn.lora import add_adapter
-from pecn.model import Pipeline, find_model, load_pipeline
+from pecn.model import read_training_config, round_weights
 from pecn.sampling_options import sampling_options
 from pecn.validation import Validation, start_trackers
 
-PROJECT_NAME = "instruct_pix2pix"
+PROJECT_NAME, BEST = "instruct_pix2pix", "best"  # the latter: the folder of --save_best
 # A run resumes only with the same of these, which shape its result.
 FROZEN_FOR_RESUME = (
     "resolution input_frame_idx horizon add_progress max_train_samples random_flip learning_rate lr_scheduler"
-    " lr_warmup_steps conditioning_dropout_prob use_8bit_adam use_ema adam_weight_decay max_grad_norm mixed_precision"
-    " seed global_batch_size schedule_length use_lora lora_rank prediction_type rescale_betas_zero_snr"
-    " hash_of_model_frames_and_prompts"
+    " lr_warmup_steps conditioning_dropout_prob model_guidance_scale use_8bit_adam use_ema adam_weight_decay"
+    " max_grad_norm mixed_precision seed global_batch_size schedule_length use_lora lora_rank prediction_type"
+    " rescale_betas_zero_snr hash_of_model_frames_and_prompts"
 ).split()
 
 
@@ -76,18 +77,13 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
     return found if most is None else choose_balanced(found, args.seed, most)
 
 
-def load_base_model(args: argparse.Namespace) -> Pipeline:
-    """The model to start from, its UNet ready for training, with the input frame's channels where it lacks them."""
-    pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
-    pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
-    if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
-        add_image_channels(pipeline.unet)
-    if args.use_lora:
-        add_adapter(pipeline.unet, args.lora_rank, args.seed)
-    if args.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    pipeline.unet.train()
-    return pipeline
+def describe_device(device: torch.device, unet: torch.nn.Module) -> str:
+    """ "cpu", or the GPU's name, its memory, and what weights, gradients and AdamW's two moments take of it."""
+    if device.type != "cuda":
+        return device.type
+    needed = sum(weight.numel() * (weight.element_size() + 12 * weight.requires_grad) for weight in unet.parameters())
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{gpu.name} ({needed / 2**30:.1f} of {gpu.total_memory / 2**30:.0f} GB for weights and optimizer)"
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.StopRequest) -> None:
@@ -95,39 +91,45 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     # What can fail at once comes first.
     choice = frame_choice(vars(args))
     clips = find_clips_of(args, choice, "train", args.max_train_samples)
-    num_validation = args.num_validation_images
-    validation_clips = find_clips_of(args, choice, "val", num_validation) if num_validation else []
+    validation_clips = find_clips_of(args, choice, "val", None) if args.num_validation_images else []
     checkpoint = processes.on_main_process(
         accelerator, checkpoints.find_checkpoint, args.output_dir, args.resume_from_checkpoint
     )
     if args.push_to_hub:
         name = args.hub_model_id or args.output_dir.name
-        repository = processes.on_main_process(accelerator, checkpoints.create_hub_repository, name, args.hub_token)
+        repository = processes.on_main_process(
+            accelerator, checkpoints.create_hub_repository, name, args.hub_token, args.hub_private
+        )
 
-    pipeline = load_base_model(args)
+    pipeline = checkpoints.load_base_model(args)
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     cache_dir = encoded_cache(args.train_data_dir, args.output_dir)
     encoded = encode_once(pipeline, clips, choice, args.random_flip, cache_dir, accelerator)
+    common = {"seed": args.seed, "train_batch_size": args.train_batch_size}
+    common |= {"scaling_factor": pipeline.vae.config.scaling_factor}
+    common |= {"num_train_timesteps": noise_scheduler.config.num_train_timesteps}
     batches = TrainingBatches(
         encoded=encoded,
-        seed=args.seed,
-        train_batch_size=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         num_train_epochs=args.num_train_epochs,
         max_train_steps=args.max_train_steps,
-        scaling_factor=pipeline.vae.config.scaling_factor,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
         conditioning_dropout_prob=args.conditioning_dropout_prob,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
+        **common,
     )
-    validation = Validation(
-        pairs=[draw_pair(clip, choice, args.seed) for clip in validation_clips],
-        seed=args.seed,
-        batch_size=args.train_batch_size,
-        options=sampling_options(args),
-        folder=args.output_dir / "validation",
-    )
+    validation = None
+    if validation_clips:
+        held_out = encode_once(pipeline, validation_clips, choice, False, cache_dir, accelerator)
+        shown = choose_balanced(validation_clips, args.seed, args.num_validation_images)
+        validation = Validation(
+            pairs=[draw_pair(clip, choice, args.seed) for clip in shown],
+            batches=TrainingBatches(encoded=held_out, num_train_epochs=1, **common),
+            noise_scheduler=noise_scheduler,
+            guidance=args.model_guidance_scale,
+            options=sampling_options(args),
+            folder=args.output_dir / "validation",
+        )
 
     optimizer = optimization.create_optimizer(
         unet, args.learning_rate, args.use_8bit_adam, weight_decay=args.adam_weight_decay
@@ -136,6 +138,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     lr_scheduler = optimization.create_lr_scheduler(
         args.lr_scheduler, optimizer, args.lr_warmup_steps, batches.max_train_steps
     )
+    if args.use_lora:
+        round_weights(unet, accelerator.mixed_precision)
+        accelerator.register_save_state_pre_hook(lora.keep_trained)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
     config = checkpoints.training_config(
@@ -146,10 +151,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
         schedule_length=None if args.lr_scheduler.startswith("constant") else batches.max_train_steps,
         prediction_type=noise_scheduler.config.prediction_type,
         hash_of_model_frames_and_prompts=encoded.key,
+        run_id=uuid.uuid4().hex,  # wandb's, which goes on with it
     )
     steps_done = 0
     if checkpoint:
         steps_done = checkpoints.load_checkpoint(accelerator, checkpoint, config["arguments"], FROZEN_FOR_RESUME)
+        config["arguments"]["run_id"] = read_training_config(checkpoint).get(
+            "run_id"
+        )  # of wandb, which goes on with it
         if steps_done > batches.max_train_steps:
             raise UserError(
                 f"{checkpoint} is beyond the {batches.max_train_steps} steps asked for; raise EPOCHS or MAX_TRAIN_STEPS"
@@ -160,60 +169,77 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     if ema:
         ema.to(accelerator.device)  # after the checkpoint, which is loaded to the CPU
     if args.report_to != "none":
-        start_trackers(accelerator, PROJECT_NAME, config["arguments"])
+        start_trackers(accelerator, PROJECT_NAME, config["arguments"], steps_done)
     accelerator.print(
         f"training on {batches.num_samples} {'frame pairs' if choice.is_one_pair else 'videos'} ({choice},"
         f" {args.resolution}x{args.resolution}) for {batches.max_train_steps} steps of {batches.global_batch_size}"
         f" samples, {batches.max_train_steps * batches.global_batch_size / batches.num_samples:.3g} epochs, on"
-        f" {accelerator.num_processes} x {accelerator.device.type}, mixed precision {accelerator.mixed_precision}"
+        f" {accelerator.num_processes} x {describe_device(accelerator.device, unet)}, mixed precision"
+        f" {accelerator.mixed_precision}"
     )
 
     model = optimization.compile_unet(unet, accelerator) if args.compile else unet
-    passes = batches.load(steps_done, pipeline, accelerator.device)
+    passes = batches.load(steps_done, pipeline, accelerator)
     step_log = optimization.StepLog(accelerator, batches.global_batch_size)
+    limit = args.checkpoints_total_limit
+    lowest_loss = read_training_config(args.output_dir / BEST).get("held_out_loss", math.inf)
+
+    def validate(step: int) -> str:
+        nonlocal lowest_loss
+        loss, words = validation.run_or_warn(pipeline, ema, accelerator, step)
+        if args.save_best and loss < lowest_loss:
+            lowest_loss = loss
+            of_best = config["arguments"] | {"held_out_loss": loss}
+            if accelerator.is_main_process:
+                checkpoints.save_trained(args, pipeline, ema, args.output_dir / BEST, config | {"arguments": of_best})
+        return words
+
     bar = tqdm(
         total=batches.max_train_steps, initial=steps_done, desc="Training", disable=not accelerator.is_main_process
     )
     with stop.deferred(), bar:
         for step in range(steps_done + 1, batches.max_train_steps + 1):
-            loss, grad_norm, updated = optimization.optimizer_step(
-                accelerator, model, optimizer, noise_scheduler, passes, args.max_grad_norm
+            loss, grad_norm = optimization.optimizer_step(
+                accelerator, model, optimizer, noise_scheduler, passes, args.max_grad_norm, args.model_guidance_scale
             )
-            step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0], updated)
-            if updated:
-                lr_scheduler.step()
-                if ema:
-                    ema.step(optimization.trained_weights(unet))
+            step_log.add(step, loss, grad_norm, lr_scheduler.get_last_lr()[0])
+            lr_scheduler.step()
+            if ema:
+                ema.step(optimization.trained_weights(unet))
             bar.update()
 
             is_last = step == batches.max_train_steps
             stopped_by = 0 if is_last else stop.agree()
-            save_now = step % args.checkpointing_steps == 0 or stopped_by
-            # The last step's validation comes after the pipeline is saved.
-            validate_now = not is_last and batches.ends_epochs(step, args.validation_epochs)
+            # The last step's checkpoint and validation come after the pipeline is saved.
+            save_now = not is_last and (step % args.checkpointing_steps == 0 or stopped_by)
+            validate_now = validation and not is_last and batches.ends_epochs(step, args.validation_epochs)
             if step % optimization.LOG_EVERY == 0 or save_now or validate_now or is_last:
                 bar.set_postfix(loss=f"{step_log.flush():.4f}")
             if save_now or is_last:
                 optimization.check_weights(accelerator, unet, step)
             if save_now:
-                limit = args.checkpoints_total_limit
                 saved = checkpoints.save_checkpoint(accelerator, args.output_dir, step, config, limit)
             if stopped_by:
                 accelerator.end_training()
                 how = f"go on from {saved} with {checkpoints.HOW_TO_RESUME}"
                 raise processes.Interrupted(stopped_by, f" after step {step}: {how}")
             if validate_now:
-                validation.run_or_warn(pipeline, ema, accelerator, step)
+                validate(step)
             if save_now or validate_now:
                 step_log.restart_clock()
-    if not lr_scheduler.last_epoch:  # the number of updates
+    if steps_done < batches.max_train_steps and not step_log.num_updates:
         raise UserError(f"all steps {optimization.WHY_SKIPPED}")
 
     with stop.deferred():
         if accelerator.is_main_process:
-            with optimization.averaged_weights(ema, pipeline.unet):
-                checkpoints.save_pipeline(pipeline, args.output_dir, config)
-        validation.run_or_warn(pipeline, ema, accelerator, batches.max_train_steps)
+            checkpoints.save_trained(args, pipeline, ema, args.output_dir, config)
+        words = validate(batches.max_train_steps) if validation else ""
+        if accelerator.is_main_process:
+            checkpoints.save_model_card(args.output_dir, config["arguments"], words)
+        if steps_done < batches.max_train_steps:
+            checkpoints.save_checkpoint(accelerator, args.output_dir, batches.max_train_steps, config, limit)
+    peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if torch.cuda.is_available() else ""
+    accelerator.print(f"{step_log.samples_per_second:.1f} samples/s{peak}")
     sampling = f"MODEL_DIR={shlex.quote(str(args.output_dir))} bash sample_from_pix2pix.sh"
     accelerator.print(f"the trained pipeline is in {args.output_dir}; sample from it with:\n  {sampling}")
     if args.push_to_hub and accelerator.is_main_process:

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.utils.tensorboard import SummaryWriter
 
 from data.cli import one_line, warn
 from data.clips import FramePair
+from pecn.diffusion import diffusion_loss
+from pecn.encoded_frames import TrainingBatches
 from pecn.model import Pipeline
 from pecn.optimization import averaged_weights
 from pecn.pictures import comparison_picture, frame_panels, panel_row, save_picture, short_prompt
+from pecn.processes import on_main_process
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import SamplingOptions
 from pecn.scores import WAYS, score_prediction, summarize, verdict
 
 
-def start_trackers(accelerator: Accelerator, project: str, arguments: dict[str, Any]) -> None:
-    """Starts the trackers; wandb's gets the arguments too, which training_config.json has in any case."""
-    accelerator.init_trackers(project)
+def start_trackers(accelerator: Accelerator, project: str, arguments: dict[str, Any], steps_done: int) -> None:
+    """Starts the trackers, which go on after `steps_done` steps: what a killed run logged beyond them is dropped.
+
+    wandb's gets the arguments too, which training_config.json has in any case.
+    """
+    name = Path(arguments["output_dir"]).name
+    wandb = {"id": arguments["run_id"], "name": name, "resume": "allow"}
+    accelerator.init_trackers(project, init_kwargs={"tensorboard": {"purge_step": steps_done + 1}, "wandb": wandb})
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":
             tracker.store_init_configuration({name: str(value) for name, value in arguments.items()})
 
 
-def log_scores(accelerator: Accelerator, group: dict[str, Any], step: int) -> None:
-    """Logs a group of `summarize`; in TensorBoard each way is a run of its own, so that one chart shows all of them."""
+def log(accelerator: Accelerator, run: str, scalars: dict[str, float], step: int) -> None:
+    """Logs scalars; in TensorBoard as a run of their own, so that one chart shows all runs' lines of one name."""
     for tracker in accelerator.trackers:
-        for way in (way for way in WAYS if way in group):
-            scores = {f"validation/{metric}": figures["value"] for metric, figures in group[way].items()}
-            if tracker.name != "tensorboard":
-                tracker.log({f"{name}/{way}": value for name, value in scores.items()}, step=step)
-                continue
-            with SummaryWriter(f"{tracker.logging_dir}/{way}") as writer:
-                for name, value in scores.items():
-                    writer.add_scalar(name, value, step)
+        if tracker.name != "tensorboard":
+            tracker.log({f"{name}/{run}": value for name, value in scalars.items()}, step=step)
+            continue
+        with SummaryWriter(f"{tracker.logging_dir}/{run}") as writer:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
 
 
 @dataclass(frozen=True)
@@ -47,28 +55,41 @@ class Validation:
     """The pairs that are predicted while a model is trained, how, and where the pictures go."""
 
     pairs: Sequence[FramePair]
-    seed: int
-    batch_size: int
+    batches: TrainingBatches  # of all held-out pairs: their loss, at noise and timesteps that are always the same
+    noise_scheduler: Any
+    guidance: float  # of the loss
     options: SamplingOptions
     folder: Path
 
-    def run_or_warn(self, pipeline: Pipeline, ema: EMAModel | None, accelerator: Accelerator, step: int) -> None:
-        """Validates with the UNet as trained so far; a failure is a warning, training goes on. Call it everywhere."""
-        if accelerator.is_main_process and self.pairs:
+    def run_or_warn(
+        self, pipeline: Pipeline, ema: EMAModel | None, accelerator: Accelerator, step: int
+    ) -> tuple[float, str]:
+        """Validates with the UNet as trained so far; a failure is a warning, training goes on. Call it everywhere.
+
+        Returns the held-out loss and the scores in words.
+        """
+
+        def attempt() -> tuple[float, str]:
             try:
                 with averaged_weights(ema, pipeline.unet):
-                    self.run(pipeline, accelerator, step)
+                    return self.run(pipeline, accelerator, step)
             except Exception as error:  # out of memory, a full disk, …: no reason to lose the steps
                 warn(f"the validation of step {step} failed ({one_line(error)}); training is not affected")
-        accelerator.wait_for_everyone()
+                return math.inf, ""
 
-    def run(self, pipeline: Pipeline, accelerator: Accelerator, step: int) -> None:
-        """Predicts the pairs, saves the pictures and logs them with their scores."""
+        return on_main_process(accelerator, attempt)
+
+    @torch.no_grad()
+    def run(self, pipeline: Pipeline, accelerator: Accelerator, step: int) -> tuple[float, str]:
+        """Computes the held-out loss, predicts the pairs, saves the pictures and logs them with their scores."""
         pipeline.unet.eval()
         try:
             pipeline.to(accelerator.device)
+            how = (self.batches.seed, self.batches.train_batch_size, self.options, False)
             with accelerator.autocast():
-                predictions = list(predict_pairs(pipeline, self.pairs, self.seed, self.batch_size, self.options, False))
+                passes = self.batches.load(0, pipeline, accelerator)
+                losses = [diffusion_loss(pipeline.unet, self.noise_scheduler, batch, self.guidance) for batch in passes]
+                predictions = list(predict_pairs(pipeline, self.pairs, *how))
         finally:
             for frozen in (pipeline.vae, pipeline.text_encoder):
                 frozen.to("cpu")
@@ -80,7 +101,8 @@ class Validation:
             picture = comparison_picture(prediction, row, f"step {step}")
             save_picture(self.folder / f"step-{step:06}_{prediction.video_id}.png", picture)
         group = summarize(rows)["all"]
-        log_scores(accelerator, group, step)
+        for way in (way for way in WAYS if way in group):
+            log(accelerator, way, {f"validation/{name}": of_way["value"] for name, of_way in group[way].items()}, step)
         rows_of_frames = {
             f"validation_{one.task}/{short_prompt(one)} ({one.video_id})": panel_row(frame_panels(one))[None]
             for one in predictions
@@ -88,4 +110,8 @@ class Validation:
         for tracker in accelerator.trackers:
             form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images(rows_of_frames, step=step, **form)
-        accelerator.print(f"step {step}: {verdict(group)}; pictures in {self.folder}")
+        loss = torch.stack(losses).mean().item()
+        log(accelerator, "held_out", {"train/loss": loss}, step)  # in one chart with the training loss
+        words = f"Held-out loss {loss:.4f}; {verdict(group)}."
+        accelerator.print(f"step {step}: {words} Pictures: {self.folder}")
+        return loss, words

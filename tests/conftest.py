@@ -301,7 +301,7 @@ def trained(made_once: Callable, data_dir: Path, tiny_model: Path) -> Path:
 
     def make(folder: Path) -> None:
         options = ("--add_progress", "--validation_epochs", 2, "--num_validation_images", 3)
-        done = train(data_dir, tiny_model, folder, *options, "--checkpoints_total_limit", 1)
+        done = train(data_dir, tiny_model, folder, *options, "--checkpoints_total_limit", 2)
         (folder / "printed.txt").write_text(done.stdout)
 
     return made_once("trained", make)
@@ -320,6 +320,8 @@ def scalars(logging_dir: Path, tag: str) -> dict[int, float]:
     """What TensorBoard shows under a tag, by step; the last run's value where runs overlap."""
     values = {}
     for event_file in sorted(logging_dir.rglob("events*")):
+        if tag.startswith("train/") and event_file.parent.name == "held_out":
+            continue
         events = read_events(event_file)
         if tag in events.Tags()["scalars"]:
             values |= {event.step: event.value for event in events.Scalars(tag)}

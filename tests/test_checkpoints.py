@@ -67,21 +67,22 @@ def test_the_upload_is_private_and_never_names_the_token(monkeypatch, tmp_path):
             calls.append(("file", path_or_fileobj.name, path_in_repo, repo_id))
 
     class Loaded:
-        def push_to_hub(self, repository: str, token: str, private: bool) -> None:
+        def push_to_hub(self, repository: str, token: str) -> None:
             if repository == "user/full":
                 raise OSError("the connection broke")
-            calls.append(("pipeline", repository, token, private))
+            calls.append(("pipeline", repository, token))
 
     monkeypatch.setattr(checkpoints, "HfApi", Hub)
     monkeypatch.setattr(checkpoints, "load_pipeline", lambda folder: Loaded())
-    upload(tmp_path / "run", create_hub_repository("run", "hf_secret"), "hf_secret")
+    upload(tmp_path / "run", create_hub_repository("run", "hf_secret", True), "hf_secret")
     assert calls == [
         ("create", "run", True, True),
-        ("pipeline", "user/run", "hf_secret", True),
+        ("pipeline", "user/run", "hf_secret"),
         ("file", "training_config.json", "training_config.json", "user/run"),
+        ("file", "README.md", "README.md", "user/run"),
     ]
     with pytest.raises(UserError, match="pipeline is in .*run, but its upload failed: the connection broke"):
         upload(tmp_path / "run", "user/full", "hf_secret")
     with pytest.raises(UserError, match="cannot upload to taken/name: 403 Forbidden") as refusal:
-        create_hub_repository("taken/name", "hf_secret")
+        create_hub_repository("taken/name", "hf_secret", True)
     assert "hf_secret" not in str(refusal.value)

@@ -228,7 +228,7 @@ def test_any_start_trains_on_pairs_that_the_prompt_describes(tmp_path):
     sizes = {"train_batch_size": 6, "gradient_accumulation_steps": 1, "num_train_epochs": 20, "max_train_steps": None}
     batches = TrainingBatches(encoded=encoded, seed=3, scaling_factor=0.5, num_train_timesteps=1000, **sizes)
     seen = set()
-    for step, ready in enumerate(batches.load(0, pipeline, torch.device("cpu"))):
+    for step, ready in enumerate(batches.load(0, pipeline, Accelerator(cpu=True))):
         batch = batches[step]
         assert torch.equal(ready["image_latents"], batch["image_latents"])
         with torch.no_grad():

@@ -1,0 +1,168 @@
+"""What a run leaves for what comes after it: going on, sampling from any of its states, its card, its best model."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from data.cli import UserError
+from data.clips import FramePair
+from data.video_decoder import load_picture
+from pecn import sampling
+from pecn.diffusion import diffusion_loss
+from pecn.model import load_pipeline, read_training_config
+from pecn.optimization import StepLog
+from pecn.sampling import predict_pairs
+from tests.conftest import (
+    PROJECT,
+    STEPS,
+    make_tiny_pipeline,
+    read_events,
+    run_forked,
+    sampling_command,
+    scalars,
+    train,
+    unet_file,
+)
+
+RESUME = ("--resume_from_checkpoint", "latest")
+
+
+def sampled(data_dir, model, output_dir, *options):
+    done = run_forked(sampling_command(data_dir, model, output_dir, "--num_samples", 3, *options))
+    assert not done.returncode, done.stderr
+    rows = json.loads((output_dir / "metrics.json").read_text())["samples"]
+    return {row["video_id"]: row for row in rows}, {
+        row["video_id"]: load_picture(output_dir / "samples" / row["video_id"] / "prediction.png") for row in rows
+    }
+
+
+def test_a_finished_run_can_be_prolonged(trained, data_dir, tiny_model, tmp_path):
+    train(data_dir, tiny_model, tmp_path, "--add_progress", "--max_train_steps", 4)
+    assert (tmp_path / "checkpoint-4").is_dir() and unet_file(tmp_path).read_bytes() != unet_file(trained).read_bytes()
+    train(data_dir, tiny_model, tmp_path, "--add_progress", *RESUME)
+    assert unet_file(tmp_path).read_bytes() == unet_file(trained).read_bytes()
+
+
+@pytest.mark.parametrize("options", [(), ("--use_ema",), ("--use_lora", "--lora_rank", 4, "--use_ema")])
+def test_a_checkpoint_draws_what_the_model_saved_after_it_draws(options, data_dir, tiny_model, tmp_path):
+    """With the moving average, and with LoRA merged, where they were trained."""
+    model = tmp_path / "model"
+    train(data_dir, tiny_model, model, *options)
+    _, saved = sampled(data_dir, model, tmp_path / "saved")
+    _, drawn = sampled(data_dir, model / f"checkpoint-{STEPS}", tmp_path / "drawn")
+    assert saved.keys() == drawn.keys() and all(np.abs(saved[k].astype(int) - drawn[k]).max() <= 1 for k in saved)
+
+
+def test_validation_and_sampling_score_the_same(trained, data_dir, tmp_path):
+    rows, _ = sampled(data_dir, trained, tmp_path, "--num_inference_steps", 1)
+    validated = scalars(trained / "logs", "validation/whole_psnr")  # the last run's value: the VAE's ceiling
+    assert np.mean([row["vae_ceiling"]["whole_psnr"] for row in rows.values()]) == pytest.approx(
+        validated[STEPS], abs=0.01
+    )
+    [folder] = {path.parent for path in (trained / "logs").rglob("sample/events*")}
+    drawn = scalars(folder, "validation/whole_psnr")[STEPS]
+    assert np.mean([row["sample"]["whole_psnr"] for row in rows.values()]) == pytest.approx(drawn, abs=0.01)
+
+
+def test_every_model_has_a_card_with_its_prompt_and_scores(trained):
+    card = (trained / "README.md").read_text()
+    assert "library_name: diffusers" in card and "from_pretrained" in card and "- seed: 42" in card
+    assert (
+        "And 60% of the action has been completed." in card and "Held-out loss 0." in card and "hub_token" not in card
+    )
+
+
+def test_the_best_model_is_kept_beside_the_last(data_dir, tiny_model, tmp_path):
+    options = ("--save_best", "--num_validation_images", 1, "--validation_epochs", 2, "--learning_rate", 0.3)
+    train(data_dir, tiny_model, tmp_path, *options)
+    losses = [
+        event.value
+        for file in (tmp_path / "logs").rglob("held_out/events*")
+        for event in read_events(file).Scalars("train/loss")
+    ]
+    assert len(losses) == 3
+    assert read_training_config(tmp_path / "best")["held_out_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert len(load_pipeline(tmp_path / "best").unet.state_dict())
+
+
+def test_the_users_own_cache_is_respected(tmp_path):
+    def cache(**variables):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_H")} | variables
+        code = "import pecn; from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+        words = [sys.executable, "-c", code]
+        return subprocess.run(words, cwd=PROJECT, env=environment, capture_output=True, text=True).stdout.strip()
+
+    assert cache() == str(PROJECT / ".cache/huggingface/hub")
+    assert cache(HF_HOME=str(tmp_path)) == str(tmp_path / "hub")
+    assert cache(HF_HUB_CACHE=str(tmp_path / "here")) == str(tmp_path / "here")
+
+
+def test_a_prediction_that_is_not_finite_is_named_and_the_others_are_kept(monkeypatch, trained, data_dir, capsys):
+    pictures = sorted((data_dir / "frames_32x32").glob("val*/00020.png"))[:3]
+    pairs = [FramePair(str(path), None, "a sentence", path.parent.name, "task") for path in pictures]
+    decode = sampling.decode_latents
+
+    def spoiled(pipeline, latents):
+        decoded = decode(pipeline, latents)
+        decoded[1, 0, 0, 0] = np.nan
+        return decoded
+
+    monkeypatch.setattr(sampling, "decode_latents", spoiled)
+    kept = [one.video_id for one in predict_pairs(make_tiny_pipeline(), pairs, seed=0, batch_size=8)]
+    assert kept == [pairs[0].video_id, pairs[2].video_id]
+    assert f"warning: {pairs[1].video_id}: the prediction is not finite; left out" in capsys.readouterr().err
+
+
+def test_an_infinite_loss_ends_the_run_only_where_the_step_was_not_skipped():
+    class Scaler:
+        _scale = torch.tensor(8.0)
+
+        def get_scale(self):
+            return float(self._scale)
+
+    class Accelerator:
+        scaler = Scaler()
+        reduce = staticmethod(lambda tensor, how: tensor)
+        log = staticmethod(lambda figures, step: None)
+
+    log, infinite = StepLog(Accelerator(), 1), torch.tensor(torch.inf)
+    Accelerator.scaler._scale = torch.tensor(4.0)  # lowered: the step was skipped
+    log.add(1, infinite, infinite, 0.1)
+    assert log.flush() == math.inf and (log.num_updates, log.skipped) == (0, 1)
+    log.add(2, torch.tensor(1.0), torch.tensor(1.0), 0.1)
+    log.add(3, infinite, infinite, 0.1)
+    with pytest.raises(UserError, match="the loss of step 3 is inf"):
+        log.flush()
+    assert log.num_updates == 2
+
+
+def test_the_guided_loss_asks_for_what_guidance_would_draw():
+    """Of a stand-in that predicts a constant with the conditions and none without."""
+
+    class Constant(torch.nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.tensor(value))
+
+        def forward(self, latents, timesteps, embeds, return_dict):
+            told = embeds.abs().sum(dim=(1, 2)) > 0
+            return (latents[:, :4] * 0 + self.value * told[:, None, None, None],)
+
+    def gradient(value: float, timestep: int, guidance: float) -> float:
+        unet, ones = Constant(value), torch.ones(2, 4, 2, 2)
+        batch = {"target_latents": ones, "image_latents": ones, "noise": ones, "prompt_embeds": torch.ones(2, 3, 4)}
+        batch |= {"timesteps": torch.full((2,), timestep), "empty_embeds": torch.zeros(1, 3, 4)}
+        diffusion_loss(unet, DDPMScheduler(), batch, guidance).backward()
+        return unet.value.grad.item()
+
+    # The noise is 1 and what is predicted without conditions 0: guidance of 2 draws 0 + 2 (1 - 0).
+    assert gradient(2.0, 500, guidance=2.0) == pytest.approx(0, abs=1e-6)
+    assert gradient(1.0, 500, guidance=2.0) < 0
+    assert gradient(1.0, 500, guidance=1.0) == gradient(1.0, 10, guidance=2.0) == pytest.approx(0, abs=1e-6)
