@@ -56,4 +56,4 @@ fi
 MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" bash sample_from_pix2pix.sh "${against[@]}"
 
 echo "the quick test is done; look at $TEST_OUTPUT/samples/random_pairs.png and $TEST_OUTPUT/model/validation/, and run:"
-echo "  tensorboard --logdir=$TEST_OUTPUT/ --port 6007"
+echo "  tensorboard --logdir=$TEST_OUTPUT/ --port 6007 --samples_per_plugin images=100"
