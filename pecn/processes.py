@@ -77,6 +77,15 @@ def patient_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1)) if distributed else None
 
 
+def describe_device(device: torch.device, unet: torch.nn.Module) -> str:
+    """ "cpu", or the GPU's name, its memory, and what weights, gradients and AdamW's two moments take of it."""
+    if device.type != "cuda":
+        return device.type
+    needed = sum(weight.numel() * (weight.element_size() + 12 * weight.requires_grad) for weight in unet.parameters())
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{gpu.name} ({needed / 2**30:.1f} of {gpu.total_memory / 2**30:.0f} GB for weights and optimizer)"
+
+
 def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 

@@ -77,15 +77,6 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
     return found if most is None else choose_balanced(found, args.seed, most)
 
 
-def describe_device(device: torch.device, unet: torch.nn.Module) -> str:
-    """ "cpu", or the GPU's name, its memory, and what weights, gradients and AdamW's two moments take of it."""
-    if device.type != "cuda":
-        return device.type
-    needed = sum(weight.numel() * (weight.element_size() + 12 * weight.requires_grad) for weight in unet.parameters())
-    gpu = torch.cuda.get_device_properties(device)
-    return f"{gpu.name} ({needed / 2**30:.1f} of {gpu.total_memory / 2**30:.0f} GB for weights and optimizer)"
-
-
 def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.StopRequest) -> None:
     """The whole run: from a checkpoint, or from the base model, to the trained pipeline."""
     # What can fail at once comes first.
@@ -156,9 +147,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     steps_done = 0
     if checkpoint:
         steps_done = checkpoints.load_checkpoint(accelerator, checkpoint, config["arguments"], FROZEN_FOR_RESUME)
-        config["arguments"]["run_id"] = read_training_config(checkpoint).get(
-            "run_id"
-        )  # of wandb, which goes on with it
+        config["arguments"]["run_id"] = read_training_config(checkpoint).get("run_id")
         if steps_done > batches.max_train_steps:
             raise UserError(
                 f"{checkpoint} is beyond the {batches.max_train_steps} steps asked for; raise EPOCHS or MAX_TRAIN_STEPS"
@@ -174,7 +163,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
         f"training on {batches.num_samples} {'frame pairs' if choice.is_one_pair else 'videos'} ({choice},"
         f" {args.resolution}x{args.resolution}) for {batches.max_train_steps} steps of {batches.global_batch_size}"
         f" samples, {batches.max_train_steps * batches.global_batch_size / batches.num_samples:.3g} epochs, on"
-        f" {accelerator.num_processes} x {describe_device(accelerator.device, unet)}, mixed precision"
+        f" {accelerator.num_processes} x {processes.describe_device(accelerator.device, unet)}, mixed precision"
         f" {accelerator.mixed_precision}"
     )
 
@@ -182,16 +171,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     passes = batches.load(steps_done, pipeline, accelerator)
     step_log = optimization.StepLog(accelerator, batches.global_batch_size)
     limit = args.checkpoints_total_limit
-    lowest_loss = read_training_config(args.output_dir / BEST).get("held_out_loss", math.inf)
+    of_best = read_training_config(args.output_dir / BEST) if checkpoint else {}
+    lowest_loss = of_best.get("held_out_loss", math.inf)
 
     def validate(step: int) -> str:
         nonlocal lowest_loss
         loss, words = validation.run_or_warn(pipeline, ema, accelerator, step)
         if args.save_best and loss < lowest_loss:
             lowest_loss = loss
-            of_best = config["arguments"] | {"held_out_loss": loss}
+            arguments = config["arguments"] | {"held_out_loss": loss}
             if accelerator.is_main_process:
-                checkpoints.save_trained(args, pipeline, ema, args.output_dir / BEST, config | {"arguments": of_best})
+                checkpoints.save_trained(args, pipeline, ema, args.output_dir / BEST, config | {"arguments": arguments})
+                checkpoints.save_model_card(args.output_dir / BEST, arguments, words)
         return words
 
     bar = tqdm(

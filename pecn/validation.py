@@ -45,7 +45,7 @@ def log(accelerator: Accelerator, run: str, scalars: dict[str, float], step: int
         if tracker.name != "tensorboard":
             tracker.log({f"{name}/{run}": value for name, value in scalars.items()}, step=step)
             continue
-        with SummaryWriter(f"{tracker.logging_dir}/{run}") as writer:
+        with SummaryWriter(f"{tracker.logging_dir}/{run}", purge_step=step) as writer:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
 
