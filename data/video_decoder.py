@@ -20,7 +20,7 @@ VIDEO_FORMATS = "matroska,webm,mov,mp4,avi"
 FULL_CHROMA = 0x2000  # swscale's SWS_FULL_CHR_H_INT: color at full horizontal resolution
 
 av.logging.set_level(None)  # a failure is reported once, by a VideoError
-cv2.setNumThreads(1)  # the worker processes are parallel
+cv2.setNumThreads(1)  # videos are decoded in parallel
 
 
 class VideoError(Exception):
