@@ -55,9 +55,8 @@ def read_rows(captions: Path) -> list[dict[str, str]]:
             f"{captions}: the columns are {named}; name them {EXAMPLE_HEADER} (the last two may be left out)"
         )
     rows = []
-    for number, values in enumerate(
-        table.reindex(columns=COLUMNS, fill_value="").fillna("").to_dict("records"), start=1
-    ):
+    table = table.reindex(columns=COLUMNS, fill_value="").fillna("")
+    for number, values in enumerate(table.to_dict("records"), start=1):
         row = {column: " ".join(str(value).split()) for column, value in values.items()}
         row["place"] = f"{captions}, row {number}"
         if not row["caption"]:

@@ -184,7 +184,8 @@ def load_from_checkpoint(folder: Path) -> Pipeline:
     args = argparse.Namespace(**read_training_config(folder))
     pipeline = load_base_model(args)
     state = load_file(folder / "model.safetensors")
-    pipeline.unet.load_state_dict({name.removeprefix("module."): w for name, w in state.items()}, strict=False)
+    state = {name.removeprefix("module."): weight for name, weight in state.items()}
+    pipeline.unet.load_state_dict(state, strict=not args.use_lora)  # whose checkpoints have the trained weights alone
     if args.use_ema:
         average = torch.load(folder / "custom_checkpoint_1.pkl", map_location="cpu", weights_only=True)["shadow_params"]
         for weight, averaged in zip(trained_weights(pipeline.unet), average):

@@ -86,8 +86,9 @@ def encode_once(
         frames = stored_frames(pipeline, clips, random_flip, cache_dir, accelerator.device)
         return frames, stored_prompts(pipeline, prompts, cache_dir, accelerator.device)
 
-    on_main_process(accelerator, lambda: store() and None)  # the others find the files
-    (moments, frames_key), (embeddings, prompts_key) = store()
+    stored = []
+    on_main_process(accelerator, lambda: stored.append(store()))
+    (moments, frames_key), (embeddings, prompts_key) = stored[0] if stored else store()  # the others find the files
     told = [(clip.label, clip.frames, clip.progress) for clip in clips]
     contents = json.dumps([asdict(choice) | {"horizons": list(choice.horizons)}, told]).encode()
     return EncodedClips(
@@ -119,8 +120,7 @@ def stored_frames(
     """
     vae, paths = pipeline.vae, [path for clip in clips for path in clip.paths]
     reading = tqdm(paths, desc="Reading frames", unit="frame", delay=2)  # no bar where it takes a moment
-    contents = (path.read_bytes() for path in reading)
-    key = digest(itertools.chain([STORE_FORMAT, bytes([mirrored])], module_bytes(vae), contents))
+    key = digest(itertools.chain([STORE_FORMAT, bytes([mirrored])], module_bytes(vae), map(Path.read_bytes, reading)))
     size = load_picture(paths[0]).shape
 
     def encode(batch: Sequence[tuple[Path, bool]]) -> torch.Tensor:

@@ -16,15 +16,7 @@ from tqdm import tqdm
 
 from data import paths
 from data.cli import UserError
-from data.clips import (
-    Clip,
-    FrameChoice,
-    choose_balanced,
-    describe_left_out,
-    draw_pair,
-    find_clips,
-    frame_choice,
-)
+from data.clips import Clip, FrameChoice, choose_balanced, describe_left_out, draw_pair, find_clips, frame_choice
 from data.files import make_folder, only_one, remove_leftovers
 from pecn import checkpoints, lora, optimization, processes
 from pecn.encoded_frames import TrainingBatches, encode_once, encoded_cache
@@ -96,9 +88,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     cache_dir = encoded_cache(args.train_data_dir, args.output_dir)
     encoded = encode_once(pipeline, clips, choice, args.random_flip, cache_dir, accelerator)
-    common = {"seed": args.seed, "train_batch_size": args.train_batch_size}
-    common |= {"scaling_factor": pipeline.vae.config.scaling_factor}
-    common |= {"num_train_timesteps": noise_scheduler.config.num_train_timesteps}
+    common = {
+        "seed": args.seed,
+        "train_batch_size": args.train_batch_size,
+        "scaling_factor": pipeline.vae.config.scaling_factor,
+        "num_train_timesteps": noise_scheduler.config.num_train_timesteps,
+    }
     batches = TrainingBatches(
         encoded=encoded,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
