@@ -137,7 +137,7 @@ class PlainStep:
         velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         prediction = model(unet_input, timesteps, prompt_embeds, return_dict=False)[0]
-        return F.mse_loss(prediction.float(), target.float())
+        return F.mse_loss(prediction.float(), target.float())  # the reference: it does not follow pecn/diffusion.py
 
     def loss(self, model: torch.nn.Module, step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.batches.seed, "step", step))

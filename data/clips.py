@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 def derive_seed(seed: int, *what: object) -> int:
     """A number in [0, 2**63) for one use of randomness, named by `what`: it depends on the arguments and nothing else.
 
-    Sorted by it, things are shuffled.
+    Things sorted by such numbers are in random order.
     """
     text = f"{seed}:{'/'.join(map(str, what))}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -85,7 +85,7 @@ class FrameChoice:
             return f"frame {self.start} to {self.start + self.horizons[0]}"
         first, last = self.horizons[0], self.horizons[-1]
         later = f"{first}" if first == last else f"{first} to {last}"
-        return f"{'any frame' if self.start is None else f'frame {self.start}'} to that {later} later"
+        return f"{'any frame' if self.start is None else f'frame {self.start}'} to the one {later} later"
 
 
 def add_frame_options(parser: argparse._ActionsContainer) -> None:
@@ -222,7 +222,7 @@ def told_progress(entry: Mapping[str, Any], starts: Collection[int]) -> dict[int
     if num_frames is None or num_frames <= max(starts):
         raise UserError(
             f"progress prompts need num_frames, which for video {entry['id']} is {num_frames or 'not recorded'},"
-            f" though frame {max(starts)} exists; set it with: python -m data.video_loader"
+            f" though frame {max(starts)} exists; set it with: python -m data.video_loader --data_dir DIR"
         )
     return {frame: action_progress(frame, num_frames) for frame in range(num_frames)}
 

@@ -28,7 +28,7 @@ from data.prompts import PROGRESS_HELP, PROGRESS_OPTION
 
 
 def frame_pairs_dataset(pairs: Sequence[FramePair]) -> Dataset:
-    """The Dataset of frame pairs; pictures are decoded (RGB, 8 bits) when they are read."""
+    """The Dataset of frame pairs, for work of your own; pictures are decoded (RGB, 8 bits) when they are read."""
     text = Value("string")
     pictures = dict.fromkeys(("input_image", "edited_image"), Image(mode="RGB"))
     features = Features(**pictures, edit_prompt=text, video_id=text, task=text)

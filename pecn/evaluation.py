@@ -37,7 +37,7 @@ def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
     if "train_data_dir" in trained:
         settings["data_dir"] = Path(trained["train_data_dir"])
     if args.target_frame_idx is not None and settings.get("input_frame_idx") == clips.ANY:
-        del settings["input_frame_idx"]  # a target is of the default input
+        del settings["input_frame_idx"]  # a target needs a start: the default one
     if args.image and args.horizon and not trained:
         settings["tell_horizon"] = True
     return settings
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.image:
         predict_from_picture(args, trained)
         return
-    choice = asked = clips.frame_choice(vars(args))
+    asked = choice = clips.frame_choice(vars(args))  # a rollout predicts more frames than are asked for
     if args.rollout:
         args.rollout_mode = args.rollout_mode or ("direct" if choice.tell_horizon else "chained")
         choice = rollouts.rollout_choice(asked, args.rollout, args.rollout_mode)

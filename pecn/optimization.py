@@ -54,7 +54,7 @@ def create_lr_scheduler(
 
 
 def compile_unet(unet: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """The UNet compiled for the one shape that training has; for GPUs as read, not as tried: none could be had yet."""
+    """The UNet compiled for the one shape that training has; the settings for GPUs are untested."""
     if accelerator.device.type == "cpu":
         # torch 2.13's C++ backend fuses loops of compatible ranges wrongly: an upsampling's gradient is zero.
         # The layout optimization leads there by choosing channels-last.

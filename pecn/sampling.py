@@ -64,7 +64,7 @@ def guided_prediction(
     empty_embeds: torch.Tensor,
     options: SamplingOptions,
 ) -> torch.Tensor:
-    """The UNet's output with guidance, eq. 3 of Brooks et al., 2023 (arXiv 2211.09800), sorted by branches.
+    """The UNet's output with guidance, eq. 3 of Brooks et al., 2023 (arXiv 2211.09800), written as a weighted sum.
 
     A branch whose weight is zero is not computed: without any guidance that leaves one of three.
     """

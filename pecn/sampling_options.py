@@ -22,7 +22,8 @@ SCHEDULERS = {
 class SamplingOptions:
     """What a prediction depends on beside the model, the frame, the prompt and the seed.
 
-    With the last two left alone it is the picture of diffusers' own pipeline, which needs a `guidance_scale` above 1.
+    With the defaults of `strength` and `keep_background` the picture is that of diffusers' own pipeline, which needs a
+    `guidance_scale` above 1.
     """
 
     num_inference_steps: int = 20  # denoising steps

@@ -103,10 +103,11 @@ class Metric:
     summary: str = "mean"  # over the pairs, or "median"
     gain: bool = False  # whether the table has the paired difference to copying too
     whole: bool = False  # of the whole picture, so that it is defined where nothing moves too
+    best: float = math.inf  # the best value there is: a pair is better where it is nearer to it; 0 for an error
 
 
 METRICS = {
-    "sharpness": Metric("sharpness", lambda c: c.sharpness, summary="median"),
+    "sharpness": Metric("sharpness", lambda c: c.sharpness, summary="median", best=1),
     "good_frame": Metric("good frames", lambda c: float(c.is_good), form=".0%"),
     "ssim": Metric("SSIM", lambda c: c.ssim_where_moving, form=".3f", gain=True),
     "psnr": Metric("PSNR", lambda c: psnr(c.frame[c.region], c.target[c.region]), gain=True),
@@ -145,12 +146,16 @@ def half_width(values: pd.Series) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * values.sem()) if len(values) > 1 else math.nan
 
 
-def compare(ours: pd.Series, theirs: pd.Series) -> dict[str, float | None]:
-    """What is gained pair by pair: the mean, half of its 95% interval, and the share of better pairs (0..1)."""
+def compare(ours: pd.Series, theirs: pd.Series, best: float = math.inf) -> dict[str, float | None]:
+    """What is gained pair by pair: the mean, half of its 95% interval, and the share of better pairs (0..1).
+
+    Better are those nearer to `best`.
+    """
     gains = (ours - theirs).dropna()
     spread = half_width(gains)
     spread = None if math.isnan(spread) else spread
-    return {"gain": float(gains.mean()), "gain_half_width": spread, "better": float((gains > 0).mean())}
+    better = gains > 0 if best == math.inf else ((ours - best).abs() < (theirs - best).abs())[gains.index]
+    return {"gain": float(gains.mean()), "gain_half_width": spread, "better": float(better.mean())}
 
 
 def table_of(rows: Sequence[dict[str, Any]], way: str) -> pd.DataFrame:
@@ -180,7 +185,7 @@ def summarize(rows: Sequence[dict[str, Any]], by: str = "task") -> dict[str, Any
         for way in (way for way in WAYS if scored and way in scored[0]):
             table = table_of(scored, way)
             summary[name][way] = {
-                key: {"value": float(table[key].agg(metric.summary)), **compare(table[key], copy[key])}
+                key: {"value": float(table[key].agg(metric.summary)), **compare(table[key], copy[key], metric.best)}
                 for key, metric in METRICS.items()
                 if table[key].notna().any()
             }
@@ -224,7 +229,8 @@ def paired_difference(
     if not ids:
         raise UserError("the two have scores of no video and frames in common; predict the same with both")
     one, two = (table_of([run[video_id] for video_id in ids], "sample") for run in (ours, theirs))
-    compared = {key: compare(one[key], two[key]) for key in one.columns.intersection(two.columns)}
+    shared = [key for key in METRICS if key in one and key in two]
+    compared = {key: compare(one[key], two[key], METRICS[key].best) for key in shared}
     unpaired = [(video_id, "not scored alike in both") for video_id in sorted({*ours, *theirs} - {*ids})]
     return compared | {"num_moving": len(ids), "good_frames": (one.good_frame.mean(), two.good_frame.mean())}, unpaired
 
@@ -243,5 +249,6 @@ def better_or_not(figures: dict[str, Any], num_moving: int, base: str) -> str:
     gain, spread = figures["gain"], figures["gain_half_width"]
     spread = math.inf if spread is None else spread
     clearly = "better than" if gain > spread else "worse than" if gain < -spread else "not clearly better than"
-    better = f"better on {round(figures['better'] * num_moving)} of {num_moving} pairs"
+    pairs = "pair" if num_moving == 1 else "pairs"
+    better = f"better on {round(figures['better'] * num_moving)} of {num_moving} {pairs}"
     return f"{clearly} {base}: {gain_in_words(figures)} dB, {better}"

@@ -25,7 +25,7 @@ from pecn.sampling_options import sampling_options
 from pecn.validation import Validation, start_trackers
 
 PROJECT_NAME, BEST = "instruct_pix2pix", "best"  # the latter: the folder of --save_best
-# A run resumes only with the same of these, which shape its result.
+# They shape a run's result: it resumes only where they are as before.
 FROZEN_FOR_RESUME = (
     "resolution input_frame_idx horizon add_progress max_train_samples random_flip learning_rate lr_scheduler"
     " lr_warmup_steps conditioning_dropout_prob model_guidance_scale use_8bit_adam use_ema adam_weight_decay"
@@ -63,8 +63,7 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
     if not found:
         raise UserError(
             f"no video of {paths.filtered_annotations_path(args.train_data_dir, split)} has both frames ({choice}):"
-            " choose others, or look at the list with: python -m data.sthv2_dataset_hf --data_dir"
-            f" {shlex.quote(str(args.train_data_dir))} --resolution {args.resolution}"
+            f" choose others, or extract them with: {paths.extraction_command(args.train_data_dir, args.resolution)}"
         )
     return found if most is None else choose_balanced(found, args.seed, most)
 
@@ -154,10 +153,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
         ema.to(accelerator.device)  # after the checkpoint, which is loaded to the CPU
     if args.report_to != "none":
         start_trackers(accelerator, PROJECT_NAME, config["arguments"], steps_done)
+    num_epochs = batches.max_train_steps * batches.global_batch_size / batches.num_samples
     accelerator.print(
         f"training on {batches.num_samples} {'frame pairs' if choice.is_one_pair else 'videos'} ({choice},"
-        f" {args.resolution}x{args.resolution}) for {batches.max_train_steps} steps of {batches.global_batch_size}"
-        f" samples, {batches.max_train_steps * batches.global_batch_size / batches.num_samples:.3g} epochs, on"
+        f" {args.resolution}x{args.resolution}) for {batches.max_train_steps} steps, batch size"
+        f" {batches.global_batch_size}, {num_epochs:.3g} epochs, on"
         f" {accelerator.num_processes} x {processes.describe_device(accelerator.device, unet)}, mixed precision"
         f" {accelerator.mixed_precision}"
     )

@@ -54,9 +54,9 @@ def choice_of(*flags):
         ((), 20, [1], False, "frame 20 to 21"),
         (("--target_frame_idx", 25), 20, [5], False, "frame 20 to 25"),
         (("--input_frame_idx", 0, "--horizon", 5), 0, [5], False, "frame 0 to 5"),
-        (("--horizon", "1-10"), 20, list(range(1, 11)), True, "frame 20 to that 1 to 10 later"),
-        (("--input_frame_idx", "any"), None, [1], False, "any frame to that 1 later"),
-        (("--input_frame_idx", "any", "--horizon", "2-3"), None, [2, 3], True, "any frame to that 2 to 3 later"),
+        (("--horizon", "1-10"), 20, list(range(1, 11)), True, "frame 20 to the one 1 to 10 later"),
+        (("--input_frame_idx", "any"), None, [1], False, "any frame to the one 1 later"),
+        (("--input_frame_idx", "any", "--horizon", "2-3"), None, [2, 3], True, "any frame to the one 2 to 3 later"),
     ],
 )
 def test_flags_say_which_pairs_are_meant(flags, start, horizons, tells, words):
@@ -255,7 +255,7 @@ def test_any_start_trains_on_pairs_that_the_prompt_describes(tmp_path):
 def test_a_model_of_any_start_is_trained_and_sampled_from(data_dir, tiny_model, tmp_path):
     flags, model = ("--input_frame_idx", "any", "--horizon", "1-3", "--add_progress"), tmp_path / "model"
     done = train(data_dir, tiny_model, model, *flags, "--max_train_steps", 2)
-    assert "training on 7 videos (any frame to that 1 to 3 later" in done.stdout
+    assert "training on 7 videos (any frame to the one 1 to 3 later" in done.stdout
 
     def sample(*options):
         command = sampling_command(data_dir, model, tmp_path / "out", "--num_samples", "all", *options)
@@ -263,7 +263,7 @@ def test_a_model_of_any_start_is_trained_and_sampled_from(data_dir, tiny_model, 
         return done, json.loads((tmp_path / "out" / "metrics.json").read_text())["samples"]
 
     done, rows = sample()
-    assert "any frame to that 1 to 3 later" in done.stdout and len(rows) == 4
+    assert "any frame to the one 1 to 3 later" in done.stdout and len(rows) == 4
     assert all(row["edit_prompt"].endswith("later.") and "of the action" in row["edit_prompt"] for row in rows)
     done, rows = sample("--target_frame_idx", 23)
     assert "frame 20 to 23" in done.stdout and "warning" not in done.stderr

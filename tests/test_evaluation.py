@@ -140,7 +140,7 @@ def test_other_frames_than_trained_work_with_a_warning(data_dir, recorded, tiny_
     done = sample(data_dir, model, tmp_path / "out", "--input_frame_idx", 19, "--num_samples", 1)
     assert "warning: predicting frame 19 to 21, but" in done.stderr and "trained with frame 20 to 22" in done.stderr
     done = sample(data_dir, model, tmp_path / "out", "--input_frame_idx", "any", "--num_samples", 2)
-    assert "any frame to that 2 later, " in done.stdout
+    assert "any frame to the one 2 later, " in done.stdout
     plain = sample(data_dir, tiny_model, tmp_path / "out", "--input_frame_idx", 19, "--num_samples", 1)
     assert "warning" not in plain.stderr
     several = recorded("several", input_frame_idx="any", horizon="1-3", tell_horizon=True)

@@ -53,9 +53,11 @@ def record(task, sample, copy, moving=True, expected=None, video_id="1"):
     row = {"video_id": video_id, "task": task, "moving_share": 0.25 if moving else 0.0}
     for way, level in {"sample": sample, "expected": expected, "copy": copy}.items():
         if level is not None:
-            of_region = {"sharpness": level / 30, "good_frame": float(level > copy), "ssim": level / 100, "psnr": level}
-            row[way] = {name: value if moving else None for name, value in of_region.items()}
-            row[way] |= {"whole_psnr": level + 9, "whole_ssim": level / 50}
+            made_up = {"sharpness": level / 30, "good_frame": float(level > copy), "ssim": level / 100, "psnr": level}
+            made_up |= {"whole_psnr": level + 9, "whole_ssim": level / 50}
+            row[way] = {
+                name: made_up.get(name, 1.0) if moving or metric.whole else None for name, metric in METRICS.items()
+            }
     return row
 
 
@@ -238,13 +240,23 @@ def test_a_metric_is_added_in_one_place(monkeypatch):
     assert head.endswith("brightness") and line.endswith(f"{made.predicted.sample[region].mean():.1f}")
 
 
+def test_better_is_nearer_to_a_metrics_best(monkeypatch):
+    """PSNR's is infinite, sharpness' 1, an error's 0."""
+    error = Metric("error", lambda c: float(np.abs(c.frame.astype(float) - c.target).mean()), best=0)
+    monkeypatch.setitem(METRICS, "error", error)
+    sample = summarize([score_prediction(pair()) | {"task": "a"}])["all"]["sample"]
+    assert sample["error"]["gain"] < 0 and sample["error"]["better"] == 1
+    sharper, softer = (summarize([record("a", level, 30)])["all"]["sample"]["sharpness"] for level in (36, 24))
+    assert sharper["gain"] > 0 > softer["gain"] and sharper["better"] == softer["better"] == 0  # the copy's is 1
+
+
 @pytest.mark.parametrize(
     ("gains", "said"),
     [
         ((2.0, 1.0, 3.0, 2.0), "better than copying: +2.00 ± 1.30 dB, better on 4 of 4 pairs; good frames 100%"),
         ((-2.0, -1.0, -3.0, -2.0), "worse than copying: -2.00 ± 1.30 dB, better on 0 of 4 pairs; good frames 0%"),
         ((2.0, -1.0, 3.0, -2.0), "not clearly better than copying: +0.50 ± 3.79 dB, better on 2 of 4 pairs; "),
-        ((2.0,), "not clearly better than copying: +2.00 dB, better on 1 of 1 pairs"),  # one says little
+        ((2.0,), "not clearly better than copying: +2.00 dB, better on 1 of 1 pair"),  # one says little
     ],
 )
 def test_verdict_is_as_sure_as_the_interval(gains, said):

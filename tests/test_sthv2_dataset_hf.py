@@ -37,7 +37,7 @@ def test_command_shows_what_training_would_see(data_dir):
     assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 3
     assert "1 videos left out: 1 without frame 21 (train_short)" in shown
     assert (
-        "train: 7 videos, any frame to that 1 to 3 later"
+        "train: 7 videos, any frame to the one 1 to 3 later"
         in call(*command, "--input_frame_idx", "any", "--horizon", "1-3").stdout
     )
     nothing = call(*command, "--input_frame_idx", 70, "--target_frame_idx", 71)

@@ -247,7 +247,7 @@ def test_options_work_together(data_dir, tmp_path):
     options += " --input_frame_idx any --horizon 1-3 --add_progress"
     output_dir = tmp_path / "output"
     done = train(data_dir, model, output_dir, *options.split())
-    assert "training on 3 videos (any frame to that 1 to 3 later" in done.stdout
+    assert "training on 3 videos (any frame to the one 1 to 3 later" in done.stdout
     precision = "bf16" if is_fast_in_bf16("cpu") else "no"
     assert f"training on the CPU, mixed precision: {precision}" in done.stdout
     rates = scalars(output_dir / "logs", "train/learning_rate")
