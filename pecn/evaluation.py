@@ -124,7 +124,7 @@ def predict_and_score(args: argparse.Namespace, pairs: Sequence[clips.FramePair]
     print(scores.format_table(summary))
     print("where something moves, but for 'whole'; ±: 95% interval; good frames: sharp and better placed than the copy")
     if num_lost := len(pairs) - len(rows):
-        print(f"{num_lost} predictions were not finite and are left out")
+        print(f"not finite and left out: {num_lost} of {len(pairs)} predictions")
     if num_without := summary["all"]["num_without_target"]:
         print(f"{num_without} samples have no frame to predict ({choice}): predicted, not scored")
     print(f"{args.output_dir} has overview.png, random_pairs.png, scores.png, samples/ and {METRICS_FILE}")

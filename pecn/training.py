@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from data import paths
-from data.cli import UserError
+from data.cli import UserError, warn
 from data.clips import Clip, FrameChoice, choose_balanced, describe_left_out, draw_pair, find_clips, frame_choice
 from data.files import make_folder, only_one, remove_leftovers
 from pecn import checkpoints, lora, optimization, processes
@@ -223,7 +223,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
         if accelerator.is_main_process:
             checkpoints.save_model_card(args.output_dir, config["arguments"], words)
         if steps_done < batches.max_train_steps:
-            checkpoints.save_checkpoint(accelerator, args.output_dir, batches.max_train_steps, config, limit)
+            try:
+                checkpoints.save_checkpoint(accelerator, args.output_dir, batches.max_train_steps, config, limit)
+            except UserError as error:  # nothing is lost but that the run could be prolonged
+                warn(f"the trained pipeline is saved, but {error}")
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if torch.cuda.is_available() else ""
     accelerator.print(f"{step_log.samples_per_second:.1f} samples/s{peak}")
     sampling = f"MODEL_DIR={shlex.quote(str(args.output_dir))} bash sample_from_pix2pix.sh"

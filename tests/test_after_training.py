@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pecn import sampling
 from pecn.diffusion import diffusion_loss
 from pecn.model import load_pipeline, read_training_config
 from pecn.optimization import StepLog
+from pecn.processes import is_fast_in_bf16
 from pecn.sampling import predict_pairs
 from tests.conftest import (
     PROJECT,
@@ -71,6 +73,16 @@ def test_validation_and_sampling_score_the_same(trained, data_dir, tmp_path):
     assert np.mean([row["sample"]["whole_psnr"] for row in rows.values()]) == pytest.approx(drawn, abs=0.01)
 
 
+@pytest.mark.skipif(not is_fast_in_bf16("cpu"), reason="a CPU that is slow in bfloat16 samples in float32")
+def test_validation_and_sampling_score_the_same_in_bf16(data_dir, tiny_model, tmp_path):
+    model, options = tmp_path / "model", ("--num_validation_images", 3, "--validation_epochs", 99)
+    train(data_dir, tiny_model, model, "--mixed_precision", "bf16", *options)
+    rows, _ = sampled(data_dir, model, tmp_path / "drawn", "--num_inference_steps", 1)
+    [folder] = {path.parent for path in (model / "logs").rglob("sample/events*")}
+    drawn = scalars(folder, "validation/whole_psnr")[STEPS]
+    assert np.mean([row["sample"]["whole_psnr"] for row in rows.values()]) == pytest.approx(drawn, abs=0.01)
+
+
 def test_every_model_has_a_card_with_its_prompt_and_scores(trained):
     card = (trained / "README.md").read_text()
     assert "library_name: diffusers" in card and "from_pretrained" in card and "- seed: 42" in card
@@ -90,6 +102,14 @@ def test_the_best_model_is_kept_beside_the_last(data_dir, tiny_model, tmp_path):
     assert len(losses) == 3
     assert read_training_config(tmp_path / "best")["held_out_loss"] == pytest.approx(min(losses), rel=1e-6)
     assert len(load_pipeline(tmp_path / "best").unet.state_dict())
+
+
+def test_the_held_out_loss_depends_on_the_weights_alone(data_dir, tiny_model, tmp_path):
+    options = ("--num_validation_images", 1, "--validation_epochs", 2, "--learning_rate", 0)
+    train(data_dir, tiny_model, tmp_path, *options)
+    files = (tmp_path / "logs").rglob("held_out/events*")
+    losses = [event.value for file in files for event in read_events(file).Scalars("train/loss")]
+    assert len(losses) == 3 and len(set(losses)) == 1
 
 
 def test_the_users_own_cache_is_respected(tmp_path):
@@ -120,31 +140,51 @@ def test_a_prediction_that_is_not_finite_is_named_and_the_others_are_kept(monkey
     assert f"warning: {pairs[1].video_id}: the prediction is not finite; left out" in capsys.readouterr().err
 
 
+def spoil_second_prediction() -> None:
+    decode = sampling.decode_latents
+
+    def spoiled(*arguments):
+        decoded = decode(*arguments)
+        decoded[1:2] = np.nan  # the second of a batch; a reconstruction has one picture
+        return decoded
+
+    sampling.decode_latents = spoiled
+
+
+def test_scores_leave_out_and_count_what_is_not_finite(trained, data_dir, tmp_path):
+    done = run_forked(sampling_command(data_dir, trained, tmp_path, "--num_samples", 3), before=spoil_second_prediction)
+    assert not done.returncode and "not finite and left out: 1 of 3 predictions" in done.stdout
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    kept = {row["video_id"] for row in metrics["samples"]}
+    assert len(kept) == metrics["summary"]["all"]["num_pairs"] == 2
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == kept
+
+
 def test_an_infinite_loss_ends_the_run_only_where_the_step_was_not_skipped():
-    class Scaler:
-        _scale = torch.tensor(8.0)
+    """With torch's own scaler, which skips a step with an infinite gradient and halves its scale."""
+    scaler, weight = torch.amp.GradScaler("cpu"), torch.nn.Parameter(torch.ones(1))
+    optimizer, infinite = torch.optim.SGD([weight], lr=0.1), torch.tensor(torch.inf)
+    scaler.scale(weight.sum()).backward()  # its scale is a tensor from now on
+    same = {"reduce": lambda tensor, how: tensor, "log": lambda figures, step: None}
+    log = StepLog(SimpleNamespace(scaler=scaler, **same), 1)
 
-        def get_scale(self):
-            return float(self._scale)
+    def step(number: int, loss: torch.Tensor, gradient: float) -> None:
+        weight.grad = torch.full((1,), gradient)
+        scaler.step(optimizer)
+        scaler.update()
+        log.add(number, loss, loss, 0.1)
 
-    class Accelerator:
-        scaler = Scaler()
-        reduce = staticmethod(lambda tensor, how: tensor)
-        log = staticmethod(lambda figures, step: None)
-
-    log, infinite = StepLog(Accelerator(), 1), torch.tensor(torch.inf)
-    Accelerator.scaler._scale = torch.tensor(4.0)  # lowered: the step was skipped
-    log.add(1, infinite, infinite, 0.1)
+    step(1, infinite, math.inf)
     assert log.flush() == math.inf and (log.num_updates, log.skipped) == (0, 1)
-    log.add(2, torch.tensor(1.0), torch.tensor(1.0), 0.1)
-    log.add(3, infinite, infinite, 0.1)
+    step(2, torch.tensor(1.0), 1.0)
+    step(3, infinite, 1.0)
     with pytest.raises(UserError, match="the loss of step 3 is inf"):
         log.flush()
     assert log.num_updates == 2
 
 
 def test_the_guided_loss_asks_for_what_guidance_would_draw():
-    """Of a stand-in that predicts a constant with the conditions and none without."""
+    """Of a stand-in that predicts 2 c with the conditions and c without: no gradient passes through the latter."""
 
     class Constant(torch.nn.Module):
         def __init__(self, value: float) -> None:
@@ -153,7 +193,7 @@ def test_the_guided_loss_asks_for_what_guidance_would_draw():
 
         def forward(self, latents, timesteps, embeds, return_dict):
             told = embeds.abs().sum(dim=(1, 2)) > 0
-            return (latents[:, :4] * 0 + self.value * told[:, None, None, None],)
+            return (latents[:, :4] * 0 + self.value * (1 + 1 * told)[:, None, None, None],)
 
     def gradient(value: float, timestep: int, guidance: float) -> float:
         unet, ones = Constant(value), torch.ones(2, 4, 2, 2)
@@ -162,7 +202,7 @@ def test_the_guided_loss_asks_for_what_guidance_would_draw():
         diffusion_loss(unet, DDPMScheduler(), batch, guidance).backward()
         return unet.value.grad.item()
 
-    # The noise is 1 and what is predicted without conditions 0: guidance of 2 draws 0 + 2 (1 - 0).
-    assert gradient(2.0, 500, guidance=2.0) == pytest.approx(0, abs=1e-6)
-    assert gradient(1.0, 500, guidance=2.0) < 0
-    assert gradient(1.0, 500, guidance=1.0) == gradient(1.0, 10, guidance=2.0) == pytest.approx(0, abs=1e-6)
+    # The noise, 1, is to be half of 2 c + c, and the loss' gradient is 2 (2 c - (1 + c / 2)) times 2.
+    assert gradient(2 / 3, 500, guidance=2.0) == pytest.approx(0, abs=1e-6)
+    assert gradient(1.0, 500, guidance=2.0) == pytest.approx(2)
+    assert gradient(0.5, 500, guidance=1.0) == gradient(0.5, 10, guidance=2.0) == pytest.approx(0, abs=1e-6)

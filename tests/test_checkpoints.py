@@ -3,10 +3,19 @@
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from data.cli import UserError
 from pecn import checkpoints
-from pecn.checkpoints import checkpoint_steps, create_hub_repository, find_checkpoint, save_checkpoint, upload
+from pecn.checkpoints import (
+    checkpoint_steps,
+    create_hub_repository,
+    find_checkpoint,
+    save_checkpoint,
+    save_model_card,
+    upload,
+)
+from train_instruct_pix2pix import parse_args
 
 
 class FilesOnly:
@@ -86,3 +95,13 @@ def test_the_upload_is_private_and_never_names_the_token(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="cannot upload to taken/name: 403 Forbidden") as refusal:
         create_hub_repository("taken/name", "hf_secret", True)
     assert "hf_secret" not in str(refusal.value)
+    create_hub_repository("shown", "hf_secret", parse_args(["--hub_private", "False"]).hub_private)
+    assert calls[-1] == ("create", "shown", False, True) and parse_args([]).hub_private
+
+
+def test_the_card_names_the_base_model_of_the_hub(tmp_path):
+    arguments = vars(parse_args(["--output_dir", "run", "--horizon", "1-5"]))
+    save_model_card(tmp_path, arguments, "Held-out loss 0.1.")
+    metadata = ModelCard.load(tmp_path / "README.md").data
+    assert metadata.base_model == "timbrooks/instruct-pix2pix" and metadata.library_name == "diffusers"
+    assert "pushing a cup from left to right. The frame is 5 frames later.'" in (tmp_path / "README.md").read_text()

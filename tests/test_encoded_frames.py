@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -145,6 +146,18 @@ def test_pairs_of_any_start_and_horizon_tell_their_own(pipeline, tmp_path):
         torch.testing.assert_close(loaded["prompt_embeds"], own.detach())
     [resumed] = stream.load(1, pipeline, Accelerator(cpu=True))
     assert torch.equal(resumed["noise"], stream[1]["noise"])
+
+
+def test_prompts_of_a_step_are_encoded_in_the_runs_precision(pipeline, tmp_path):
+    several = encode(pipeline, make_data_dir(tmp_path), add_progress=True, start=None)
+    run = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    stream = batches(several, max_train_steps=1)
+    [loaded] = stream.load(0, pipeline, run)
+    with torch.no_grad():
+        plain = encode_prompts(pipeline, stream[0]["prompts"])
+        with run.autocast():
+            torch.testing.assert_close(loaded["prompt_embeds"], encode_prompts(pipeline, stream[0]["prompts"]))
+    assert not torch.equal(loaded["prompt_embeds"].float(), plain)
 
 
 def test_mirrored_pairs_have_mirrored_frames_and_prompts(pipeline, encoded_with_flip, encoded):

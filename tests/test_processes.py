@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DDPCommunicationHookType
 
 from pecn.processes import STOP_SIGNALS, Interrupted, StopRequest, create_accelerator
 
@@ -27,6 +28,8 @@ def test_auto_precision_follows_the_gpu(monkeypatch, bf16_supported, expected):
     options = {"mixed_precision": "auto", "gradient_accumulation_steps": 1, "report_to": "none"}
     create_accelerator(SimpleNamespace(**options, output_dir=Path("run")))
     assert given["mixed_precision"] == expected
+    [distributed] = given["kwargs_handlers"]
+    assert distributed.comm_hook == DDPCommunicationHookType.BF16  # half the bytes between GPUs
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from data.paths import frame_path, frames_dir
 from pecn.checkpoints import checkpoint_steps
+from pecn.training import PROJECT_NAME
 from tests.conftest import (
     PROJECT,
     SIDE,
@@ -26,6 +27,7 @@ from tests.conftest import (
     hear_ctrl_c,
     last_line,
     make_data_dir,
+    read_events,
     scalars,
     train,
     training_command,
@@ -117,6 +119,8 @@ def test_stopped_once_and_killed_five_times_it_ends_with_the_same_bits(start, tr
     assert status == 0 and "resuming from" in printed
     assert unet_file(tmp_path).read_bytes() == unet_file(trained).read_bytes()
     assert not list(tmp_path.glob(".*.partial"))
+    logged = read_events(tmp_path / "logs" / PROJECT_NAME).Scalars("train/loss")
+    assert [event.step for event in logged] == list(range(1, STEPS + 1))  # no step twice
 
 
 def test_a_signal_before_the_first_step_gets_one_line(start, tmp_path):
@@ -222,6 +226,14 @@ def test_full_disk_while_saving_a_checkpoint(start, trained, small_disk):
     status, printed = start(disk / "run", *options, 100, *RESUME).end()
     assert status == 0 and f"resuming from {disk}/run/checkpoint-2" in printed
     assert unet_file(disk / "run").read_bytes() == unet_file(trained).read_bytes()
+
+
+def test_a_last_checkpoint_that_finds_no_space_costs_nothing(start, small_disk):
+    disk = small_disk("3m")  # the pipeline, and no checkpoint of 2.6 MB beside it
+    status, printed = start(disk / "run", "--max_train_steps", 1).end()
+    assert status == 0 and (disk / "run" / "model_index.json").is_file() and not checkpoint_steps(disk / "run")
+    assert f"warning: the trained pipeline is saved, but {disk}/run/checkpoint-1 cannot be saved: " in printed
+    assert f"MODEL_DIR={disk}/run bash sample_from_pix2pix.sh" in printed
 
 
 def test_full_disk_while_saving_the_pipeline_or_the_encoded_data(start, small_disk, tmp_path):
