@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -42,8 +43,8 @@ def warn(message: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says, its line breaks removed, at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What a library's error says, its line breaks removed, at most 300 characters, cut between words."""
+    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -31,7 +31,15 @@ from data.files import partial_path, parts_replaced, whole_or_absent, write_file
 from data.prompts import build_prompt
 from pecn import lora
 from pecn.diffusion import add_image_channels, changed_scheduler
-from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG, Pipeline, find_model, load_pipeline, read_training_config
+from pecn.model import (
+    CHECKPOINT_WEIGHTS,
+    PIPELINE_INDEX,
+    TRAINING_CONFIG,
+    Pipeline,
+    find_model,
+    load_pipeline,
+    read_training_config,
+)
 from pecn.optimization import averaged_weights, trained_weights
 
 MODEL_CARD = "README.md"
@@ -183,7 +191,7 @@ def load_from_checkpoint(folder: Path) -> Pipeline:
     """The pipeline that a run would have saved at a checkpoint."""
     args = argparse.Namespace(**read_training_config(folder))
     pipeline = load_base_model(args)
-    state = load_file(folder / "model.safetensors")
+    state = load_file(folder / CHECKPOINT_WEIGHTS)
     state = {name.removeprefix("module."): weight for name, weight in state.items()}
     pipeline.unet.load_state_dict(state, strict=not args.use_lora)  # whose checkpoints have the trained weights alone
     if args.use_ema:

@@ -20,7 +20,15 @@ from data.prompts import build_prompt
 from data.video_decoder import load_picture, read_picture
 from pecn import pictures, rollouts, scores
 from pecn.checkpoints import load_from_checkpoint
-from pecn.model import DTYPES, Pipeline, find_model, load_pipeline, read_training_config, round_weights
+from pecn.model import (
+    CHECKPOINT_WEIGHTS,
+    DTYPES,
+    Pipeline,
+    find_model,
+    load_pipeline,
+    read_training_config,
+    round_weights,
+)
 from pecn.processes import is_fast_in_bf16
 from pecn.sampling import Prediction, predict_frames, predict_pairs
 from pecn.sampling_options import DEFAULT_OPTIONS, sampling_options
@@ -78,7 +86,7 @@ def loaded_model(model_dir: str) -> Iterator[Pipeline]:
     For a model that does not say that is fp16 on a GPU. On the CPU it is bf16 where that is fast, else float32.
     """
     device, folder = PartialState().device, find_model(model_dir)
-    is_checkpoint = (folder / "model.safetensors").is_file()
+    is_checkpoint = (folder / CHECKPOINT_WEIGHTS).is_file()
     pipeline = load_from_checkpoint(folder) if is_checkpoint else load_pipeline(folder)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
         raise UserError(f"{model_dir} takes no input frame; train it first, or name another")

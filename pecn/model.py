@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, UNe
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
@@ -31,7 +33,9 @@ from data.clips import settle_frames
 Pipeline = StableDiffusionInstructPix2PixPipeline
 TRAINING_CONFIG = "training_config.json"  # what train_instruct_pix2pix.py was called with, beside the trained pipeline
 PIPELINE_INDEX = "model_index.json"  # names a pipeline's parts; the last file of one to be written
+CHECKPOINT_WEIGHTS = "model.safetensors"  # of the UNet, in a checkpoint's folder
 MODEL_PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+KNOWN_PARTS = {*MODEL_PARTS, "tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder"}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by mixed precision
 HUB_TIMEOUT = 10  # seconds for the hub's first answer
 
@@ -49,6 +53,8 @@ def find_model(name: str) -> Path:
     """
     if os.path.isdir(name):
         return Path(name)
+    if os.path.isfile(name):
+        raise UserError(f"{name} is a single file; a diffusers folder is needed, made by: {convert_command(name)}")
     missing = f"there is no directory {name}"
     if name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir()):  # no hub id, then
         raise UserError(f"{missing}: name one that holds a model")
@@ -65,15 +71,44 @@ def find_model(name: str) -> Path:
         return folder
     except Exception as error:  # the network, the hub, its libraries: the list of what they raise is long
         raise UserError(
-            f"{missing}, and no such model could be fetched from {os.environ.get('HF_ENDPOINT') or 'the hub'}"
-            f" ({one_line(error)}): set HF_ENDPOINT to a mirror you can reach, or name a directory that holds a model"
+            f"{missing}, and no such model could be fetched from {os.environ.get('HF_ENDPOINT', 'the hub')}"
+            f" ({one_line(error)}): {hub_advice(error)}, or name a directory that holds a model"
         ) from error
 
 
+def convert_command(name: str) -> str:
+    """The shell command that makes a diffusers folder of a single file of weights."""
+    save = f".from_single_file({name!r}).save_pretrained({os.path.splitext(name)[0]!r})"
+    return f"python -c {shlex.quote(f'from diffusers import StableDiffusionInstructPix2PixPipeline as P; P{save}')}"
+
+
+def hub_advice(error: Exception) -> str:
+    """What a user can do about an error of the hub."""
+    if isinstance(error, GatedRepoError):
+        return "accept the model's license on its page and log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "check its spelling; where it is private log in with `hf auth login`"
+    if isinstance(error, json.JSONDecodeError):
+        return "that address answers with a web page, perhaps your network's login page"
+    return "set HF_ENDPOINT to a mirror you can reach"
+
+
 def check_weights_are_there(folder: Path) -> None:
-    """Raises UserError where a directory holds no diffusers pipeline whose weights are safetensors."""
+    """Raises UserError where a directory holds no Stable Diffusion pipeline whose weights are safetensors."""
     if not (folder / PIPELINE_INDEX).is_file():
-        raise UserError(f"it holds no diffusers pipeline (no {PIPELINE_INDEX})")
+        hint = ""
+        if (folder / CHECKPOINT_WEIGHTS).is_file():
+            hint = "; it is a checkpoint: MODEL_DIR samples from it, RESUME goes on with it"
+        elif (folder.parent / PIPELINE_INDEX).is_file():
+            hint = f"; it is a part of one: name {folder.parent}"
+        elif any(folder.glob("*lora*.safetensors")):
+            hint = "; it holds LoRA weights: name the folder of the whole pipeline"
+        raise UserError(f"it holds no diffusers pipeline (no {PIPELINE_INDEX}){hint}")
+    index = json.loads((folder / PIPELINE_INDEX).read_bytes())
+    for part, of_library in index.items():
+        if part not in KNOWN_PARTS and isinstance(of_library, list) and of_library[0]:
+            family = "Stable Diffusion 1 or 2, or InstructPix2Pix, is needed"
+            raise UserError(f"it is a {index.get('_class_name')}, with a part {part}; {family}")
     for part in MODEL_PARTS:
         if not any((folder / part).glob("*.safetensors")):
             raise UserError(f"{part}/ holds no *.safetensors; pickles (*.bin) are not read")
@@ -89,9 +124,11 @@ def load_pipeline(folder: Path) -> Pipeline:
         check_weights_are_there(folder)
         models = {}
         for part, model_class in MODEL_PARTS.items():
+            names = [path.name for path in (folder / part).glob("*.safetensors")]
             models[part], report = model_class.from_pretrained(
                 folder,
                 subfolder=part,
+                variant="fp16" if all(".fp16." in name for name in names) else None,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -103,7 +140,10 @@ def load_pipeline(folder: Path) -> Pipeline:
         pipeline = Pipeline.from_pretrained(folder, **models, **unused, local_files_only=True)
         if len(pipeline.tokenizer) <= len(pipeline.tokenizer.all_special_ids):
             raise UserError("tokenizer/ has no vocabulary")
-        return pipeline
+        channels, in_channels = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
+        if in_channels not in (channels, 2 * channels):
+            raise UserError(f"its UNet has {in_channels} input channels; {channels} or {2 * channels} are needed")
+        return pipeline.to(torch.float32)
     except Exception as error:  # whatever a broken model makes the libraries raise, only the model can be mended
         raise UserError(
             f"the model {folder} cannot be loaded: {one_line(error)}; copy it again, or name another"

@@ -78,8 +78,13 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
                 headers["X-Xet-Hash"] = "0" * 64
                 headers["Link"] = f'<http://{self.headers["Host"]}/xet-token>; rel="xet-auth"'
             self.answer(content, headers)
+        elif "/login/" in path:
+            self.answer(b"<html>Welcome to this network</html>")
         else:
-            self.send_response(404)
+            refusals = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound")}
+            status, code = next((refusals[name] for name in refusals if f"/{name}/" in path), (404, "RepoNotFound"))
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -151,6 +156,21 @@ def test_a_model_on_a_mirror_is_fetched_once_and_without_what_is_not_needed(mirr
     index = json.loads((tmp_path / "trained" / "model_index.json").read_text())
     assert index["feature_extractor"] == index["safety_checker"] == [None, None]
     assert StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "trained").feature_extractor is None
+
+
+def test_each_refusal_of_the_hub_has_its_own_advice(mirror, tmp_path):
+    names = ("gated/model", "private/model", "no/model", "login/model")
+    advice = (
+        "accept the model's license",
+        "log in with `hf auth login`",
+        "check its spelling",
+        "answers with a web page",
+    )
+    variables = {"HF_HUB_CACHE": tmp_path, "HF_ENDPOINT": mirror[0]}
+    for name, told, said in zip(names, find_in_new_process(*names, **variables), advice, strict=True):
+        assert name in told and said in told and mirror[0] in told and len(told) < 700
+    [told] = find_in_new_process("no/model", HF_HUB_CACHE=tmp_path, HF_ENDPOINT="", HF_HUB_OFFLINE=1)
+    assert "from the hub" in told
 
 
 @pytest.fixture

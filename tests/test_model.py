@@ -3,16 +3,19 @@
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from data.cli import UserError
 from pecn.model import MODEL_PARTS, find_model, load_pipeline, read_training_config
-from tests.conftest import last_line, run, sampling_command, train, unet_file
+from tests.conftest import STEPS, last_line, make_tiny_pipeline, run, sampling_command, train, unet_file
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -120,6 +123,39 @@ def test_a_directory_that_is_not_there_is_not_asked_for_at_the_hub(tmp_path):
     with pytest.raises(UserError, match="there is no directory .*/nowhere: name one that holds a model") as error:
         find_model(str(tmp_path / "nowhere"))
     assert "hub" not in str(error.value)
+
+
+def test_another_kind_of_file_or_folder_is_named_with_what_to_name(trained, model, tmp_path):
+    single = tmp_path / "v15.safetensors"
+    single.touch()
+    with pytest.raises(UserError, match="is a single file; a diffusers folder is needed") as error:
+        find_model(str(single))
+    [command] = re.findall(r"python -c .*", str(error.value))
+    assert shlex.split(command)[2].endswith(f"P.from_single_file('{single}').save_pretrained('{tmp_path}/v15')")
+    assert refusal(model / "unet").endswith(f"it is a part of one: name {model}; copy it again, or name another")
+    assert "it is a checkpoint: MODEL_DIR samples" in refusal(trained / f"checkpoint-{STEPS}")
+    (model / "model_index.json").unlink()
+    (model / "pytorch_lora_weights.safetensors").touch()
+    assert "it holds LoRA weights" in refusal(model)
+
+
+def test_other_families_are_named(model, tmp_path):
+    index = json.loads((model / "model_index.json").read_text())
+    other = index | {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
+    (model / "model_index.json").write_text(json.dumps(other))
+    assert "it is a StableDiffusionXLPipeline, with a part text_encoder_2; Stable Diffusion 1 or 2" in refusal(model)
+    make_tiny_pipeline(in_channels=9).save_pretrained(tmp_path / "inpainting")
+    assert "its UNet has 9 input channels; 4 or 8 are needed" in refusal(tmp_path / "inpainting")
+
+
+def test_a_folder_of_half_precision_files_loads_in_float32(tmp_path):
+    make_tiny_pipeline().to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert {path.name.partition(".")[2] for path in tmp_path.glob("*/*.safetensors")} == {"fp16.safetensors"}
+    loaded, made = load_pipeline(tmp_path), make_tiny_pipeline()
+    for part in MODEL_PARTS:
+        weights = dict(getattr(loaded, part).named_parameters())
+        for name, weight in getattr(made, part).named_parameters():
+            torch.testing.assert_close(weights[name], weight, rtol=2e-3, atol=1e-6)  # in float32, too
 
 
 # What training recorded.
