@@ -34,7 +34,8 @@ def create_parser() -> CommandParser:
     add = parser.add_argument
     add("--model_dir", required=True, help="a trained model's directory, or a model on the hub")
     add("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="prepared data directory (%(default)s)")
-    add("--output_dir", type=Path, default=Path("test_result/baseline"), help="(%(default)s)")
+    output_help = "for pictures and scores (test_result/baseline, of a picture test_result/<its name>-<n>)"
+    add("--output_dir", type=Path, help=output_help)
     side = number(at_least=8, at_most=4096, multiple_of=8)
     add("--resolution", type=side, default=128, help="side of the frames (%(default)s)")
     add_frame_options(parser)
@@ -60,6 +61,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.image is None) != (args.prompt is None):
         parser.error("--image and --prompt need each other")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("--prompt is blank: say what is done in the picture")
     if type(args.add_progress) is int and args.image is None:
         parser.error("a percentage as --add_progress needs --image")
     from pecn import evaluation  # not before the options are known to be good: it takes seconds

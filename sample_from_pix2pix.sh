@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 MODEL_DIR=${MODEL_DIR:-outputs/instruct_pix2pix_128}  # a trained model's directory, or a model on the hub
-OUTPUT_DIR=${OUTPUT_DIR:-test_result/baseline}        # for pictures and scores
+OUTPUT_DIR=${OUTPUT_DIR:-}  # for pictures and scores (test_result/baseline, of an IMAGE test_result/<its name>-<n>)
 NUM_SAMPLES=${NUM_SAMPLES:-8}                         # how many videos, spread over the tasks, or all
 SEED=${SEED:-42}                                      # chooses the videos and their noise
 BATCH_SIZE=${BATCH_SIZE:-8}                           # pictures at once
@@ -33,11 +33,11 @@ NUM_PREDICTIONS=${NUM_PREDICTIONS:-}            # draws of each frame; of severa
 KEEP_BACKGROUND=${KEEP_BACKGROUND:-}            # True: keep the input's pixels where the model changes little (False)
 
 arguments=()
-if [[ -n $PROGRESS ]]; then arguments+=(--add_progress "$PROGRESS"); fi
+if [[ -n $PROGRESS ]]; then arguments+=(--add_progress="$PROGRESS"); fi
 for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED BATCH_SIZE IMAGE PROMPT ROLLOUT ROLLOUT_MODE DATA_DIR \
   RESOLUTION INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE \
   SCHEDULER STRENGTH NUM_PREDICTIONS KEEP_BACKGROUND; do
-  if [[ -n ${!name} ]]; then arguments+=("--${name,,}" "${!name}"); fi
+  if [[ -n ${!name} ]]; then arguments+=("--${name,,}=${!name}"); fi
 done
 
 exec python sample_from_pix2pix.py "${arguments[@]}" "$@"  # such as --against DIR

@@ -21,9 +21,12 @@ if [[ -n $DATA_DIR && $DATA_DIR != "$DEMO_DIR" ]]; then
 else
   DATA_DIR=$DEMO_DIR
   echo "data: the embedded default in $DATA_DIR (set DATA_DIR, or prepare data/sthv2, to use your own)"
-  python -m demo.make_clips --output_dir "$DATA_DIR" --num_train_clips "$NUM_TRAIN_CLIPS" --num_val_clips "$NUM_VAL_CLIPS"
-  python -m data.dataset --data_dir "$DATA_DIR" --seed "$SEED"
-  python -m data.video_loader --data_dir "$DATA_DIR" --resolutions "$RESOLUTION"
+  echo "1/5 rendering clips: a minute"
+  python -m demo.make_clips --output_dir="$DATA_DIR" --num_train_clips "$NUM_TRAIN_CLIPS" --num_val_clips "$NUM_VAL_CLIPS" |
+    sed '/^Next: /d'
+  echo "2/5 choosing clips and extracting their frames: seconds"
+  python -m data.dataset --data_dir="$DATA_DIR" --seed "$SEED" | sed '/^Next: /d'
+  python -m data.video_loader --data_dir="$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
   export PROGRESS=${PROGRESS:-True} EXTRA_ARGS=${EXTRA_ARGS:---random_flip}
   export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-4} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
@@ -42,17 +45,20 @@ export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}
 export DATA_DIR PRETRAINED_MODEL
 echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 
-rm -rf "$TEST_OUTPUT/base_samples"  # of an earlier quick test
-if [[ -z ${RESUME:-} ]]; then rm -rf "$TEST_OUTPUT/model"; fi
+echo "3/5 training: a few minutes"
+rm -rf -- "$TEST_OUTPUT/base_samples"  # of an earlier quick test
+if [[ -z ${RESUME:-} ]]; then rm -rf -- "$TEST_OUTPUT/model"; fi
 OUTPUT_DIR="$TEST_OUTPUT/model" BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruct_pix2pix.sh
 
 # What did fine-tuning add? The base model predicts the same pairs; a plain Stable Diffusion, which cannot, is refused.
+echo "4/5 predicting with the base model: seconds"
 against=()
 if MODEL_DIR="$PRETRAINED_MODEL" OUTPUT_DIR="$TEST_OUTPUT/base_samples" NUM_PREDICTIONS=1 bash sample_from_pix2pix.sh > /dev/null; then
   against=(--against "$TEST_OUTPUT/base_samples")
 elif (( $? > 128 )); then  # Ctrl-C
   exit 130
 fi
+echo "5/5 predicting with the trained model: seconds"
 MODEL_DIR="$TEST_OUTPUT/model" OUTPUT_DIR="$TEST_OUTPUT/samples" bash sample_from_pix2pix.sh "${against[@]}"
 
 echo "the quick test is done; look at $TEST_OUTPUT/samples/random_pairs.png and $TEST_OUTPUT/model/validation/, and run:"

@@ -37,18 +37,18 @@ ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-}   # several machines: a file that `acce
 EXTRA_ARGS=${EXTRA_ARGS:-}
 
 arguments=(
-  --pretrained_model_name_or_path "$PRETRAINED_MODEL" --train_data_dir "$DATA_DIR"
-  --add_progress "$PROGRESS" --use_lora "$LORA"
-  --train_batch_size "$BATCH_SIZE" --gradient_accumulation_steps "$GRADIENT_ACCUM" --num_train_epochs "$EPOCHS"
+  --pretrained_model_name_or_path="$PRETRAINED_MODEL" --train_data_dir="$DATA_DIR"
+  --add_progress="$PROGRESS" --use_lora="$LORA"
+  --train_batch_size="$BATCH_SIZE" --gradient_accumulation_steps="$GRADIENT_ACCUM" --num_train_epochs="$EPOCHS"
 )
-if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint "$RESUME"); fi
-if [[ -z $ACCELERATE_CONFIG ]]; then arguments+=(--mixed_precision "$MIXED_PRECISION"); fi
+if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint="$RESUME"); fi
+if [[ -z $ACCELERATE_CONFIG ]]; then arguments+=(--mixed_precision="$MIXED_PRECISION"); fi
 # Variables whose flag has the same name, where they are set; the last line has those of sample_from_pix2pix.sh, which
 # say how validation predicts.
 for name in OUTPUT_DIR RESOLUTION INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON MAX_TRAIN_STEPS LEARNING_RATE LR_SCHEDULER \
   MODEL_GUIDANCE_SCALE LR_WARMUP_STEPS SEED CHECKPOINTING_STEPS CHECKPOINTS_TOTAL_LIMIT VALIDATION_EPOCHS NUM_VALIDATION_IMAGES \
   NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH NUM_PREDICTIONS KEEP_BACKGROUND; do
-  if [[ -n ${!name:-} ]]; then arguments+=("--${name,,}" "${!name}"); fi
+  if [[ -n ${!name:-} ]]; then arguments+=("--${name,,}=${!name}"); fi
 done
 
 launch=(python)
@@ -66,8 +66,10 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # glibc keeps freed memory for the next step, which on a CPU takes a third off a step of Stable Diffusion's size.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 
-# What is printed goes to train.log too; tee ignores signals, to show what training says last.
+# What is printed goes to train.log too, of progress bars their last state. Off a terminal they move once a minute.
+# tee and sed ignore signals, to show what training says last.
+if [[ ! -t 1 ]]; then export TQDM_MININTERVAL=${TQDM_MININTERVAL:-60}; fi
 mkdir -p -- "$OUTPUT_DIR"
-exec > >(trap '' INT TERM HUP USR1; exec tee -a -- "$OUTPUT_DIR/train.log") 2>&1
+exec > >(trap '' INT TERM HUP USR1; exec tee >(exec sed -u 's/.*\r//' >> "$OUTPUT_DIR/train.log")) 2>&1
 # shellcheck disable=SC2086  # EXTRA_ARGS is a list of words
 exec "${launch[@]}" train_instruct_pix2pix.py "${arguments[@]}" $EXTRA_ARGS

@@ -99,7 +99,7 @@ def print_row(
 ) -> None:
     """Predicts all pairs, and prints how the sample and the expected frame do where something moves."""
     started = time.perf_counter()
-    predictions = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, show_progress=False))
+    predictions = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options))
     seconds = (time.perf_counter() - started) / len(pairs)
     figures = summarize([{"task": prediction.task} | score_prediction(prediction) for prediction in predictions])["all"]
     if not figures["num_moving"]:

@@ -28,7 +28,7 @@ from data.clips import (
 )
 from data.files import write_json
 from data.video_decoder import load_picture
-from pecn.evaluation import METRICS_FILE, read_scores, results_folder, save_predictions
+from pecn.evaluation import METRICS_FILE, read_metrics, results_folder, save_predictions
 from pecn.sampling import PredictedFrame, Prediction
 from pecn.scores import better_or_not, format_table, paired_difference, summarize, verdict
 
@@ -106,7 +106,7 @@ def read_predictions(args: argparse.Namespace) -> Iterator[Prediction]:
 
 
 def main(args: argparse.Namespace) -> None:
-    others = read_scores(args.against) if args.against else None
+    others = read_metrics(args.against)["samples"] if args.against else None
     with results_folder(args.output_dir, METRICS_FILE) as new:
         rows = save_predictions(new, read_predictions(args), str(args.predictions))
         summary = summarize(rows)

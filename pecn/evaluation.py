@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,8 +34,10 @@ from pecn.processes import is_fast_in_bf16
 from pecn.sampling import Prediction, predict_frames, predict_pairs
 from pecn.sampling_options import DEFAULT_OPTIONS, sampling_options
 
+RESULTS = Path("test_result")  # where OUTPUT_DIR lies by default
 SAMPLES, METRICS_FILE, ROLLOUT_FILE = "samples", "metrics.json", "rollout.json"
 RANDOM_PAIRS, SHOWN_IN_OVERVIEW = 20, 9  # in random_pairs.png; from the best pair to the worst in overview.png
+FEWEST_PAIRS = 10  # the table has no line for a task with fewer
 RECORDED = ("resolution", "input_frame_idx", "horizon", "tell_horizon", "add_progress", *vars(DEFAULT_OPTIONS))
 
 
@@ -51,10 +54,19 @@ def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def default_output_dir(image: Path | None) -> Path:
+    """One folder for results of validation videos, which are replaced; a new one for each own picture."""
+    if image is None:
+        return RESULTS / "baseline"
+    numbered = (RESULTS / f"{image.stem}-{number}" for number in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
+
+
 def run(args: argparse.Namespace) -> None:
     """Predicts as the options of sample_from_pix2pix.py say, those left out being as `recorded_settings` says."""
     trained = read_training_config(find_model(args.model_dir))
     clips.settle_frames(vars(args))
+    args.output_dir = args.output_dir or default_output_dir(args.image)
     if args.image:
         predict_from_picture(args, trained)
         return
@@ -120,21 +132,26 @@ def results_folder(output_dir: Path, results_file: str) -> Iterator[Path]:
 
 def predict_and_score(args: argparse.Namespace, pairs: Sequence[clips.FramePair], choice: clips.FrameChoice) -> None:
     """Predicts the target of each pair, saves the pictures and their scores, and says whether the model is good."""
-    others = read_scores(args.against) if args.against else None
+    others = read_metrics(args.against)["samples"] if args.against else None
     options = sampling_options(args)
+    settings = {"model_dir": args.model_dir, "frames": str(choice), "seed": args.seed, **vars(options)}
+    with contextlib.suppress(UserError):  # no earlier results
+        if read_metrics(args.output_dir).get("settings") != settings:
+            print(f"{args.output_dir} has results of another model or other settings, which will be replaced")
     how = f"{choice}, background kept" if options.keep_background else str(choice)
     with results_folder(args.output_dir, METRICS_FILE) as new, loaded_model(args.model_dir) as pipeline:
-        predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, options)
+        label = f"Predicting with {args.model_dir}"
+        predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, label)
         rows = save_predictions(new, predictions, f"{args.model_dir}, {how}")
         summary = scores.summarize(rows)
-        settings = {"model_dir": args.model_dir, "frames": str(choice), "seed": args.seed, **vars(options)}
         write_json(new / METRICS_FILE, {"settings": settings, "summary": summary, "samples": rows})
-    print(scores.format_table(summary))
+    large = {name: group for name, group in summary.items() if name == "all" or group["num_pairs"] >= FEWEST_PAIRS}
+    print(scores.format_table(large))
     print("where something moves, but for 'whole'; ±: 95% interval; good frames: sharp and better placed than the copy")
     if num_lost := len(pairs) - len(rows):
         print(f"not finite and left out: {num_lost} of {len(pairs)} predictions")
     if num_without := summary["all"]["num_without_target"]:
-        print(f"{num_without} samples have no frame to predict ({choice}): predicted, not scored")
+        print(f"predicted and not scored, as their video ends before: {num_without} of {len(rows)} ({choice})")
     print(f"{args.output_dir} has overview.png, random_pairs.png, scores.png, samples/ and {METRICS_FILE}")
     print(f"{how}, {scores.verdict(summary['all'])}")
     if others is not None:
@@ -185,11 +202,12 @@ def save_prediction(folder: Path, prediction: Prediction, comparison: np.ndarray
         pictures.save_picture(folder / "uncertainty.png", levels.round().astype(np.uint16))
 
 
-def read_scores(output_dir: Path) -> list[dict[str, Any]]:
-    """The scores of each pair that an earlier run left. Raises UserError where there are none."""
+def read_metrics(output_dir: Path) -> dict[str, Any]:
+    """The settings, summary and scores of each pair that a run left. Raises UserError where there are none."""
     try:
-        return json.loads((output_dir / METRICS_FILE).read_bytes())["samples"]
-    except (OSError, ValueError, KeyError) as error:
+        metrics = json.loads((output_dir / METRICS_FILE).read_bytes())
+        return metrics | {"samples": metrics["samples"]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{output_dir} has no scores of an earlier run ({METRICS_FILE}): {one_line(error)}") from error
 
 

@@ -169,11 +169,14 @@ def predict_pairs(
     seed: int,
     batch_size: int,
     options: SamplingOptions = DEFAULT_OPTIONS,
-    show_progress: bool = True,
+    label: str | None = None,
 ) -> Iterator[Prediction]:
-    """Predicts every pair, `batch_size` pictures at once, or all draws of one pair if these are more."""
+    """Predicts every pair, `batch_size` pictures at once, or all draws of one pair if these are more.
+
+    With a `label` there is a progress bar of that name.
+    """
     at_once = max(1, batch_size // options.num_predictions)
-    with tqdm(total=len(pairs), desc="Predicting", unit="frame", disable=not show_progress) as progress_bar:
+    with tqdm(total=len(pairs), desc=label, unit="frame", disable=label is None) as progress_bar:
         for first in range(0, len(pairs), at_once):
             batch = pairs[first : first + at_once]
             inputs = [load_picture(pair.input_image) for pair in batch]

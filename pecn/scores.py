@@ -240,6 +240,12 @@ def verdict(group: dict[str, Any]) -> str:
     if not group["num_moving"]:
         return "nothing moves: these pairs do not tell if the model is good"
     sample = group["sample"]
+    ceiling, copy = (group.get(way, {"psnr": {"value": math.inf}})["psnr"]["value"] for way in ("vae_ceiling", "copy"))
+    if ceiling < copy:
+        return (
+            f"this model's VAE cannot draw such pictures: the true frames have {ceiling:.1f} dB after one trip through"
+            f" it, copies {copy:.1f} dB"
+        )
     words = better_or_not(sample["psnr"], group["num_moving"], "copying")
     return f"where something moves the prediction is {words}; good frames {sample['good_frame']['value']:.0%}"
 

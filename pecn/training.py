@@ -22,7 +22,7 @@ from pecn import checkpoints, lora, optimization, processes
 from pecn.encoded_frames import TrainingBatches, encode_once, encoded_cache
 from pecn.model import read_training_config, round_weights
 from pecn.sampling_options import sampling_options
-from pecn.validation import Validation, start_trackers
+from pecn.validation import Validation, check_wandb, start_trackers
 
 PROJECT_NAME, BEST = "instruct_pix2pix", "best"  # the latter: the folder of --save_best
 # They shape a run's result: it resumes only where they are as before.
@@ -71,6 +71,8 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
 def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.StopRequest) -> None:
     """The whole run: from a checkpoint, or from the base model, to the trained pipeline."""
     # What can fail at once comes first.
+    if args.report_to == "wandb":
+        processes.on_main_process(accelerator, check_wandb)
     choice = frame_choice(vars(args))
     clips = find_clips_of(args, choice, "train", args.max_train_samples)
     validation_clips = find_clips_of(args, choice, "val", None) if args.num_validation_images else []
@@ -172,7 +174,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     def validate(step: int) -> str:
         nonlocal lowest_loss
         loss, words = validation.run_or_warn(pipeline, ema, accelerator, step)
-        if args.save_best and loss < lowest_loss:
+        if args.save_best and step and loss < lowest_loss:
             lowest_loss = loss
             arguments = config["arguments"] | {"held_out_loss": loss}
             if accelerator.is_main_process:
@@ -180,6 +182,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
                 checkpoints.save_model_card(args.output_dir / BEST, arguments, words)
         return words
 
+    if validation and not steps_done:
+        validate(0)
     bar = tqdm(
         total=batches.max_train_steps, initial=steps_done, desc="Training", disable=not accelerator.is_main_process
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.utils.tensorboard import SummaryWriter
 
-from data.cli import one_line, warn
+from data.cli import UserError, one_line, warn
 from data.clips import FramePair
 from pecn.diffusion import diffusion_loss
 from pecn.encoded_frames import TrainingBatches
@@ -24,6 +25,18 @@ from pecn.processes import on_main_process
 from pecn.sampling import predict_pairs
 from pecn.sampling_options import SamplingOptions
 from pecn.scores import WAYS, score_prediction, summarize, verdict
+
+
+def check_wandb() -> None:
+    """Raises UserError where wandb would ask for a key when training begins."""
+    import wandb  # optional
+
+    try:
+        is_ready = os.environ.get("WANDB_MODE", "online") != "online" or wandb.login(prompt=False)
+    except Exception as error:
+        raise UserError(f"wandb cannot log in ({one_line(error)}): set WANDB_MODE=offline, or mend it") from error
+    if not is_ready:
+        raise UserError("wandb has no key: run `wandb login`, or set WANDB_MODE=offline")
 
 
 def start_trackers(accelerator: Accelerator, project: str, arguments: dict[str, Any], steps_done: int) -> None:
@@ -85,7 +98,7 @@ class Validation:
         pipeline.unet.eval()
         try:
             pipeline.to(accelerator.device)
-            how = (self.batches.seed, self.batches.train_batch_size, self.options, False)
+            how = (self.batches.seed, self.batches.train_batch_size, self.options)
             with accelerator.autocast():
                 passes = self.batches.load(0, pipeline, accelerator)
                 losses = [diffusion_loss(pipeline.unet, self.noise_scheduler, batch, self.guidance) for batch in passes]

@@ -24,12 +24,15 @@ from pecn.sampling import predict_pairs
 from tests.conftest import (
     PROJECT,
     STEPS,
+    last_line,
     make_tiny_pipeline,
     read_events,
+    run,
     run_forked,
     sampling_command,
     scalars,
     train,
+    training_command,
     unet_file,
 )
 
@@ -99,8 +102,8 @@ def test_the_best_model_is_kept_beside_the_last(data_dir, tiny_model, tmp_path):
         for file in (tmp_path / "logs").rglob("held_out/events*")
         for event in read_events(file).Scalars("train/loss")
     ]
-    assert len(losses) == 3
-    assert read_training_config(tmp_path / "best")["held_out_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert len(losses) == 4  # the first is the base model's
+    assert read_training_config(tmp_path / "best")["held_out_loss"] == pytest.approx(min(losses[1:]), rel=1e-6)
     assert len(load_pipeline(tmp_path / "best").unet.state_dict())
 
 
@@ -109,7 +112,7 @@ def test_the_held_out_loss_depends_on_the_weights_alone(data_dir, tiny_model, tm
     train(data_dir, tiny_model, tmp_path, *options)
     files = (tmp_path / "logs").rglob("held_out/events*")
     losses = [event.value for file in files for event in read_events(file).Scalars("train/loss")]
-    assert len(losses) == 3 and len(set(losses)) == 1
+    assert len(losses) == 4 and len(set(losses)) == 1
 
 
 def test_the_users_own_cache_is_respected(tmp_path):
@@ -158,6 +161,15 @@ def test_scores_leave_out_and_count_what_is_not_finite(trained, data_dir, tmp_pa
     kept = {row["video_id"] for row in metrics["samples"]}
     assert len(kept) == metrics["summary"]["all"]["num_pairs"] == 2
     assert {path.name for path in (tmp_path / "samples").iterdir()} == kept
+
+
+def test_wandb_without_a_key_is_an_error_before_anything_is_encoded(data_dir, tiny_model, tmp_path):
+    """With a stand-in for the package, which is not installed here."""
+    (tmp_path / "wandb.py").write_text("def login(prompt):\n    return prompt")
+    command = training_command(data_dir, tiny_model, tmp_path / "run", "--report_to", "wandb")
+    done = run("python", *command, check=False, PYTHONPATH=tmp_path)
+    assert done.returncode == 1 and last_line(done.stderr).startswith("error: wandb has no key: run `wandb login`")
+    assert "Encoding" not in done.stderr
 
 
 def test_an_infinite_loss_ends_the_run_only_where_the_step_was_not_skipped():

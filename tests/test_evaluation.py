@@ -73,8 +73,8 @@ def test_run_leaves_pictures_scores_and_a_table(data_dir, recorded, tmp_path):
     for way in ("sample", "expected", "copy", "vae_ceiling"):
         assert group[way]["psnr"]["value"] == pytest.approx(np.mean([row[way]["psnr"] for row in scored]))
         assert way.replace("vae_", "VAE ") in done.stdout
-    assert f"{group['copy']['psnr']['value']:.2f}" in done.stdout and "cover_object, 1 pair" in done.stdout
-    assert "1 samples have no frame to predict (frame 20 to 21)" in done.stdout
+    assert f"{group['copy']['psnr']['value']:.2f}" in done.stdout and "cover_object, 1 pair" not in done.stdout
+    assert "not scored, as their video ends before: 1 of 4 (frame 20 to 21)" in done.stdout
 
 
 def test_runs_are_compared_on_the_pairs_of_both(data_dir, tiny_model, tmp_path):
@@ -83,6 +83,13 @@ def test_runs_are_compared_on_the_pairs_of_both(data_dir, tiny_model, tmp_path):
     names = {path.name for path in (tmp_path / "all" / "samples").rglob("*.png")}
     assert names == {"comparison.png", "input.png", "prediction.png", "target.png"}  # one draw has no mean
     options = ("--num_samples", 2, "--batch_size", 1, "--against", tmp_path / "all")
+    done = sample(data_dir, tiny_model, tmp_path / "two", *options)
+    assert "will be replaced" not in done.stdout
+    assert "will be replaced" not in sample(data_dir, tiny_model, tmp_path / "two", *options).stdout
+    assert (
+        "results of another model or other settings"
+        in sample(data_dir, tiny_model, tmp_path / "two", "--seed", 1).stdout
+    )
     done = sample(data_dir, tiny_model, tmp_path / "two", *options)
     folders = list((tmp_path / "two" / "samples").iterdir())
     left = sorted({"val0", "val1", "val2"} - {folder.name for folder in folders})

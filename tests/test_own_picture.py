@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ from skimage.data import astronaut
 
 from data.prompts import build_prompt
 from data.video_decoder import read_picture
+from pecn.evaluation import default_output_dir
 from pecn.model import find_model, load_pipeline
 from pecn.sampling import predict_frames
 from tests.conftest import PROJECT, SIDE, run
@@ -37,6 +39,15 @@ def photo(upright, tmp_path_factory):
 def predict(model, photo, output_dir, *options, check=True):
     command = ["python", "sample_from_pix2pix.py", "--model_dir", model, "--output_dir", output_dir]
     return run(*command, "--image", photo, "--prompt", LABEL, *options, check=check)
+
+
+def test_each_picture_gets_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        folder = default_output_dir(Path("photos/a cup.jpg"))
+        assert folder == Path(f"test_result/a cup-{number}")
+        folder.mkdir(parents=True)
+    assert default_output_dir(None) == Path("test_result/baseline")
 
 
 def read(path):
@@ -106,6 +117,7 @@ def test_mistakes_get_one_line(photo, tiny_model, tmp_path):
     for flags, wanted in (
         (("--image", photo), "--image and --prompt need each other"),
         (("--prompt", LABEL), "--image and --prompt need each other"),
+        (("--image", photo, "--prompt", " "), "--prompt is blank"),
         (("--add_progress", 40), "a percentage as --add_progress needs --image"),
     ):
         done = run("python", "sample_from_pix2pix.py", "--model_dir", tiny_model, *flags, check=False)

@@ -135,7 +135,7 @@ def test_a_pairs_noise_follows_from_the_seed_and_its_video_alone(pipeline, data_
     pairs = [draw_pair(clip, FrameChoice(), seed=0) for clip in clips]
 
     def samples(pairs, seed, batch_size):
-        made = predict_pairs(pipeline, pairs, seed, batch_size, PLAIN, show_progress=False)
+        made = predict_pairs(pipeline, pairs, seed, batch_size, PLAIN)
         return {prediction.video_id: prediction.predicted.sample.astype(int) for prediction in made}
 
     together, alone, other = samples(pairs, 1, 3), samples(pairs[::-1], 1, 1), samples(pairs[:1], 2, 1)

@@ -265,6 +265,12 @@ def test_verdict_is_as_sure_as_the_interval(gains, said):
     assert "nothing moves" in verdict(summarize([record("a", 30, 28, moving=False)])["all"])
 
 
+def test_a_vae_that_draws_worse_than_copying_is_said():
+    made = pair(ceiling=np.zeros_like(noise()))
+    words = verdict(summarize([score_prediction(made) | {"task": "a"}])["all"])
+    assert words.startswith("this model's VAE cannot draw such pictures: the true frames have ")
+
+
 def records(*psnrs, copy=20, **changes):
     """Pairs named "0", "1", …, the PSNR of whose samples is given."""
     return [record("a", level, copy, video_id=str(number), **changes) for number, level in enumerate(psnrs)]

@@ -88,14 +88,14 @@ def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
         for file in logs.rglob("held_out/events*")
         for event in read_events(file).Scalars("train/loss")
     }
-    assert sorted(held_out) == [3, 6, STEPS] and held_out[STEPS] < held_out[3]
+    assert sorted(held_out) == [0, 3, 6, STEPS] and held_out[STEPS] < held_out[3]
     runs["held_out"] = [path.parent for path in logs.rglob("held_out/events*")]
     [of_run] = set(logs.rglob("events*")) - {path for folders in runs.values() for path in folders[0].iterdir()}
     del runs["held_out"]
-    assert len(set(logs.rglob("events*"))) == 1 + 3 * 4  # a file for each validation; no mean of a single draw
+    assert len(set(logs.rglob("events*"))) == 1 + 4 * 4  # a file for each validation; no mean of a single draw
     # 6 samples, 4 a step: two epochs end with step 3, four with step 6.
     for metric, (folder, *_) in itertools.product(METRICS, runs.values()):
-        assert sorted(scalars(folder, f"validation/{metric}")) == [3, 6, STEPS]
+        assert sorted(scalars(folder, f"validation/{metric}")) == [0, 3, 6, STEPS]
     copied, drawn = (scalars(runs[way][0], "validation/psnr") for way in ("copy", "sample"))
     assert copied[3] == copied[STEPS] != drawn[STEPS]
 
@@ -104,12 +104,12 @@ def test_tensorboard_shows_every_step_and_the_validation_pictures(trained):
         f"validation_{task}/{label}. {done} (val{number})" for number, (task, label) in enumerate(LABELS.items())
     ]
     assert sorted(images.Tags()["images"]) == sorted(sentences)
-    assert [event.step for event in images.Images(sentences[0])] == [3, 6, STEPS]
+    assert [event.step for event in images.Images(sentences[0])] == [0, 3, 6, STEPS]
 
 
 def test_validation_pictures_are_saved_and_come_after_the_pipeline(trained):
     names = sorted(path.name for path in (trained / "validation").iterdir())
-    assert names == [f"step-{step:06}_val{number}.png" for step in (3, 6, STEPS) for number in range(3)]
+    assert names == [f"step-{step:06}_val{number}.png" for step in (0, 3, 6, STEPS) for number in range(3)]
     saved, last_picture = trained / "model_index.json", trained / "validation" / names[-1]
     assert saved.stat().st_mtime_ns <= last_picture.stat().st_mtime_ns
     # The limit is two; the last one is for going on.
@@ -126,11 +126,11 @@ def test_a_failed_validation_is_a_warning_and_changes_no_weight(trained, data_di
     (tmp_path / "no_folder").mkdir()
     (tmp_path / "no_folder" / "validation").touch()
     validated = ("--add_progress", "--num_validation_images", 1, "--validation_epochs", 2)
-    failed = [f"validation of step {step} failed" for step in (3, 6, 8)]
-    for name, base, causes in (("not_finite", model, ["not finite; left out"] * 3), ("no_folder", tiny_model, failed)):
+    failed = [f"validation of step {step} failed" for step in (0, 3, 6, 8)]
+    for name, base, causes in (("not_finite", model, ["not finite; left out"] * 4), ("no_folder", tiny_model, failed)):
         done = train(data_dir, base, tmp_path / name, *validated)
         lines = [line for line in re.split("[\r\n]", done.stderr) if line.startswith("warning: ")]
-        assert len(lines) == 3 and all(cause in line for cause, line in zip(causes, lines)), lines
+        assert len(lines) == 4 and all(cause in line for cause, line in zip(causes, lines)), lines
         assert unet_file(tmp_path / name).read_bytes() == unet_file(trained).read_bytes()
 
 
@@ -176,7 +176,7 @@ def test_lora_resumes_and_is_saved_merged_with_the_adapter_beside(data_dir, tiny
     train(data_dir, tiny_model, two, *options, "--train_batch_size", 2, processes=2)
     assert unet_file(one).read_bytes() == unet_file(resumed).read_bytes()
     assert largest_mean_difference(one, two) < 1e-5
-    assert len(list((one / "validation").iterdir())) == 2
+    assert len(list((one / "validation").iterdir())) == 3
 
     base, trained = (load_file(unet_file(path)) for path in (tiny_model, one))
     changed = {name for name, weight in base.items() if not torch.equal(weight, trained[name])}
