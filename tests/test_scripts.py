@@ -30,6 +30,7 @@ def test_training_script_trains_and_logs_and_the_command_that_it_prints_samples(
     assert "training on the CPU, mixed precision: no" in done.stdout
     log = (tmp_path / "model" / "train.log").read_text()
     assert "training on 6 frame pairs (frame 20 to 22" in log and "the trained pipeline is in" in log
+    assert "\r" not in log and "2/2" in log  # of each bar the last state
     arguments = json.loads((tmp_path / "model" / "training_config.json").read_text())["arguments"]
     expected = {"add_progress": True, "global_batch_size": 16, "learning_rate": 5e-6, "num_inference_steps": 1}
     expected |= {"mixed_precision": "no", "keep_background": True, "horizon": "2"}  # "no" is what fp16 has become
