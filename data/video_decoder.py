@@ -103,6 +103,8 @@ def load_picture(path: Path | str) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # 16 bits of gray, which Pillow would cut at 255
+                image = image.point(lambda level: level / 256)
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow has no one kind of error for what a file may hold
         reason = getattr(error, "strerror", None) or one_line(error)

@@ -18,8 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.cli import CommandParser, UserError, available_cores, number, run_command
+from data.dataset import TASK_TEMPLATES, match_tasks
 from data.files import make_folder, only_one, remove_leftovers, write_json
-from data.paths import video_path
+from data.paths import filtered_annotations_path, read_annotations, video_path
+from data.video_loader import extract_missing
 from demo.renderer.clip import clip_id, plan_clip
 from demo.renderer.video import render_to_files
 
@@ -47,6 +49,16 @@ def make_clips(output_dir: Path, num_train_clips: int, num_val_clips: int, seed:
         f"lists {num_train_clips} training and {num_val_clips} validation clips.\n"
         f"Next: python -m data.dataset --data_dir {output_dir}"
     )
+
+
+def make_validation_clips(data_dir: Path, count: int, seed: int, resolution: int) -> Path:
+    """Make a data directory of validation clips alone, with their frames, and return it."""
+    make_clips(data_dir, 0, count, seed, available_cores())
+    entries = match_tasks(read_annotations(data_dir / "annotations" / ANNOTATION_NAMES["val"]), list(TASK_TEMPLATES))
+    for split, chosen in (("train", []), ("val", entries)):
+        write_json(filtered_annotations_path(data_dir, split), chosen)
+    extract_missing(data_dir, entries, [resolution], available_cores())
+    return data_dir
 
 
 def claim_folder(output_dir: Path, seed: int) -> None:

@@ -91,9 +91,8 @@ def run(args: argparse.Namespace) -> None:
         predict_and_score(args, [clips.draw_pair(clip, choice, args.seed) for clip in chosen], choice)
 
 
-@contextlib.contextmanager
-def loaded_model(model_dir: str) -> Iterator[Pipeline]:
-    """Loads a model, or a checkpoint of a run, for prediction, and computes in the precision that it was trained in.
+def load_for_prediction(model_dir: str) -> tuple[Pipeline, torch.autocast]:
+    """Loads a model, or a checkpoint of a run, and the context in which it computes in the precision of its training.
 
     For a model that does not say that is fp16 on a GPU. On the CPU it is bf16 where that is fast, else float32.
     """
@@ -107,8 +106,15 @@ def loaded_model(model_dir: str) -> Iterator[Pipeline]:
         precision = "no"
     pipeline.unet.requires_grad_(False).eval()
     round_weights(pipeline.unet, precision)
-    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "no"):
-        yield pipeline.to(device)
+    return pipeline.to(device), torch.autocast(device.type, DTYPES[precision], enabled=precision != "no")
+
+
+@contextlib.contextmanager
+def loaded_model(model_dir: str) -> Iterator[Pipeline]:
+    """Loads a model as `load_for_prediction` does, and is its context."""
+    pipeline, precision = load_for_prediction(model_dir)
+    with precision:
+        yield pipeline
 
 
 @contextlib.contextmanager

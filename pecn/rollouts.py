@@ -19,7 +19,7 @@ from data.cli import UserError
 from data.clips import DEFAULT_INPUT_FRAME_IDX, Clip, FrameChoice, derive_seed
 from data.video_decoder import load_picture
 from pecn.model import Pipeline
-from pecn.pictures import panel_row, save_gif, save_picture, sheet
+from pecn.pictures import Panel, panel_row, save_gif, save_picture, sheet
 from pecn.sampling import PredictedFrame, Prediction, predict_frames
 from pecn.sampling_options import DEFAULT_OPTIONS, SamplingOptions
 from pecn.scores import score_prediction
@@ -119,19 +119,34 @@ def start_rollout(clip: Clip, choice: FrameChoice, mode: str) -> Rollout:
 def save_rollout(folder: Path, rollout: Rollout) -> None:
     """Writes rollout.mp4 and rollout.gif, truth to the left and prediction to the right, and filmstrip.png."""
     folder.mkdir(parents=True)
-    truths, titles = [rollout.start], ["start"]  # once a video has ended its last frame is shown
-    for horizon, truth in zip(rollout.horizons, rollout.truths):
-        truths.append(truths[-1] if truth is None else truth)
-        titles.append(f"+{horizon}, ended" if truth is None else f"+{horizon}")
-    predictions = [rollout.start, *(frame.sample for frame in rollout.predictions)]
-    pairs = zip(titles, truths, predictions)
-    film = np.stack([panel_row([(f"truth {title}", truth), ("prediction", frame)]) for title, truth, frame in pairs])
-    height, width = (side // 2 * 2 for side in film.shape[1:3])  # what H.264 needs
-    even = film[:, :height, :width]
+    frames = film(rollout)
+    height, width = (side // 2 * 2 for side in frames.shape[1:3])  # what H.264 needs
+    even = frames[:, :height, :width]
     iio.imwrite(folder / "rollout.mp4", even, plugin="pyav", codec="libx264", fps=FRAMES_PER_SECOND)
-    save_gif(folder / "rollout.gif", film, [1 / FRAMES_PER_SECOND] * (len(film) - 1) + [PAUSE])
-    strips = [
-        panel_row(list(zip(titles, truths)), [f"{rollout.clip.label}: truth above, prediction below"]),
-        panel_row(list(zip(titles, predictions))),
-    ]
-    save_picture(folder / "filmstrip.png", sheet(strips))
+    save_film(folder / "rollout.gif", frames)
+    save_picture(folder / "filmstrip.png", filmstrip(rollout))
+
+
+def save_film(path: Path, frames: np.ndarray) -> None:
+    """Writes a film as a GIF."""
+    save_gif(path, frames, [1 / FRAMES_PER_SECOND] * (len(frames) - 1) + [PAUSE])
+
+
+def film(rollout: Rollout) -> np.ndarray:
+    """Its frames from the start on, the truth to the left where there is one: uint8 RGB (N, H, W, 3)."""
+    return np.stack([panel_row(row) for row in zip(*reversed(strips(rollout)))])
+
+
+def filmstrip(rollout: Rollout) -> np.ndarray:
+    """All frames side by side, the truth below the prediction where there is one: uint8 RGB."""
+    predictions, *truths = strips(rollout)
+    return sheet([panel_row(predictions, [rollout.clip.label]), *map(panel_row, truths)])
+
+
+def strips(rollout: Rollout) -> list[list[Panel]]:
+    """The predicted frames and, where any is known, the true ones; a video that has ended shows its last frame."""
+    predictions, truths = [("start", rollout.start)], [("start", rollout.start)]
+    for horizon, frame, truth in zip(rollout.horizons, rollout.predictions, rollout.truths):
+        predictions.append((f"prediction +{horizon}", frame.sample))
+        truths.append((f"truth +{horizon}", truth) if truth is not None else (f"+{horizon}, ended", truths[-1][1]))
+    return [predictions, truths] if any(truth is not None for truth in rollout.truths) else [predictions]

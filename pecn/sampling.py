@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +88,12 @@ def denoise(
     prompt_embeds: torch.Tensor,
     generators: list[torch.Generator],
     options: SamplingOptions,
+    watch: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter,
 ) -> torch.Tensor:
-    """Samples latents (N, C, h, w), unscaled like `image_latents`, from the noise of each sample's generator."""
+    """Samples latents (N, C, h, w), unscaled like `image_latents`, from the noise of each sample's generator.
+
+    `watch` goes through the timesteps and may show that, as tqdm does.
+    """
     scheduler = create_scheduler(options.scheduler, pipeline.scheduler.config, options.num_inference_steps)
     device, factor = image_latents.device, pipeline.vae.config.scaling_factor
     scheduler.set_timesteps(options.num_inference_steps, device=device)
@@ -104,7 +108,7 @@ def denoise(
     empty_embeds = encode_prompts(pipeline, [""]).expand_as(prompt_embeds)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     noise_source = {"generator": generators} if takes_generator else {}
-    for timestep in timesteps:
+    for timestep in watch(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         output = guided_prediction(pipeline.unet, scaled, timestep, image_latents, prompt_embeds, empty_embeds, options)
         latents = scheduler.step(output, timestep, latents, **noise_source).prev_sample
@@ -118,10 +122,12 @@ def predict_frames(
     edit_prompts: Sequence[str],
     seeds: Sequence[int],
     options: SamplingOptions = DEFAULT_OPTIONS,
+    watch: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter,
 ) -> list[PredictedFrame | None]:
     """Predicts one batch from uint8 RGB frames (H, W, 3); None where a prediction is not finite.
 
-    Each draw has its own noise seed, so its picture does not depend on its neighbors in the batch.
+    Each draw has its own noise seed, so its picture does not depend on its neighbors in the batch. `watch` is as
+    `denoise` takes it.
     """
     count = options.num_predictions
     image_latents = encode_pictures(pipeline, images).mode()
@@ -129,7 +135,7 @@ def predict_frames(
     noise_seeds = [seed if k == 0 else derive_seed(seed, "prediction", k) for seed in seeds for k in range(count)]
     generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
     repeated = (image_latents.repeat_interleave(count, dim=0), prompt_embeds.repeat_interleave(count, dim=0))
-    decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options))
+    decoded = decode_latents(pipeline, denoise(pipeline, *repeated, generators, options, watch))
     reconstructed = decode_latents(pipeline, image_latents) if options.keep_background else [None] * len(images)
     frames = []
     for image, draws, same in zip(images, decoded.reshape(len(images), count, *decoded.shape[1:]), reconstructed):

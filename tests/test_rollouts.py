@@ -150,8 +150,8 @@ def test_the_command_leaves_films_filmstrips_and_the_scores_of_each_horizon(data
 
     folder = tmp_path / "samples" / "val0"
     strip = np.asarray(Image.open(folder / "filmstrip.png"))
-    truths, predictions = np.split(strip, 2)
-    truths, predictions = truths[-200:-8], predictions[-220:-28]  # below the first one's line of text, and its lack
+    predictions, truths = np.split(strip, 2)
+    predictions, truths = predictions[-200:-8], truths[-220:-28]  # below the first one's line of text, and its lack
     with Image.open(folder / "rollout.gif") as film, av.open(str(folder / "rollout.mp4")) as container:
         shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert film.n_frames == len(shown) == 4
