@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.cli import UserError, one_line
-from data.paths import frame_path
+from data.paths import VIDEO_EXTENSIONS, frame_path
 
 # Video containers only: without the list a picture would count as a video of one frame, and a text file could be a
 # playlist that makes FFmpeg open other files.
@@ -36,7 +36,7 @@ def write_frames(path: Path, folders: dict[int, Path]) -> int:
     resizers = {resolution: make_resizer(resolution) for resolution in folders}
     for folder in folders.values():
         folder.mkdir()
-    frames = map(picture_frame, sorted(path.glob("[!.]*"))) if path.is_dir() else decode_video(path)
+    frames = decode_video(path) if path.suffix in VIDEO_EXTENSIONS else map(picture_frame, sorted(path.glob("[!.]*")))
     for index, frame in enumerate(frames):
         for resolution, folder in folders.items():
             png = encode_png(resizers[resolution](frame))
