@@ -24,6 +24,7 @@ INPUT_FRAME_IDX=${INPUT_FRAME_IDX:-}            # the frame that is given, or an
 TARGET_FRAME_IDX=${TARGET_FRAME_IDX:-}          # the frame to predict (21)
 HORIZON=${HORIZON:-}                            # in place of the target: predict so many frames later
 PROGRESS=${PROGRESS:-}                          # True, False or a file, as in training; of an IMAGE a percentage (False)
+PROMPT_PREFIX=${PROMPT_PREFIX:-}                # what prompts begin with
 NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-}    # denoising steps (20)
 IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-}  # how closely to follow the input frame; 1, the least, is none (1.5)
 GUIDANCE_SCALE=${GUIDANCE_SCALE:-}              # how closely to follow the sentence; 1, the least, is none (1)
@@ -35,7 +36,7 @@ KEEP_BACKGROUND=${KEEP_BACKGROUND:-}            # True: keep the input's pixels 
 arguments=()
 if [[ -n $PROGRESS ]]; then arguments+=(--add_progress="$PROGRESS"); fi
 for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED BATCH_SIZE IMAGE PROMPT ROLLOUT ROLLOUT_MODE DATA_DIR \
-  RESOLUTION INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE \
+  RESOLUTION INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON PROMPT_PREFIX NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE \
   SCHEDULER STRENGTH NUM_PREDICTIONS KEEP_BACKGROUND; do
   if [[ -n ${!name} ]]; then arguments+=("--${name,,}=${!name}"); fi
 done

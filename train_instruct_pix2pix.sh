@@ -45,7 +45,7 @@ if [[ -n $RESUME ]]; then arguments+=(--resume_from_checkpoint="$RESUME"); fi
 if [[ -z $ACCELERATE_CONFIG ]]; then arguments+=(--mixed_precision="$MIXED_PRECISION"); fi
 # Variables whose flag has the same name, where they are set; the last line has those of sample_from_pix2pix.sh, which
 # say how validation predicts.
-for name in OUTPUT_DIR RESOLUTION INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON MAX_TRAIN_STEPS LEARNING_RATE LR_SCHEDULER \
+for name in OUTPUT_DIR RESOLUTION INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON PROMPT_PREFIX MAX_TRAIN_STEPS LEARNING_RATE LR_SCHEDULER \
   MODEL_GUIDANCE_SCALE LR_WARMUP_STEPS SEED CHECKPOINTING_STEPS CHECKPOINTS_TOTAL_LIMIT VALIDATION_EPOCHS NUM_VALIDATION_IMAGES \
   NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE SCHEDULER STRENGTH NUM_PREDICTIONS KEEP_BACKGROUND; do
   if [[ -n ${!name:-} ]]; then arguments+=("--${name,,}=${!name}"); fi

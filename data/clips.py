@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from data import paths
 from data.cli import UserError, number
-from data.prompts import action_progress, build_prompt, read_estimates
+from data.prompts import PROMPT_PREFIX, action_progress, build_prompt, read_estimates
 
 DEFAULT_INPUT_FRAME_IDX, DEFAULT_HORIZON = 20, "1"
 ANY = "any"  # as input_frame_idx: every frame of a video can be the start
@@ -61,6 +61,7 @@ class FrameChoice:
     start: int | None = DEFAULT_INPUT_FRAME_IDX  # index of the input frame; None: any
     horizons: Sequence[int] = (1,)  # how many frames later the target lies; each is equally likely
     tell_horizon: bool = False  # whether prompts tell it
+    prompt_prefix: str = PROMPT_PREFIX  # what they begin with
 
     @property
     def is_one_pair(self) -> bool:
@@ -89,7 +90,7 @@ class FrameChoice:
 
 
 def add_frame_options(parser: argparse._ActionsContainer) -> None:
-    """The flags of a FrameChoice, None where they are left out; `frame_choice` reads them."""
+    """The flags of a FrameChoice; those of frames are None where they are left out. `frame_choice` reads them."""
     start_help = f"frame that is given, or '{ANY}': drawn for each video ({DEFAULT_INPUT_FRAME_IDX})"
     index = number(at_least=0, at_most=999_999)
     parser.add_argument("--input_frame_idx", type=lambda text: ANY if text == ANY else index(text), help=start_help)
@@ -97,6 +98,7 @@ def add_frame_options(parser: argparse._ActionsContainer) -> None:
     either.add_argument("--target_frame_idx", type=index, help="frame to predict (the next one)")
     horizon_help = "in place of the target: predict so many frames later, such as 5, or each of 1-10"
     either.add_argument("--horizon", type=lambda text: horizons_of(text) and text, help=horizon_help)
+    parser.add_argument("--prompt_prefix", default=PROMPT_PREFIX, help="what prompts begin with (%(default)s)")
 
 
 def horizons_of(text: str) -> Sequence[int]:
@@ -131,7 +133,14 @@ def settle_frames(arguments: dict[str, Any]) -> None:
 def frame_choice(arguments: Mapping[str, Any]) -> FrameChoice:
     """The choice of options that `settle_frames` has settled: parsed ones, or those recorded with a model."""
     start = None if arguments["input_frame_idx"] == ANY else arguments["input_frame_idx"]
-    return FrameChoice(start, horizons_of(arguments["horizon"]), arguments["tell_horizon"])
+    prefix = arguments.get("prompt_prefix", PROMPT_PREFIX)
+    return FrameChoice(start, horizons_of(arguments["horizon"]), arguments["tell_horizon"], prefix)
+
+
+def example_prompt(arguments: Mapping[str, Any]) -> str:
+    """A prompt under these options: other wordings of the same action give other ones."""
+    told = (None if arguments["add_progress"] is False else 60, 5 if arguments["tell_horizon"] else None)
+    return build_prompt("pushing a cup from left to right", *told, arguments["prompt_prefix"])
 
 
 # Clips and their pairs.
@@ -147,6 +156,7 @@ class Clip:
     folder: Path
     frames: tuple[int, ...]  # indices, sorted
     progress: Mapping[int, int] | None = None  # in percent, for each frame; None: prompts tell none
+    prompt_prefix: str = PROMPT_PREFIX
 
     @functools.cached_property
     def frame_set(self) -> frozenset[int]:
@@ -161,7 +171,7 @@ class Clip:
 
     def prompt(self, start: int, horizon: int | None) -> str:
         """The sentence for the pair of frames `start` and `start` + `horizon`; None: it does not tell the horizon."""
-        return build_prompt(self.label, self.progress and self.progress[start], horizon)
+        return build_prompt(self.label, self.progress and self.progress[start], horizon, self.prompt_prefix)
 
 
 @dataclass(frozen=True)
@@ -211,8 +221,8 @@ def find_clips(
             progress = told_progress(entry, starts) if estimates is None else estimates.get(entry["id"], {})
             if missing := starts - progress.keys():
                 raise UserError(f"{add_progress} has no estimate for frame {min(missing)} of video {entry['id']}")
-        task = entry.get("task", "unknown")
-        clips.append(Clip(entry["id"], task, entry["label"], folder, tuple(sorted(frames)), progress))
+        what = (folder, tuple(sorted(frames)), progress, choice.prompt_prefix)
+        clips.append(Clip(entry["id"], entry.get("task", "unknown"), entry["label"], *what))
     return clips, left_out
 
 

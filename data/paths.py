@@ -25,9 +25,9 @@ def video_path(data_dir: Path | str, video_id: str, extension: str = VIDEO_EXTEN
 
 
 def find_video(data_dir: Path | str, video_id: str) -> Path:
-    """The file of a video, whichever of VIDEO_EXTENSIONS it has; else a link to one that is gone, or `video_path`."""
-    paths = [video_path(data_dir, video_id, extension) for extension in VIDEO_EXTENSIONS]
-    return max(paths, key=lambda path: (path.is_file(), path.is_symlink()))
+    """A video's file, whichever of VIDEO_EXTENSIONS it has, or a pair's folder; else a dead link, or `video_path`."""
+    paths = [video_path(data_dir, video_id, extension) for extension in (*VIDEO_EXTENSIONS, "")]
+    return max(paths, key=lambda path: (path.exists(), path.is_symlink()))
 
 
 def frames_dir(data_dir: Path | str, resolution: int) -> Path:
@@ -59,7 +59,7 @@ def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
 # Annotations.
 
 # An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
-_is_safe_id = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}").fullmatch
+_is_safe_id = re.compile(r"[\w-][\w.-]{0,99}").fullmatch
 
 
 def read_annotations(path: Path | str) -> list[dict]:

@@ -10,11 +10,15 @@ from pathlib import Path
 from data.cli import UserError, one_line
 
 PROMPT_PREFIX = "Generate a future frame of this action: "
+# What `build_prompt` puts behind the action.
+TOLD = re.compile(r"\.(?: And \d+% of the action has been completed\.)?(?: The frame is \d+ frames? later\.)?$")
 
 
-def build_prompt(label: str, progress: int | None = None, horizon: int | None = None) -> str:
+def build_prompt(
+    label: str, progress: int | None = None, horizon: int | None = None, prefix: str = PROMPT_PREFIX
+) -> str:
     """The sentence the model reads; `progress` is in percent, `horizon` in frames, None leaves either out."""
-    action = f"{PROMPT_PREFIX}{label}"
+    action = f"{prefix.rstrip()} {label}".lstrip()
     done = "" if progress is None else f" And {progress}% of the action has been completed."
     later = "" if horizon is None else f" The frame is {horizon} frame{'' if horizon == 1 else 's'} later."
     return f"{action}.{done}{later}" if done or later else action

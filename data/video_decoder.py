@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.cli import UserError, one_line
-from data.paths import frame_path
+from data.paths import VIDEO_EXTENSIONS, frame_path
 
 # Video containers only: without the list a picture would count as a video of one frame, and a text file could be a
 # playlist that makes FFmpeg open other files.
@@ -28,7 +28,7 @@ class VideoError(Exception):
 
 
 def write_frames(path: Path, folders: dict[int, Path]) -> int:
-    """Decode a video and write each frame, resized to R x R, as `<index>.png` into the new folder `folders[R]`.
+    """Decode a video, or a folder of pictures, and write each frame, R x R, as `<index>.png` into the new `folders[R]`.
 
     Frames are resized by area averaging without keeping the aspect ratio, and stored as 8-bit RGB. Returns the number
     of frames. Raises VideoError if the file is not a whole video, OSError if a frame cannot be written.
@@ -36,7 +36,8 @@ def write_frames(path: Path, folders: dict[int, Path]) -> int:
     resizers = {resolution: make_resizer(resolution) for resolution in folders}
     for folder in folders.values():
         folder.mkdir()
-    for index, frame in enumerate(decode_video(path)):
+    frames = decode_video(path) if path.suffix in VIDEO_EXTENSIONS else map(picture_frame, sorted(path.glob("[!.]*")))
+    for index, frame in enumerate(frames):
         for resolution, folder in folders.items():
             png = encode_png(resizers[resolution](frame))
             with open(frame_path(folder.parent, folder.name, index), "wb") as file:
@@ -92,8 +93,12 @@ def read_picture(path: Path | str, resolution: int) -> np.ndarray:
 
     It is turned as its EXIF data say. Raises UserError if Pillow cannot read it.
     """
-    frame = av.VideoFrame.from_ndarray(load_picture(path), format="rgb24")
-    return make_resizer(resolution)(frame)[..., ::-1].copy()
+    return make_resizer(resolution)(picture_frame(path))[..., ::-1].copy()
+
+
+def picture_frame(path: Path | str) -> av.VideoFrame:
+    """A picture as `decode_video` yields frames."""
+    return av.VideoFrame.from_ndarray(load_picture(path), format="rgb24")
 
 
 def load_picture(path: Path | str) -> np.ndarray:

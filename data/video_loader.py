@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import cli, files, paths
 from data.cli import UserError
-from data.paths import SPLITS, VIDEO_EXTENSIONS
+from data.paths import SPLITS
 from data.video_decoder import VideoError, write_frames
 
 LOG_NAME = "frames_extraction.log"
@@ -123,7 +123,7 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
         files.remove_leftovers(folder)
     present = count_present(entries, list(folders.values()))
     missing = [entry["id"] for entry in entries if entry["id"] not in present]
-    if missing and not any(path.suffix in VIDEO_EXTENSIONS for path in (data_dir / "videos").glob("*")):
+    if missing and not any(paths.find_video(data_dir, entry["id"]).exists() for entry in entries):
         raise UserError(f"no videos in {data_dir / 'videos'}: {paths.DOWNLOAD_HINT} and put its .webm files there")
     counts: dict[str, int] = {}
     failures: dict[str, tuple[str, str]] = {}  # kind and details
@@ -136,6 +136,8 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
                     counts[futures[future]] = future.result()
                 except VideoError as error:
                     failures[futures[future]] = error.args
+                except UserError as error:  # of a picture
+                    failures[futures[future]] = ("unreadable", str(error))
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)

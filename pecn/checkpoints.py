@@ -10,6 +10,7 @@ import contextlib
 import platform
 import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from data.cli import UserError, one_line
-from data.clips import frame_choice
+from data.clips import example_prompt, frame_choice
 from data.files import partial_path, parts_replaced, whole_or_absent, write_file, write_json
-from data.prompts import build_prompt
 from pecn import lora
 from pecn.diffusion import add_image_channels, changed_scheduler
 from pecn.model import (
@@ -107,7 +107,6 @@ def save_model_card(output_dir: Path, arguments: dict[str, Any], scores: str) ->
     """Writes README.md: what the model was made of, how it is prompted, and what its last validation gave."""
     base, choice = arguments["pretrained_model_name_or_path"], frame_choice(arguments)
     data = ModelCardData(base_model=None if Path(base).exists() else base, library_name="diffusers")
-    told = (60 if arguments["add_progress"] else None, 5 if choice.tell_horizon else None)
     settings = "\n".join(f"- {name}: {value}" for name, value in sorted(arguments.items()))
     text = f"""---
 {data.to_yaml()}
@@ -119,7 +118,7 @@ Predicts a future frame of a video ({choice}, {arguments["resolution"]} pixels).
 
 ```python
 pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained("{output_dir.name}")
-pipeline({build_prompt("pushing a cup from left to right", *told)!r}, image=frame).images[0]
+pipeline({arguments["example_prompt"]!r}, image=frame).images[0]
 ```
 
 {settings}
@@ -161,12 +160,16 @@ def failure_in_one_line(what: str, output_dir: Path) -> Iterator[None]:
 
 
 def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
-    """What `training_config.json` records: all arguments but the token, derived figures, library versions."""
+    """What `training_config.json` records: all arguments but the token, derived figures, versions, the git commit."""
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     del arguments["hub_token"]
+    arguments["example_prompt"] = example_prompt(arguments)
     libraries = (torch, diffusers, transformers, accelerate, datasets)
     versions = {library.__name__: library.__version__ for library in libraries}
-    return {"arguments": arguments | derived, "library_versions": versions | {"python": platform.python_version()}}
+    versions["python"] = platform.python_version()
+    command = "git describe --always --dirty --abbrev=40 --exclude='*'"  # prints nothing where this is no checkout
+    commit = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    return {"arguments": arguments | derived, "library_versions": versions, "git_commit": commit.strip() or None}
 
 
 # Finding and loading.

@@ -29,7 +29,7 @@ from data.files import whole_or_absent
 from data.prompts import swap_left_and_right
 from data.video_decoder import load_picture
 from pecn.diffusion import conditioning_dropout
-from pecn.model import Pipeline, digest, encode_pictures, encode_prompts, module_bytes, tokenize
+from pecn.model import Pipeline, digest, encode_pictures, encode_prompts, module_bytes, tokenize, warn_of_cuts
 from pecn.processes import on_main_process
 
 STORE_FORMAT = b"4"  # raise it when what the files hold changes
@@ -77,9 +77,11 @@ def encode_once(
     prompts = [""]
     tells_start = choice.start is None and clips[0].progress is not None
     has_one_prompt = not tells_start and (len(choice.horizons) == 1 or not choice.tell_horizon)
+    horizon = choice.horizons[0] if choice.tell_horizon else None
+    own = [clip.prompt(clip.frames[0], horizon) for clip in clips]
+    if accelerator.is_main_process:
+        warn_of_cuts(pipeline, own)
     if has_one_prompt:
-        horizon = choice.horizons[0] if choice.tell_horizon else None
-        own = [clip.prompt(clip.frames[0], horizon) for clip in clips]
         prompts = sorted({"", *own, *(map(swap_left_and_right, own) if random_flip else ())})
 
     def store() -> tuple[tuple[np.ndarray, str], tuple[np.ndarray, str]]:

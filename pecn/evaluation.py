@@ -29,6 +29,7 @@ from pecn.model import (
     load_pipeline,
     read_training_config,
     round_weights,
+    warn_of_cuts,
 )
 from pecn.processes import is_fast_in_bf16
 from pecn.sampling import Prediction, predict_frames, predict_pairs
@@ -38,7 +39,9 @@ RESULTS = Path("test_result")  # where OUTPUT_DIR lies by default
 SAMPLES, METRICS_FILE, ROLLOUT_FILE = "samples", "metrics.json", "rollout.json"
 RANDOM_PAIRS, SHOWN_IN_OVERVIEW = 20, 9  # in random_pairs.png; from the best pair to the worst in overview.png
 FEWEST_PAIRS = 10  # the table has no line for a task with fewer
-RECORDED = ("resolution", "input_frame_idx", "horizon", "tell_horizon", "add_progress", *vars(DEFAULT_OPTIONS))
+RECORDED = "resolution input_frame_idx horizon tell_horizon add_progress prompt_prefix".split() + [
+    *vars(DEFAULT_OPTIONS)
+]
 
 
 def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +70,9 @@ def run(args: argparse.Namespace) -> None:
     trained = read_training_config(find_model(args.model_dir))
     clips.settle_frames(vars(args))
     args.output_dir = args.output_dir or default_output_dir(args.image)
+    prompt = clips.example_prompt(vars(args))
+    if trained.get("example_prompt", prompt) != prompt:
+        warn(f"prompts are like {prompt!r}, but {args.model_dir} was trained with {trained['example_prompt']!r}")
     if args.image:
         predict_from_picture(args, trained)
         return
@@ -146,6 +152,7 @@ def predict_and_score(args: argparse.Namespace, pairs: Sequence[clips.FramePair]
             print(f"{args.output_dir} has results of another model or other settings, which will be replaced")
     how = f"{choice}, background kept" if options.keep_background else str(choice)
     with results_folder(args.output_dir, METRICS_FILE) as new, loaded_model(args.model_dir) as pipeline:
+        warn_of_cuts(pipeline, [pair.edit_prompt for pair in pairs])
         label = f"Predicting with {args.model_dir}"
         predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, label)
         rows = save_predictions(new, predictions, f"{args.model_dir}, {how}")
@@ -230,6 +237,7 @@ def roll_out_clips(args: argparse.Namespace, chosen: Sequence[clips.Clip], choic
         for rollout in rollouts.roll_out(pipeline, chosen, choice, *how):
             rollouts.save_rollout(new / SAMPLES / rollout.clip.video_id, rollout)
             rows += rollout.rows()
+        warn_of_cuts(pipeline, [row["edit_prompt"] for row in rows])
         summary = scores.summarize(rows, by="horizon")
         write_json(new / ROLLOUT_FILE, {"summary": summary, "samples": rows})
     print(scores.format_table(summary))
@@ -244,14 +252,15 @@ def predict_from_picture(args: argparse.Namespace, trained: dict[str, Any]) -> N
         raise UserError(f"{args.image} is in OUTPUT_DIR, where pictures are replaced; choose another OUTPUT_DIR")
     picture, choice = read_picture(args.image, args.resolution), clips.frame_choice(vars(args))
     progress = args.add_progress if type(args.add_progress) is int else None
-    if trained and bool(trained["add_progress"]) != (progress is not None):
-        without = "" if progress is None else "out"
-        warn(f"{args.model_dir} was trained with{without} progress prompts (PROGRESS=40: 40% is done)")
+    if trained and trained["add_progress"] and progress is None:
+        warn(f"{args.model_dir} was trained with progress prompts (PROGRESS=40: 40% is done)")
     if choice.tell_horizon and len(choice.horizons) > 1:
         raise UserError(f"{args.model_dir} predicts {args.horizon} frames ahead: choose one number with HORIZON")
-    edit_prompt = build_prompt(args.prompt, progress, choice.horizons[0] if choice.tell_horizon else None)
+    horizon = choice.horizons[0] if choice.tell_horizon else None
+    edit_prompt = build_prompt(args.prompt, progress, horizon, args.prompt_prefix)
     make_folder(args.output_dir)
     with only_one(args.output_dir, "sampling"), loaded_model(args.model_dir) as pipeline:
+        warn_of_cuts(pipeline, [edit_prompt])
         [predicted] = predict_frames(pipeline, [picture], [edit_prompt], [args.seed], sampling_options(args))
         if predicted is None:
             raise UserError("the prediction is not finite: the model is damaged, or does not fit its precision")

@@ -27,8 +27,9 @@ from PIL import Image
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from data.cli import UserError, one_line
+from data.cli import UserError, one_line, warn
 from data.clips import settle_frames
+from data.prompts import TOLD
 
 Pipeline = StableDiffusionInstructPix2PixPipeline
 TRAINING_CONFIG = "training_config.json"  # what train_instruct_pix2pix.py was called with, beside the trained pipeline
@@ -203,16 +204,29 @@ def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
 # Prompts and pictures.
 
 
+def too_long(pipeline: Pipeline, edit_prompts: Sequence[str]) -> list[int]:
+    """The places of the prompts that have more tokens than the text encoder reads."""
+    tokens = pipeline.tokenizer(list(edit_prompts), verbose=False).input_ids
+    return [place for place, ids in enumerate(tokens) if len(ids) > pipeline.tokenizer.model_max_length]
+
+
 def tokenize(pipeline: Pipeline, edit_prompts: Sequence[str]) -> torch.Tensor:
-    """Token ids (N, 77), padded and cut to the model's length, as the stock pipeline does it."""
-    tokens = pipeline.tokenizer(
-        list(edit_prompts),
-        padding="max_length",
-        max_length=pipeline.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return tokens.input_ids
+    """Token ids (N, 77), padded to the model's length. Of a longer prompt the caption is cut, not what follows it."""
+    tokenizer = pipeline.tokenizer
+    length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    tokens = tokenizer(list(edit_prompts), **length, return_tensors="pt").input_ids
+    for place in too_long(pipeline, edit_prompts):
+        if told := TOLD.search(edit_prompts[place]):
+            ids = tokenizer(told[0], return_tensors="pt").input_ids[0, 1:]  # without the token that begins a text
+            tokens[place, -len(ids) :] = ids
+    return tokens
+
+
+def warn_of_cuts(pipeline: Pipeline, edit_prompts: Sequence[str]) -> None:
+    """Says how many of the prompts `tokenize` cuts."""
+    if places := too_long(pipeline, edit_prompts):
+        limit = f"more than {pipeline.tokenizer.model_max_length} tokens"
+        warn(f"{len(places)} of {len(edit_prompts)} prompts have {limit}: the ends of their captions are cut")
 
 
 def encode_prompts(pipeline: Pipeline, edit_prompts: Sequence[str]) -> torch.Tensor:

@@ -127,7 +127,7 @@ def test_a_mistake_gets_one_line_and_nothing_is_written(prepare, tmp_path, capti
 
 def test_a_spreadsheet_that_is_not_utf8_is_one_line(prepare):
     line = error_line(prepare(csv_of(["shut.avi"], caption="Schublade öffnen"), encoding="latin-1", fails=True))
-    assert "is not UTF-8 text; save it as CSV in UTF-8" in line
+    assert ', line 2: this is not UTF-8 text; save it again as "CSV UTF-8"' in line
 
 
 def test_frames_of_another_video_are_never_taken_for_those_of_this_one(prepare, tmp_path):
@@ -138,7 +138,7 @@ def test_frames_of_another_video_are_never_taken_for_those_of_this_one(prepare, 
     (tmp_path / "mine" / "videos" / "shut.avi").unlink()
     (tmp_path / "mine" / "videos" / "shut.mp4").write_bytes(b"another")
     done = prepare(csv_of(["shut.avi", "pour_milk.mp4"]), fails=True)
-    assert "shut.mp4 is another video than" in error_line(done)
+    assert "shut.mp4 is another file than" in error_line(done)
 
 
 def test_the_lists_of_other_videos_are_not_replaced(prepare, tmp_path):
