@@ -142,6 +142,17 @@ def test_progress_comes_from_a_file(data_dir, recorded, tmp_path):
     assert "file.json holds no estimates of progress" in last_line(done.stderr) and "Traceback" not in done.stderr
 
 
+def test_prompts_are_worded_as_in_training_and_another_wording_warns(data_dir, recorded, tmp_path):
+    wording = {"prompt_prefix": "Edit:", "example_prompt": "Edit: pushing a cup from left to right"}
+    command = (data_dir, recorded("model", **wording), tmp_path / "out", "--num_samples", 1)
+    assert "warning" not in sample(*command).stderr
+    [row] = results(tmp_path / "out")["samples"]
+    assert row["edit_prompt"].startswith("Edit: ") and "future" not in row["edit_prompt"]
+    done = sample(*command, "--prompt_prefix", "Draw:")
+    assert "warning: prompts are like 'Draw: pushing a cup from left to right', but " in done.stderr
+    assert "was trained with 'Edit: pushing a cup from left to right'" in done.stderr
+
+
 def test_other_frames_than_trained_work_with_a_warning(data_dir, recorded, tiny_model, tmp_path):
     model = recorded("model", horizon="2")
     done = sample(data_dir, model, tmp_path / "out", "--input_frame_idx", 19, "--num_samples", 1)

@@ -1,12 +1,24 @@
 """Your own videos: from files and captions to a data directory that extraction, training and sampling take."""
 
 import json
+import unicodedata
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from data import own_videos, video_loader
 from data.files import write_json
-from data.paths import SPLITS, filtered_annotations_path, find_video, read_filtered_annotations
+from data.paths import (
+    SPLITS,
+    filtered_annotations_path,
+    find_video,
+    frame_path,
+    frames_dir,
+    read_filtered_annotations,
+)
+from data.video_decoder import load_picture
 from tests.commands import call, error_line
 from tests.conftest import SIDE, run
 from tests.test_video_loader import write_video
@@ -118,6 +130,9 @@ def test_json_lines_make_the_same_as_csv_and_again_the_same(prepare, tmp_path):
         (csv_of(["shut.avi", "notes.txt"]), "notes.txt is none of .webm, .mp4, "),
         ("file,caption,split\nshut.avi,moving,test\n", "row 1: the split is 'test'; write train or val"),
         ("file,caption,split\nshut.avi,a,train\npour_milk.mp4,b,train\n", "no video is left for val"),
+        ("file,Caption,caption\nshut.avi,pulling,pushing\n", "the columns are file,caption,caption.1; name them"),
+        ("file,caption,\nshut.avi,pulling, then pushing\n", "the columns are file,caption,Unnamed: 2; name them"),
+        ("input,caption\nshut.avi,pulling\n", "the columns are input,caption; name them"),
     ],
 )
 def test_a_mistake_gets_one_line_and_nothing_is_written(prepare, tmp_path, captions, message):
@@ -128,6 +143,77 @@ def test_a_mistake_gets_one_line_and_nothing_is_written(prepare, tmp_path, capti
 def test_a_spreadsheet_that_is_not_utf8_is_one_line(prepare):
     line = error_line(prepare(csv_of(["shut.avi"], caption="Schublade öffnen"), encoding="latin-1", fails=True))
     assert ', line 2: this is not UTF-8 text; save it again as "CSV UTF-8"' in line
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        "sep=;\nFile;Caption;\nshut.avi;pulling, then pushing;\n;;\n",
+        "file\tcaption\nshut.avi\tpulling, then pushing\n",
+        'file,caption,,\nshut.avi,"pulling, then pushing",,\n,,,\n,,,\n',
+        "\n;;\n Caption ;FILE\npulling, then pushing;shut.avi\n",
+        'file,caption\rshut.avi,"pulling, then pushing"\r',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_what_spreadsheets_write_is_read(prepare, tmp_path, captions, encoding):
+    prepare(captions, encoding=encoding)
+    assert entries_of(tmp_path / "mine")["shut.avi"]["label"] == "pulling, then pushing"
+
+
+def test_names_are_those_on_disk_whatever_their_spaces_and_however_letters_are_written(tmp_path):
+    names = {"two  spaces.mp4": "two spaces.mp4", "at 9.41\u202fAM.mp4": "at 9.41 AM.mp4"}
+    names[unicodedata.normalize("NFD", "übung.mp4")] = "übung.mp4"
+    (tmp_path / "clips").mkdir()
+    for name in names:
+        (tmp_path / "clips" / name).touch()
+    (tmp_path / "captions.csv").write_text(csv_of(names.values()), "utf-8")
+    where = ("--videos", tmp_path / "clips", "--captions", tmp_path / "captions.csv", "--data_dir", tmp_path / "mine")
+    call(own_videos, *where)
+    entries = entries_of(tmp_path / "mine")
+    for name, written in names.items():
+        assert find_video(tmp_path / "mine", entries[written]["id"]).samefile(tmp_path / "clips" / name)
+    assert entries["übung.mp4"]["id"] == "übung"
+
+
+def test_videos_are_copied_where_links_cannot_be_made(prepare, videos, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert "copied, as links cannot be made there" in prepare(csv_of(["shut.avi", "pour_milk.mp4"])).stdout
+    copy = tmp_path / "mine" / "videos" / "shut.avi"
+    assert not copy.is_symlink() and copy.read_bytes() == (videos / "shut.avi").read_bytes()
+    assert ", copied" not in prepare(csv_of(["shut.avi", "pour_milk.mp4"])).stdout  # they are there
+
+
+def test_pairs_of_pictures_become_clips_of_two_frames(tmp_path):
+    folder, data_dir = tmp_path / "pictures", tmp_path / "mine"
+    folder.mkdir()
+    lines = ["input,target,caption"]
+    for number, colors in enumerate((("red", "blue"), ("lime", "black"), ("white", "red"))):
+        for name, color, size in zip(("before.png", "after it.jpg"), colors, ((40, 24), (300, 200))):
+            Image.new("RGB", size, color).save(folder / f"{number} {name}", quality=95)
+        lines.append(f"{number} before.png,{number} after it.jpg,painting it")
+    (folder / "2 after it.jpg").write_bytes(b"no picture")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    where = ("--videos", folder, "--captions", tmp_path / "pairs.csv", "--data_dir", data_dir)
+    last_line = call(own_videos, *where).stdout.splitlines()[-1]
+    assert last_line.endswith(" INPUT_FRAME_IDX=0 TARGET_FRAME_IDX=1 bash train_instruct_pix2pix.sh")
+    assert not call(video_loader, "--data_dir", data_dir, "--resolutions", SIDE).returncode
+    entries = entries_of(data_dir)
+    for file, colors in (
+        ("0 before.png, 0 after it.jpg", ((255, 0, 0), (0, 0, 255))),
+        ("1 before.png, 1 after it.jpg", ((0, 255, 0), (0, 0, 0))),
+    ):
+        assert entries[file]["num_frames"] == 2
+        for index, color in enumerate(colors):
+            frame = load_picture(frame_path(frames_dir(data_dir, SIDE), entries[file]["id"], index))
+            assert frame.shape == (SIDE, SIDE, 3) and np.abs(frame.astype(int) - color).max() <= 3
+    broken = entries["2 before.png, 2 after it.jpg"]
+    assert "num_frames" not in broken
+    log = (data_dir / "frames_extraction.log").read_text("utf-8")
+    assert f"{broken['id']}: unreadable: " in log and "cannot be read as a picture" in log
 
 
 def test_frames_of_another_video_are_never_taken_for_those_of_this_one(prepare, tmp_path):

@@ -22,6 +22,8 @@ def test_prompts_are_the_published_sentences():
         " The frame is 5 frames later."
     )
     assert build_prompt("moving a cup up", horizon=1).endswith(": moving a cup up. The frame is 1 frame later.")
+    assert build_prompt("moving a cup up", prefix="Edit:") == "Edit: moving a cup up"
+    assert build_prompt("moving a cup up", prefix=" ") == "moving a cup up"
 
 
 @given(st.integers(1, 10_000), st.data())

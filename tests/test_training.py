@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from data.clips import FrameChoice, draw_pair, find_clips
 from data.paths import frame_path, frames_dir
+from data.prompts import build_prompt
 from data.video_decoder import load_picture
 from pecn.model import encode_pictures, encode_prompts, load_pipeline, read_training_config
 from pecn.processes import is_fast_in_bf16
@@ -24,6 +26,7 @@ from pecn.sampling_options import SamplingOptions
 from pecn.scores import METRICS
 from tests.conftest import (
     LABELS,
+    PROJECT,
     SIDE,
     STEPS,
     last_line,
@@ -72,6 +75,10 @@ def test_config_records_arguments_and_versions(trained):
     config = json.loads((trained / "training_config.json").read_text())
     recorded = {name: config["arguments"][name] for name in ("resolution", "add_progress", "seed", "horizon")}
     assert recorded == {"resolution": SIDE, "add_progress": True, "seed": 42, "horizon": "1"}
+    prompt = build_prompt("pushing a cup from left to right", 60)
+    assert config["arguments"]["example_prompt"] == prompt and prompt in (trained / "README.md").read_text()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+    assert (config["git_commit"] or "").removesuffix("-dirty") == commit
     assert config["arguments"]["input_frame_idx"] == 20 and config["arguments"]["prediction_type"] == "epsilon"
     assert "hub_token" not in config["arguments"]
     assert config["library_versions"]["torch"] == torch.__version__
