@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-import shlex
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -171,7 +170,7 @@ def main() -> None:
         ]
         files.write_json(paths.filtered_annotations_path(args.data_dir, split), entries)
         print(f"{split}: {len(entries)} videos in {args.data_dir}")
-    print(f"Next: python -m data.video_loader --data_dir {shlex.quote(str(args.data_dir))}")
+    print(f"Next: {paths.command('video_loader', args.data_dir)}")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ NO_NAME = "the id cannot name a file"
 BAD = [
     (["x"], "must be an object"),
     ({"label": "a"}, f"id {BLANK}"),
-    ({**GOOD, "id": 2}, f"id {BLANK}"),
+    ({**GOOD, "id": 2.5}, f"id {BLANK}"),
     ({**GOOD, "id": ""}, f"id {BLANK}"),
     (GOOD, "the id occurs twice"),
     *(({**GOOD, "id": video_id}, NO_NAME) for video_id in ("../../x", "a/b", "2\n", ".2", "..", "2\0", "2" * 300)),
