@@ -70,9 +70,7 @@ def unpack_videos(sources: dict[str, tuple], data_dir: Path, missing: set[str] |
         return
     except EOFError:
         gap = any(name in sources for name in PARTS[num_parts:])
-        problem = (
-            f"{lost} is missing (or its zip cut)" if gap else f"{PARTS[num_parts - 1]} is cut, or {lost} is missing"
-        )
+        problem = f"{lost} is missing" if gap else f"{PARTS[num_parts - 1]} is cut, or {lost} is missing"
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error):
         short = [name for name, size in zip(PARTS, sizes[:-1]) if size < max(sizes) - num_parts]  # split makes equals
         problem = f"{short[0]} is cut" if short else f"{PARTS[num_parts - len(stream)]} or the one before is damaged"

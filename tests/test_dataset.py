@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -123,6 +124,24 @@ def test_samples_only_videos_that_exist(data_dir):
     (data_dir / "videos").mkdir()
     (data_dir / "videos" / "other.webm").touch()
     assert "no matching video is in" in error_line(run_filter(data_dir))
+
+
+@pytest.mark.parametrize("place", ["20bn-something-something-v2", "videos/20bn-something-something-v2", "."])
+def test_videos_beside_or_below_their_folder_are_noticed(data_dir, place):
+    (data_dir / place).mkdir(parents=True, exist_ok=True)
+    (data_dir / place / "0.webm").touch()
+    line = run_filter(data_dir).stderr.splitlines()[0]
+    assert line.startswith(f"warning: videos lie outside {data_dir}/videos; move them: ")
+    subprocess.run(line.partition("move them: ")[2], shell=True, check=True)
+    done = run_filter(data_dir)
+    assert [entry["id"] for entry in read_outputs(data_dir)["train"]] == ["0"]
+    assert done.stderr.startswith("warning: no validation video is chosen")
+
+
+def test_integer_ids_are_taken_as_strings(data_dir):
+    write_sources(data_dir, [{**GOOD, "id": 7}], make_entries(100_000, 1))
+    assert not run_filter(data_dir).returncode
+    assert [entry["id"] for entry in read_outputs(data_dir)["train"]] == ["7"]
 
 
 def test_what_is_in_both_files_is_used_for_training_only(data_dir):
