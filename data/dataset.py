@@ -173,9 +173,8 @@ def main() -> None:
         split: [entry for entry in matched[split] if not videos or names[entry["id"]] & videos] for split in SPLITS
     }
     if not any(available.values()):
-        example = paths.video_path(args.data_dir, matched["train"][0]["id"])
-        hint = paths.hint_to_move_videos(args.data_dir, f"expected files such as {example}")
-        raise UserError(f"no matching video is in {folder}; {hint}")
+        example = f"expected files such as {paths.video_path(args.data_dir, matched['train'][0]['id'])}"
+        raise UserError(f"no matching video is in {folder}; {paths.hint_to_move_videos(args.data_dir, example)}")
     task_and_id = operator.itemgetter("task", "id")
     sampled = {
         split: choose_balanced(available[split], args.seed, most_per_task=asked[split], task_and_id=task_and_id)
@@ -186,8 +185,8 @@ def main() -> None:
         files.write_json(paths.filtered_annotations_path(args.data_dir, split), sampled[split])
     print(count_table([matched, available, sampled], args.tasks))
     if not videos:
-        unpacking = f"{paths.command('unpack', args.data_dir)} --archives DIR"
-        print(f"No videos in {folder} yet: sampled from all matching entries. Unpack their videos with: {unpacking}")
+        unpack = paths.command("unpack", args.data_dir)
+        print(f"No videos in {folder} yet: sampled from all matching entries. First: {unpack} --archives DIR")
     if (not videos or available != matched) and (hint := paths.hint_to_move_videos(args.data_dir, "")):
         cli.warn(f"videos lie outside {folder}; {hint}")
     if not sampled["val"]:
