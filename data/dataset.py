@@ -167,14 +167,14 @@ def main() -> None:
     if not matched["train"]:
         raise UserError(f"{sources[0]}: no entry has a template of {', '.join(args.tasks)}")
     folder = args.data_dir / "videos"
-    videos = set(os.listdir(folder)) if folder.exists() else set()
+    videos = {name for name in os.listdir(folder) if name.endswith(VIDEO_EXTENSIONS)} if folder.exists() else set()
     names = {entry["id"]: {entry["id"] + extension for extension in VIDEO_EXTENSIONS} for entry in train + val}
     available = {
         split: [entry for entry in matched[split] if not videos or names[entry["id"]] & videos] for split in SPLITS
     }
     if not any(available.values()):
-        example = paths.video_path(args.data_dir, matched["train"][0]["id"])
-        raise UserError(f"no matching video is in {folder}; expected files such as {example}")
+        example = f"expected files such as {paths.video_path(args.data_dir, matched['train'][0]['id'])}"
+        raise UserError(f"no matching video is in {folder}; {paths.hint_to_move_videos(args.data_dir, example)}")
     task_and_id = operator.itemgetter("task", "id")
     sampled = {
         split: choose_balanced(available[split], args.seed, most_per_task=asked[split], task_and_id=task_and_id)
@@ -185,12 +185,15 @@ def main() -> None:
         files.write_json(paths.filtered_annotations_path(args.data_dir, split), sampled[split])
     print(count_table([matched, available, sampled], args.tasks))
     if not videos:
-        print(f"No videos in {folder} yet: sampled from all matching entries.")
+        unpack = paths.command("unpack", args.data_dir)
+        print(f"No videos in {folder} yet: sampled from all matching entries. First: {unpack} --archives DIR")
+    if (not videos or available != matched) and (hint := paths.hint_to_move_videos(args.data_dir, "")):
+        cli.warn(f"videos lie outside {folder}; {hint}")
+    if not sampled["val"]:
+        cli.warn("no validation video is chosen, so training can neither validate nor be scored; get more videos")
     if shared:
         print(f"{len(shared)} ids are in both annotation files: they are used for training only.")
-    print(
-        f"Wrote train_filtered.json and val_filtered.json. Next: python -m data.video_loader --data_dir {args.data_dir}"
-    )
+    print(f"Wrote train_filtered.json and val_filtered.json. Next: {paths.command('video_loader', args.data_dir)}")
 
 
 if __name__ == "__main__":

@@ -208,10 +208,10 @@ def main() -> None:
         ]
         files.write_json(paths.filtered_annotations_path(args.data_dir, split), entries)
         print(f"{split}: {len(entries)} videos in {args.data_dir}{copied}")
-    data_dir = shlex.quote(str(args.data_dir))
-    print(f"Next: python -m data.video_loader --data_dir {data_dir}")
+    print(f"Next: {paths.command('video_loader', args.data_dir)}")
     if len(rows[0]["files"]) == 2:  # a video of two frames
-        print(f"Then: DATA_DIR={data_dir} INPUT_FRAME_IDX=0 TARGET_FRAME_IDX=1 bash train_instruct_pix2pix.sh")
+        variables = f"DATA_DIR={shlex.quote(str(args.data_dir))} INPUT_FRAME_IDX=0 TARGET_FRAME_IDX=1"
+        print(f"Then: {variables} bash train_instruct_pix2pix.sh")
 
 
 if __name__ == "__main__":

@@ -30,14 +30,31 @@ def find_video(data_dir: Path | str, video_id: str) -> Path:
     return max(paths, key=lambda path: (path.exists(), path.is_symlink()))
 
 
+def hint_to_move_videos(data_dir: Path, otherwise: str) -> str:
+    """How to move .webm files that lie beside or below `videos/` into it; `otherwise` where there are none."""
+    videos = data_dir / "videos"
+    for folder in sorted([data_dir, *data_dir.glob("*/"), *videos.glob("*/")]):
+        if folder != videos and any(folder.glob("*.webm")):
+            source, target = shlex.quote(f"{folder}/"), shlex.quote(f"{videos}/")  # for `mv *.webm` they are too many
+            return (
+                f"move them: mkdir -p {target} && find {source} -maxdepth 1 -name '*.webm' -exec mv -t {target} {{}} +"
+            )
+    return otherwise
+
+
 def frames_dir(data_dir: Path | str, resolution: int) -> Path:
     """`<data_dir>/frames_<R>x<R>`, the folder of all videos' frames at `resolution` R (pixels)."""
     return Path(data_dir) / f"frames_{resolution}x{resolution}"
 
 
+def command(module: str, data_dir: Path | str) -> str:
+    """The shell command that runs a module of `data/` on a data directory."""
+    return f"python -m data.{module} --data_dir {shlex.quote(str(data_dir))}"
+
+
 def extraction_command(data_dir: Path | str, resolution: int) -> str:
     """The shell command that extracts the frames of `frames_dir`."""
-    return f"python -m data.video_loader --data_dir {shlex.quote(str(data_dir))} --resolutions {resolution}"
+    return f"{command('video_loader', data_dir)} --resolutions {resolution}"
 
 
 def frame_path(frames_dir: Path | str, video_id: str, frame_idx: int) -> Path:
@@ -59,7 +76,7 @@ def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
 # Annotations.
 
 # An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
-_is_safe_id = re.compile(r"[\w-][\w.-]{0,99}").fullmatch
+is_safe_id = re.compile(r"[\w-][\w.-]{0,99}").fullmatch
 
 
 def read_annotations(path: Path | str) -> list[dict]:
@@ -75,6 +92,8 @@ def read_annotations(path: Path | str) -> list[dict]:
         raise UserError(f"{path}: the file must be a list of entries")
     seen: set[str] = set()
     for position, entry in enumerate(entries, start=1):
+        if isinstance(entry, dict) and type(entry.get("id")) is int:
+            entry["id"] = str(entry["id"])
         if problem := _find_problem(entry, seen):
             raise UserError(f"{path}: entry {position}, {repr(entry)[:100]}: {problem}")
         seen.add(entry["id"])
@@ -85,7 +104,7 @@ def read_filtered_annotations(data_dir: Path, split: str) -> list[dict]:
     """The entries that `python -m data.dataset` has chosen for a split."""
     path = filtered_annotations_path(data_dir, split)
     if not path.exists():
-        raise UserError(f"{path} does not exist; make it with: python -m data.dataset --data_dir {data_dir}")
+        raise UserError(f"{path} does not exist; make it with: {command('dataset', data_dir)}")
     return read_annotations(path)
 
 
@@ -97,7 +116,7 @@ def _find_problem(entry: Any, seen: set[str]) -> str | None:
         value = entry.get(key, "none" if key == "template" else None)
         if not isinstance(value, str) or not value.strip():
             return f"{key} is missing, blank or not a string"
-    if not _is_safe_id(entry["id"]):
+    if not is_safe_id(entry["id"]):
         return "the id cannot name a file; it may have 100 letters, digits, '-', '_' and '.', and not start with '.'"
     if entry["id"] in seen:
         return "the id occurs twice in this file"

@@ -17,6 +17,7 @@ from data.paths import VIDEO_EXTENSIONS, frame_path
 # Video containers only: without the list a picture would count as a video of one frame, and a text file could be a
 # playlist that makes FFmpeg open other files.
 VIDEO_FORMATS = "matroska,webm,mov,mp4,avi"
+CODEC_NOISE = 12  # of 255, the most by which a repeated frame differs at 48 x 48 pixels; others of SSv2 differ by more
 FULL_CHROMA = 0x2000  # swscale's SWS_FULL_CHR_H_INT: color at full horizontal resolution
 
 av.logging.set_level(None)  # a failure is reported once, by a VideoError
@@ -27,22 +28,27 @@ class VideoError(Exception):
     """A video that cannot be extracted. Arguments: the kind of failure (for counting) and the details."""
 
 
-def write_frames(path: Path, folders: dict[int, Path]) -> int:
+def write_frames(path: Path, folders: dict[int, Path]) -> tuple[int, float]:
     """Decode a video, or a folder of pictures, and write each frame, R x R, as `<index>.png` into the new `folders[R]`.
 
-    Frames are resized by area averaging without keeping the aspect ratio, and stored as 8-bit RGB. Returns the number
-    of frames. Raises VideoError if the file is not a whole video, OSError if a frame cannot be written.
+    Frames are resized by area averaging without keeping the aspect ratio, and stored as 8-bit RGB. Returns their number
+    and, if over a third repeat the one before, their rate, else 0. Raises VideoError, or OSError in writing.
     """
     resizers = {resolution: make_resizer(resolution) for resolution in folders}
     for folder in folders.values():
         folder.mkdir()
+    num_repeated, before = 0, None
     frames = decode_video(path) if path.suffix in VIDEO_EXTENSIONS else map(picture_frame, sorted(path.glob("[!.]*")))
     for index, frame in enumerate(frames):
         for resolution, folder in folders.items():
-            png = encode_png(resizers[resolution](frame))
+            image = resizers[resolution](frame)
             with open(frame_path(folder.parent, folder.name, index), "wb") as file:
-                file.write(png)
-    return index + 1  # a video without frames is a VideoError
+                file.write(encode_png(image))
+        small = cv2.resize(image, (48, 48), interpolation=cv2.INTER_AREA)
+        num_repeated += before is not None and cv2.norm(small, before, cv2.NORM_INF) <= CODEC_NOISE
+        before = small
+    rate = index / frame.time if frame.time else 0  # a picture has no time
+    return index + 1, rate if num_repeated > index / 3 else 0  # a video without frames is a VideoError
 
 
 def decode_video(path: Path) -> Iterator[av.VideoFrame]:

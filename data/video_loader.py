@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import cli, files, paths
 from data.cli import UserError
-from data.paths import SPLITS
+from data.paths import SPLITS, VIDEO_EXTENSIONS
 from data.video_decoder import VideoError, write_frames
 
 LOG_NAME = "frames_extraction.log"
@@ -51,8 +51,8 @@ def count_present(entries: list[dict], frames_folders: list[Path]) -> dict[str, 
     return present
 
 
-def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]) -> int:
-    """Decode a video and write its folder of frames of each size; returns their number. Raises VideoError."""
+def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]) -> tuple[int, float]:
+    """Decode a video and write its folder of frames of each size; returns and raises what `write_frames` does."""
     with contextlib.ExitStack() as stack:
         folders = {
             resolution: stack.enter_context(files.whole_or_absent(folder / video_id))
@@ -109,23 +109,36 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     splits = [paths.read_filtered_annotations(args.data_dir, split)[: args.limit] for split in SPLITS]
-    selected = {entry["id"]: entry for entries in splits for entry in entries}
     with files.only_one(args.data_dir / "annotations", "extraction"):
-        extract_missing(args.data_dir, list(selected.values()), args.resolutions, args.num_workers)
+        extract_missing(args.data_dir, splits, args.resolutions, args.num_workers)
 
 
-def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int], num_workers: int) -> None:
-    """Extract the entries' videos, show a progress bar, and record the outcome, also if interrupted."""
+def extract_missing(data_dir: Path, splits: list[list[dict]], resolutions: list[int], num_workers: int) -> None:
+    """Extract the videos of both splits' entries, show a progress bar, record the outcome, also if interrupted."""
     start = time.perf_counter()
+    entries = list({entry["id"]: entry for split in splits for entry in split}.values())
     folders = {resolution: paths.frames_dir(data_dir, resolution) for resolution in resolutions}
     for folder in folders.values():
         folder.mkdir(exist_ok=True)
         files.remove_leftovers(folder)
     present = count_present(entries, list(folders.values()))
     missing = [entry["id"] for entry in entries if entry["id"] not in present]
-    if missing and not any(paths.find_video(data_dir, entry["id"]).exists() for entry in entries):
-        raise UserError(f"no videos in {data_dir / 'videos'}: {paths.DOWNLOAD_HINT} and put its .webm files there")
+    videos = {path.name for path in (data_dir / "videos").glob("*")}
+    kinds = (*VIDEO_EXTENSIONS, "")  # a pair of pictures is a folder
+    found = {id_: [id_ + extension for extension in kinds if id_ + extension in videos] for id_ in missing}
+    absent = {id_ for id_ in missing if not found[id_]}
+    if absent and len(absent) == len(entries):
+        hint = paths.hint_to_move_videos(data_dir, f"{paths.DOWNLOAD_HINT} and unpack it (data.unpack)")
+        raise UserError(f"no videos in {data_dir / 'videos'}: {hint}")
+    if len(absent) > len(entries) / 10:
+        hint = paths.hint_to_move_videos(data_dir, f"choose from the others: {paths.command('dataset', data_dir)}")
+        cli.warn(f"{len(absent)} of {len(entries)} chosen videos are not in {data_dir / 'videos'}; {hint}")
+    if all(entry["id"] in absent for entry in splits[1]):
+        cli.warn(f"not one validation video is in {data_dir / 'videos'}: training will have none to validate on")
+    if several := [names for names in found.values() if len(names) > 1]:
+        cli.warn(f"{len(several)} ids have several videos: {several[0][0]} is used, not {', '.join(several[0][1:])}")
     counts: dict[str, int] = {}
+    rates: dict[str, float] = {}  # frames per second of those that repeat frames, else 0
     failures: dict[str, tuple[str, str]] = {}  # kind and details
     pool = ThreadPoolExecutor(num_workers)  # FFmpeg and OpenCV leave Python's lock to others while they work
     try:
@@ -133,7 +146,7 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
         with tqdm(total=len(entries), initial=len(present), unit="video", desc="extracting") as bar:
             for future in as_completed(futures):
                 try:
-                    counts[futures[future]] = future.result()
+                    counts[futures[future]], rates[futures[future]] = future.result()
                 except VideoError as error:
                     failures[futures[future]] = error.args
                 except UserError as error:  # of a picture
@@ -146,6 +159,10 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
         num_frames, seconds = sum(counts.values()), time.perf_counter() - start
         rate = f"{num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames/s)"
         print(f"This run: {len(counts)} videos extracted, {len(present)} were there already; {rate}")
+        if fast := [rate for rate in rates.values() if rate > 13]:  # a still scene at SSv2's own 12 is no mistake
+            print(
+                f"{len(fast)} videos repeat over a third of their frames, at {fast[0]:.0f} frames/s; SSv2's own have 12"
+            )
         if failures:
             print(f"The failed videos, each with its reason: {data_dir / LOG_NAME}")
     if not present and not counts:

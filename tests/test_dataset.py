@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -126,6 +127,24 @@ def test_samples_only_videos_that_exist(data_dir):
     assert "no matching video is in" in error_line(run_filter(data_dir))
 
 
+@pytest.mark.parametrize("place", ["20bn-something-something-v2", "videos/20bn-something-something-v2", "."])
+def test_videos_beside_or_below_their_folder_are_noticed(data_dir, place):
+    (data_dir / place).mkdir(parents=True, exist_ok=True)
+    (data_dir / place / "0.webm").touch()
+    line = run_filter(data_dir).stderr.splitlines()[0]
+    assert line.startswith(f"warning: videos lie outside {data_dir}/videos; move them: ")
+    subprocess.run(line.partition("move them: ")[2], shell=True, check=True)
+    done = run_filter(data_dir)
+    assert [entry["id"] for entry in read_outputs(data_dir)["train"]] == ["0"]
+    assert done.stderr.startswith("warning: no validation video is chosen")
+
+
+def test_integer_ids_are_taken_as_strings(data_dir):
+    write_sources(data_dir, [{**GOOD, "id": 7}], make_entries(100_000, 1))
+    assert not run_filter(data_dir).returncode
+    assert [entry["id"] for entry in read_outputs(data_dir)["train"]] == ["7"]
+
+
 def test_what_is_in_both_files_is_used_for_training_only(data_dir):
     write_sources(data_dir, make_entries(0, 1), make_entries(20, 1))
     num_shared = len(make_entries(0, 1)) - 20
@@ -149,7 +168,7 @@ NO_NAME = "the id cannot name a file"
 BAD = [
     (["x"], "must be an object"),
     ({"label": "a"}, f"id {BLANK}"),
-    ({**GOOD, "id": 2}, f"id {BLANK}"),
+    ({**GOOD, "id": 2.5}, f"id {BLANK}"),
     ({**GOOD, "id": ""}, f"id {BLANK}"),
     (GOOD, "the id occurs twice"),
     *(({**GOOD, "id": video_id}, NO_NAME) for video_id in ("../../x", "a/b", "2\n", ".2", "..", "2\0", "2" * 300)),

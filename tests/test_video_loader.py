@@ -168,6 +168,39 @@ def test_sound_that_ends_after_the_pictures_does_not_make_a_video_truncated(tmp_
 # Bad and unusual videos.
 
 
+def test_videos_converted_to_a_higher_rate_are_said(tmp_path):
+    data_dir = make_data_dir(tmp_path / "data", ["fast", "slow"], ["still"])
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    for name, rate, frames_each in (("fast", 30, 2), ("slow", 12, 1), ("still", 12, 30)):
+        path = str(data_dir / "videos" / f"{name}.mp4")
+        writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, (64, 48))
+        for index in range(30):
+            writer.write(np.roll(noise, index // frames_each * 8, axis=1))
+        writer.release()
+    printed = extract(data_dir, "--resolutions", 48).stdout
+    assert "1 videos repeat over a third of their frames, at 30 frames/s" in printed
+
+
+def test_of_two_videos_with_one_id_it_is_said_which_is_used(data_dir):
+    shutil.copy(data_dir / "videos" / "2.webm", data_dir / "videos" / "1.mp4")
+    errors = extract(data_dir, "--resolutions", 16).stderr
+    assert "1 ids have several videos: 1.webm is used, not 1.mp4" in errors
+    assert num_frames_of(data_dir)["1"] == 11
+
+
+def test_many_missing_and_no_validation_videos_are_warned_of(data_dir):
+    for video_id in "56":
+        (data_dir / "videos" / f"{video_id}.webm").unlink()
+    errors = extract(data_dir, "--resolutions", 16).stderr
+    assert (
+        f"2 of 6 chosen videos are not in {data_dir}/videos; choose from the others: python -m data.dataset" in errors
+    )
+    assert "not one validation video is in" in errors
+    shutil.move(data_dir / "videos", data_dir / "20bn-something-something-v2")
+    shutil.rmtree(paths.frames_dir(data_dir, 16))
+    assert "move them: mkdir -p" in error_line(extract(data_dir, "--resolutions", 16))
+
+
 @pytest.mark.parametrize(
     "times, duration, truncated",
     [
