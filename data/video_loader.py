@@ -2,7 +2,7 @@
 
     python -m data.video_loader --data_dir data/sthv2 --resolutions 96 128
 
-reads `videos/<id>.webm` (or .mp4, .mov, .avi, .mkv) for the entries of `train_filtered.json` and `val_filtered.json`
+reads `videos/<id>.webm` (.mp4, .m4v, .mov, .avi, .mkv) for the entries of `train_filtered.json` and `val_filtered.json`
 (made by `python -m data.dataset` or `data.own_videos`), writes `frames_96x96/<id>/00000.png`, ... and
 `frames_128x128/<id>/...`, and adds `num_frames` to the entries. Each video is decoded once for all sizes, one frame in
 memory at a time. A video's folder exists only when it is whole, so a run can be stopped at any moment, and the next one
@@ -51,8 +51,8 @@ def count_present(entries: list[dict], frames_folders: list[Path]) -> dict[str, 
     return present
 
 
-def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]) -> int:
-    """Decode a video and write its folder of frames of each size; returns their number. Raises VideoError."""
+def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]) -> tuple[int, set[str]]:
+    """Decode a video and write its folder of frames of each size; returns and raises what `write_frames` does."""
     with contextlib.ExitStack() as stack:
         folders = {
             resolution: stack.enter_context(files.whole_or_absent(folder / video_id))
@@ -127,13 +127,14 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
         raise UserError(f"no videos in {data_dir / 'videos'}: {paths.DOWNLOAD_HINT} and put its .webm files there")
     counts: dict[str, int] = {}
     failures: dict[str, tuple[str, str]] = {}  # kind and details
+    remarks: dict[str, set[str]] = {}
     pool = ThreadPoolExecutor(num_workers)  # FFmpeg and OpenCV leave Python's lock to others while they work
     try:
         futures = {pool.submit(extract_video, video_id, data_dir, folders): video_id for video_id in missing}
         with tqdm(total=len(entries), initial=len(present), unit="video", desc="extracting") as bar:
             for future in as_completed(futures):
                 try:
-                    counts[futures[future]] = future.result()
+                    counts[futures[future]], remarks[futures[future]] = future.result()
                 except VideoError as error:
                     failures[futures[future]] = error.args
                 bar.update()
@@ -144,6 +145,9 @@ def extract_missing(data_dir: Path, entries: list[dict], resolutions: list[int],
         num_frames, seconds = sum(counts.values()), time.perf_counter() - start
         rate = f"{num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames/s)"
         print(f"This run: {len(counts)} videos extracted, {len(present)} were there already; {rate}")
+        for remark in sorted(set().union(*remarks.values())):
+            ids = sorted(video_id for video_id, said in remarks.items() if remark in said)
+            print(f"{remark}: {len(ids)} of them ({', '.join(ids[:5])}{', …' if ids[5:] else ''})")
         if failures:
             print(f"The failed videos, each with its reason: {data_dir / LOG_NAME}")
     if not present and not counts:

@@ -210,7 +210,7 @@ def predict_from_picture(args: argparse.Namespace, trained: dict[str, Any]) -> N
     """Predicts what follows one picture, and saves the pictures; there is no truth, so nothing is scored."""
     if args.image.resolve().parent == args.output_dir.resolve():
         raise UserError(f"{args.image} is in OUTPUT_DIR, where pictures are replaced; choose another OUTPUT_DIR")
-    picture, choice = read_picture(args.image, args.resolution), clips.frame_choice(vars(args))
+    picture, choice = read_picture(args.image, args.resolution, args.crop), clips.frame_choice(vars(args))
     progress = args.add_progress if type(args.add_progress) is int else None
     if trained and bool(trained["add_progress"]) != (progress is not None):
         without = "" if progress is None else "out"
