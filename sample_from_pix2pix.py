@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.cli import CommandParser, number, run_command
+from data.cli import SWITCH, CommandParser, number, run_command
 from data.clips import add_frame_options
 from data.paths import DEFAULT_DATA_DIR
 from data.prompts import PROGRESS_OPTION, progress_option
@@ -51,6 +51,7 @@ def create_parser() -> CommandParser:
     add("--batch_size", type=number(at_least=1), default=8, help="pictures predicted at once (%(default)s)")
     add("--against", type=Path, help="output directory of an earlier run, to compare with on the videos of both")
     add("--image", type=Path, help="a picture of your own, of any size, in place of validation videos")
+    add("--crop", **SWITCH, help="take the middle square of --image, in place of squashing it to a square")
     add("--prompt", help="what is done in it, as in 'pushing a cup from left to right'")
     add_sampling_options(parser)
     return parser

@@ -13,6 +13,7 @@ NUM_SAMPLES=${NUM_SAMPLES:-8}                         # how many videos, spread 
 SEED=${SEED:-42}                                      # chooses the videos and their noise
 BATCH_SIZE=${BATCH_SIZE:-8}                           # pictures at once
 IMAGE=${IMAGE:-}                                      # a picture of your own, in place of videos
+CROP=${CROP:-}                                        # True: its middle square, in place of squashing it
 PROMPT=${PROMPT:-}                                    # what is done in it
 ROLLOUT=${ROLLOUT:-}                                  # 10: the 10 frames after the input frame, as films and filmstrips
 ROLLOUT_MODE=${ROLLOUT_MODE:-}  # direct: each from the input frame; chained: each from the prediction before
@@ -35,8 +36,8 @@ KEEP_BACKGROUND=${KEEP_BACKGROUND:-}            # True: keep the input's pixels 
 
 arguments=()
 if [[ -n $PROGRESS ]]; then arguments+=(--add_progress="$PROGRESS"); fi
-for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED BATCH_SIZE IMAGE PROMPT ROLLOUT ROLLOUT_MODE DATA_DIR \
-  RESOLUTION INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON PROMPT_PREFIX NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE \
+for name in MODEL_DIR OUTPUT_DIR NUM_SAMPLES SEED BATCH_SIZE IMAGE CROP PROMPT ROLLOUT ROLLOUT_MODE DATA_DIR RESOLUTION \
+  INPUT_FRAME_IDX TARGET_FRAME_IDX HORIZON PROMPT_PREFIX NUM_INFERENCE_STEPS IMAGE_GUIDANCE_SCALE GUIDANCE_SCALE \
   SCHEDULER STRENGTH NUM_PREDICTIONS KEEP_BACKGROUND; do
   if [[ -n ${!name} ]]; then arguments+=("--${name,,}=${!name}"); fi
 done

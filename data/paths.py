@@ -13,7 +13,7 @@ from data.cli import UserError
 
 DEFAULT_DATA_DIR = Path("data/sthv2")
 SPLITS = ("train", "val")
-VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv")
+VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv", ".m4v")
 DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
 
 # Paths.

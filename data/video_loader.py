@@ -2,7 +2,7 @@
 
     python -m data.video_loader --data_dir data/sthv2 --resolutions 96 128
 
-reads `videos/<id>.webm` (or .mp4, .mov, .avi, .mkv) for the entries of `train_filtered.json` and `val_filtered.json`
+reads `videos/<id>.webm` (.mp4, .m4v, .mov, .avi, .mkv) for the entries of `train_filtered.json` and `val_filtered.json`
 (made by `python -m data.dataset` or `data.own_videos`), writes `frames_96x96/<id>/00000.png`, ... and
 `frames_128x128/<id>/...`, and adds `num_frames` to the entries. Each video is decoded once for all sizes, one frame in
 memory at a time. A video's folder exists only when it is whole, so a run can be stopped at any moment, and the next one
@@ -51,7 +51,7 @@ def count_present(entries: list[dict], frames_folders: list[Path]) -> dict[str, 
     return present
 
 
-def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]) -> tuple[int, float]:
+def extract_video(video_id: str, data_dir: Path, frames_folders: dict[int, Path]) -> tuple[int, set[str]]:
     """Decode a video and write its folder of frames of each size; returns and raises what `write_frames` does."""
     with contextlib.ExitStack() as stack:
         folders = {
@@ -138,15 +138,15 @@ def extract_missing(data_dir: Path, splits: list[list[dict]], resolutions: list[
     if several := [names for names in found.values() if len(names) > 1]:
         cli.warn(f"{len(several)} ids have several videos: {several[0][0]} is used, not {', '.join(several[0][1:])}")
     counts: dict[str, int] = {}
-    rates: dict[str, float] = {}  # frames per second of those that repeat frames, else 0
     failures: dict[str, tuple[str, str]] = {}  # kind and details
+    remarks: dict[str, set[str]] = {}
     pool = ThreadPoolExecutor(num_workers)  # FFmpeg and OpenCV leave Python's lock to others while they work
     try:
         futures = {pool.submit(extract_video, video_id, data_dir, folders): video_id for video_id in missing}
         with tqdm(total=len(entries), initial=len(present), unit="video", desc="extracting") as bar:
             for future in as_completed(futures):
                 try:
-                    counts[futures[future]], rates[futures[future]] = future.result()
+                    counts[futures[future]], remarks[futures[future]] = future.result()
                 except VideoError as error:
                     failures[futures[future]] = error.args
                 except UserError as error:  # of a picture
@@ -159,10 +159,9 @@ def extract_missing(data_dir: Path, splits: list[list[dict]], resolutions: list[
         num_frames, seconds = sum(counts.values()), time.perf_counter() - start
         rate = f"{num_frames} frames in {seconds:.1f} s ({num_frames / seconds:.0f} frames/s)"
         print(f"This run: {len(counts)} videos extracted, {len(present)} were there already; {rate}")
-        if fast := [rate for rate in rates.values() if rate > 13]:  # a still scene at SSv2's own 12 is no mistake
-            print(
-                f"{len(fast)} videos repeat over a third of their frames, at {fast[0]:.0f} frames/s; SSv2's own have 12"
-            )
+        for remark in sorted(set().union(*remarks.values())):
+            ids = sorted(video_id for video_id, said in remarks.items() if remark in said)
+            print(f"{remark}: {len(ids)} of them ({', '.join(ids[:5])}{', …' if ids[5:] else ''})")
         if failures:
             print(f"The failed videos, each with its reason: {data_dir / LOG_NAME}")
     if not present and not counts:

@@ -250,7 +250,7 @@ def predict_from_picture(args: argparse.Namespace, trained: dict[str, Any]) -> N
     """Predicts what follows one picture, and saves the pictures; there is no truth, so nothing is scored."""
     if args.image.resolve().parent == args.output_dir.resolve():
         raise UserError(f"{args.image} is in OUTPUT_DIR, where pictures are replaced; choose another OUTPUT_DIR")
-    picture, choice = read_picture(args.image, args.resolution), clips.frame_choice(vars(args))
+    picture, choice = read_picture(args.image, args.resolution, args.crop), clips.frame_choice(vars(args))
     progress = args.add_progress if type(args.add_progress) is int else None
     if trained and trained["add_progress"] and progress is None:
         warn(f"{args.model_dir} was trained with progress prompts (PROGRESS=40: 40% is done)")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from skimage.data import astronaut
 
+from data.cli import UserError
 from data.prompts import build_prompt
 from data.video_decoder import read_picture
 from pecn.evaluation import default_output_dir
@@ -65,6 +66,7 @@ def test_script_predicts_from_a_photo_as_the_model_was_trained(photo, upright, t
     sentence = f"{LABEL}. And 40% of the action has been completed."
     assert f"prompt: Generate a future frame of this action: {sentence}\n" in done.stdout
     assert not done.stderr
+    assert "photo.jpg is squashed to a square, as training frames are; crop takes its middle square\n" in done.stdout
     frame = read(output_dir / "input.png")
     assert frame.shape == read(output_dir / "prediction.png").shape == (SIDE, SIDE, 3)
     assert np.abs(frame - cv2.resize(upright, (SIDE, SIDE), interpolation=cv2.INTER_AREA)).mean() < 1
@@ -97,6 +99,56 @@ def test_other_formats_are_read(tmp_path):
         Image.new("RGB", (7, 300), (255, 0, 0)).convert(mode).save(tmp_path / f"picture.{suffix}")
         picture = read_picture(tmp_path / f"picture.{suffix}", 16)
         assert picture.shape == (16, 16, 3) and np.abs(picture.astype(int) - wanted).max() <= 3
+
+
+def test_crop_takes_the_middle_square(upright, photo, tiny_model, tmp_path):
+    done = predict(tiny_model, photo, tmp_path / "out", "--crop", "True", "--resolution", SIDE)
+    assert "squashed" not in done.stdout
+    middle = cv2.resize(upright[:, 63:444], (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    assert np.abs(read(tmp_path / "out" / "input.png") - middle).mean() < 1
+
+
+GRAY = np.linspace(0, 65535, 16).round().astype(np.uint16)[None].repeat(16, 0)
+
+
+@pytest.mark.parametrize("name", ["gray.png", "gray.tif", "gray.pgm", "color.png", "color.tif"])
+def test_16_bits_become_8(tmp_path, name):
+    cv2.imwrite(str(tmp_path / name), GRAY if "gray" in name else np.dstack([GRAY] * 3))
+    wanted = np.linspace(0, 255, 16)[None, :, None]
+    assert np.abs(read_picture(tmp_path / name, 16) - wanted).max() <= 1
+
+
+TRANSPARENT = [("RGBA", "png"), ("LA", "png"), ("RGBA", "webp"), ("RGBA", "tif"), ("P", "png"), ("P", "gif")]
+
+
+@pytest.mark.parametrize("mode, suffix", TRANSPARENT)
+def test_what_is_transparent_is_white(tmp_path, mode, suffix):
+    path = tmp_path / f"picture.{suffix}"
+    if mode == "P":
+        picture = Image.new("P", (16, 16))
+        picture.putpalette([0, 0, 0, 200, 0, 0])
+        picture.paste(1, (0, 0, 8, 16))
+        picture.save(path, transparency=1)
+    else:
+        pixels = np.zeros((16, 16, 4), np.uint8)
+        pixels[:, :8, 0], pixels[:, 8:, 3] = 200, 255
+        Image.fromarray(pixels).convert(mode).save(path, lossless=True)
+    picture = read_picture(path, 16)
+    assert (picture[:, :8] == 255).all() and (picture[:, 8:] == 0).all()
+
+
+def test_pictures_that_cannot_be_read_are_said_to_be_what_they_are(tmp_path):
+    Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    for name, wanted in (("float.tif", "its pixels are floats"), ("phone.jpg", "it is HEIC")):
+        with pytest.raises(UserError, match=wanted):
+            read_picture(tmp_path / name, 16)
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_pictures_are_read_without_a_warning(tmp_path):
+    Image.new("1", (10_000, 10_000), 1).save(tmp_path / "large.png")
+    assert (read_picture(tmp_path / "large.png", 16) == 255).all()
 
 
 def test_mistakes_get_one_line(photo, tiny_model, tmp_path):

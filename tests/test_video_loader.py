@@ -264,6 +264,124 @@ def test_bad_videos_are_named_and_stop_nobody(tmp_path):
     assert {video_id: n for video_id, n in num_frames_of(data_dir).items() if n} == {"2": 14, "cut": 26}
 
 
+# Files that people have.
+
+
+def encode(path, codec="libx264", sound=None, num_frames=24, shift=0, pixels="yuv420p", options=None, **how):
+    """A clip of noise at 12 frames a second; the first `shift` frames lie before time 0, `how` goes to av.open."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    with av.open(str(path), "w", **how) as container:
+        pictures = container.add_stream(codec, rate=12, options=options or {"g": "6"})
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, pixels
+        sounds = container.add_stream(sound, rate=48_000, layout="mono") if sound else None
+        for index in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, index, axis=1)).reformat(format=pixels)
+            frame.pts = index - shift
+            container.mux(pictures.encode(frame))
+            if sounds:
+                samples = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.float32), format="fltp", layout="mono")
+                samples.sample_rate = 48_000
+                container.mux(sounds.encode(samples))
+        for stream in filter(None, (pictures, sounds)):
+            container.mux(stream.encode())
+
+
+def decoded(path):
+    """The frames of a video, 16 pixels a side, and the remarks on it."""
+    folder = path.with_name(f"{path.name}_frames")
+    num_frames, remarks = video_decoder.write_frames(path, {16: folder})
+    return [cv2.imread(str(folder / f"{index:05d}.png")) for index in range(num_frames)], remarks
+
+
+@pytest.mark.parametrize("name", ["trim.mp4", "trim.mov"])
+def test_a_lossless_trim_gives_the_frames_that_are_shown(tmp_path, name):
+    encode(tmp_path / "whole.mp4")
+    encode(tmp_path / name, shift=10)  # MP4's muxer hides what lies before time 0 by an edit list
+    with av.open(str(tmp_path / name)) as container:
+        assert container.streams.video[0].frames == 24
+    whole, trimmed = decoded(tmp_path / "whole.mp4")[0], decoded(tmp_path / name)[0]
+    assert len(whole) == 24 and np.array_equal(trimmed, whole[10:])
+
+
+CUT = [
+    ("a.webm", {"codec": "libvpx-vp9", "sound": "libopus"}),
+    ("a.mkv", {"sound": "aac"}),
+    ("a.avi", {"codec": "mpeg4", "sound": "mp3"}),
+    ("a.mp4", {"sound": "aac", "container_options": {"movflags": "frag_keyframe+empty_moov"}}),
+    ("b.mp4", {"sound": "aac", "container_options": {"movflags": "faststart"}}),
+    ("c.mp4", {"sound": "aac", "format": "flv"}),
+]
+
+
+@pytest.mark.parametrize("name, how", CUT)
+def test_a_part_of_a_video_with_sound_is_truncated(tmp_path, name, how):
+    encode(tmp_path / name, **how)
+    assert len(decoded(tmp_path / name)[0]) == 24
+    content = (tmp_path / name).read_bytes()
+    for percent in (40, 50, 75, 90):
+        part = tmp_path / f"{percent}_{name}"
+        part.write_bytes(content[: len(content) * percent // 100])
+        with pytest.raises(video_decoder.VideoError) as caught:
+            decoded(part)
+        assert caught.value.args[0] == "truncated"
+
+
+@pytest.mark.parametrize("name", ["song.mp4", "song.mkv"])
+def test_the_cover_of_a_song_is_no_video(tmp_path, name):
+    cover = cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes()
+    with av.open(str(tmp_path / name), "w") as container:
+        sounds = container.add_stream("aac", rate=48_000, layout="mono")
+        if name == "song.mkv":
+            container.add_attachment("cover.jpg", "image/jpeg", cover)
+        else:
+            picture = container.add_stream("mjpeg")
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            container.mux(picture.encode(av.VideoFrame(64, 48, "yuvj420p")))
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 48_000), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 48_000
+        container.mux(sounds.encode(samples))
+        container.mux(sounds.encode())
+    with pytest.raises(video_decoder.VideoError, match="it has no video that can be decoded"):
+        decoded(tmp_path / name)
+
+
+@pytest.mark.parametrize("container", ["mpegts", "flv", "vob", "mov"])
+def test_the_container_may_be_another_than_the_name_says(tmp_path, container):
+    encode(tmp_path / "a.mp4", sound="aac" if container != "vob" else "mp2", format=container)
+    assert len(decoded(tmp_path / "a.mp4")[0]) == 24
+
+
+def test_another_container_is_said_to_be_none(tmp_path):
+    encode(tmp_path / "a.mp4", codec="wmv2", format="asf")
+    with pytest.raises(video_decoder.VideoError, match="none of matroska,.*; convert it"):
+        decoded(tmp_path / "a.mp4")
+
+
+def test_hdr_and_interlaced_videos_are_counted_and_named(tmp_path):
+    data_dir = make_data_dir(tmp_path / "data", ["plain", "pq", "hlg"], ["interlaced"])
+    for name, transfer in (("pq", "smpte2084"), ("hlg", "arib-std-b67")):
+        with av.open(str(data_dir / "videos" / f"{name}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=12, options={"color_trc": transfer})
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p10le"
+            stream.codec_context.color_primaries, stream.codec_context.colorspace = 9, 9  # BT.2020
+            frame = av.VideoFrame(64, 48, "yuv420p10le")
+            for plane, level in zip(frame.planes, (64 + 876 * WHITE[name], 512, 512)):
+                plane.update(np.full(plane.buffer_size // 2, round(level), "<u2"))
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    encode(data_dir / "videos" / "interlaced.m4v", options={"x264-params": "interlaced=1"}, format="mp4")
+    encode(data_dir / "videos" / "plain.mp4")
+    done = extract(data_dir, "--resolutions", 16)
+    assert "HDR (colors are mapped to the standard range): 2 of them (hlg, pq)\n" in done.stdout
+    assert re.search(r"interlaced \(.*bwdif.*\): 1 of them \(interlaced\)\n", done.stdout)
+    for name in WHITE:  # paper's white is white, not gray as in an HDR signal
+        assert cv2.imread(str(paths.frame_path(paths.frames_dir(data_dir, 16), name, 0))).min() >= 250
+
+
+WHITE = {"pq": 0.58, "hlg": 0.75}  # the share of the signal that shows 203 nits
+
+
 # Errors of the whole run.
 
 
