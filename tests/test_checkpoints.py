@@ -1,5 +1,6 @@
 """Checkpoints as folders: which are kept and which are found. (Saving and resuming: test_training*.py.) The upload."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from pecn.checkpoints import (
     save_model_card,
     upload,
 )
-from train_instruct_pix2pix import parse_args
+from tests.conftest import PROJECT
+
+parse_args = runpy.run_path(str(PROJECT / "train_instruct_pix2pix.py"))["parse_args"]
 
 
 class FilesOnly:

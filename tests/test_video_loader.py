@@ -178,7 +178,7 @@ def test_videos_converted_to_a_higher_rate_are_said(tmp_path):
             writer.write(np.roll(noise, index // frames_each * 8, axis=1))
         writer.release()
     printed = extract(data_dir, "--resolutions", 48).stdout
-    assert "1 videos repeat over a third of their frames, at 30 frames/s" in printed
+    assert "over a third of the frames repeat the one before, at 30 frames/s" in printed
 
 
 def test_of_two_videos_with_one_id_it_is_said_which_is_used(data_dir):
