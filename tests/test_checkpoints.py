@@ -103,7 +103,7 @@ def test_the_upload_is_private_and_never_names_the_token(monkeypatch, tmp_path):
 
 
 def test_the_card_names_the_base_model_of_the_hub(tmp_path):
-    arguments = vars(parse_args(["--output_dir", "run", "--horizon", "1-5"]))
+    arguments = checkpoints.training_config(parse_args(["--output_dir", "run", "--horizon", "1-5"]))["arguments"]
     save_model_card(tmp_path, arguments, "Held-out loss 0.1.")
     metadata = ModelCard.load(tmp_path / "README.md").data
     assert metadata.base_model == "timbrooks/instruct-pix2pix" and metadata.library_name == "diffusers"
