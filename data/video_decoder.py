@@ -78,7 +78,7 @@ def decode_video(path: Path) -> Iterator[av.VideoFrame]:
             interval = 1 / float(stream.guessed_rate or 1)  # seconds from frame to frame
             start = float((stream.start_time or 0) * stream.time_base)
             for packet in container.demux():
-                if packet.is_corrupt:  # the file ends in its midst
+                if packet.is_corrupt and container.format.name != "mpegts":  # it is cut; MPEG-TS may be joined there
                     raise VideoError("truncated", f"a part is cut off after {len(times)} frames; download it again")
                 if packet.stream is not stream:
                     end = (packet.pts or 0) + (packet.duration or 0)

@@ -352,6 +352,12 @@ def test_the_container_may_be_another_than_the_name_says(tmp_path, container):
     assert len(decoded(tmp_path / "a.mp4")[0]) == 24
 
 
+def test_segments_of_mpeg_ts_may_be_joined(tmp_path):
+    encode(tmp_path / "one.mp4", format="mpegts")
+    (tmp_path / "two.mp4").write_bytes((tmp_path / "one.mp4").read_bytes() * 2)
+    assert len(decoded(tmp_path / "two.mp4")[0]) == 48
+
+
 def test_another_container_is_said_to_be_none(tmp_path):
     encode(tmp_path / "a.mp4", codec="wmv2", format="asf")
     with pytest.raises(video_decoder.VideoError, match="none of matroska,.*; convert it"):
