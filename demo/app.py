@@ -74,9 +74,8 @@ class Page:
     def lay_out_inputs(self) -> None:
         """The left side: what to start from, the sentence, the options."""
         args, samples = self.args, [[str(clip.path(clip.frames[0])), clip.label] for clip in self.clips]
-        columns = [gr.Image(visible=False, label="frame"), gr.Textbox(visible=False, label="sentence")]
-        table = {"components": columns, "samples": samples, "samples_per_page": 5, "visible": bool(samples)}
-        self.gallery = gr.Dataset(label="Click on a validation clip", type="index", **table)
+        table = {"components": ["image", "textbox"], "headers": ["frame", "sentence"], "visible": bool(samples)}
+        self.gallery = gr.Dataset(samples=samples, type="index", label="Click on a clip", samples_per_page=5, **table)
         with gr.Accordion("Or a picture of your own", open=not samples):
             self.picture = gr.Image(label="Picture", height=240)
         self.sentence = gr.Textbox(label="What is done", placeholder="pushing a cup from left to right")
@@ -151,7 +150,8 @@ class Page:
             raise UserError("the sentence is empty: say what is done, as in 'pushing a cup from left to right'")
         rollout = {"Predict": history[0], "Go on": history[-1], "What if": shortened(history[-1])}[what]
         clip, later = replace(rollout.clip, label=sentence), sum(rollout.horizons[-1:]) + given[self.horizon]
-        progress = progress_at(rollout, progress) if what == "Go on" and progress != NOT_TOLD else progress
+        if progress != NOT_TOLD and rollout.horizons != shortened(history[-1]).horizons:  # of another frame than shown
+            progress = progress_at(rollout, progress)
         told = (None if progress == NOT_TOLD else progress, given[self.horizon] if self.choice.tell_horizon else None)
         prompt = build_prompt(sentence, *told) if given[self.prefix] else sentence
         seed = given[self.seed] or 0

@@ -101,6 +101,7 @@ def test_a_clip_is_predicted_goes_on_and_back_as_rollouts_do(started):
     assert np.array_equal(one["truth"], load_picture(clip.path(21))) and "dB" in one["scores"]
     two = visitor.do("go_on", clip.label, 50)
     assert np.array_equal(two["input"], first) and np.array_equal(two["prediction"], second)
+    assert two["prompt"] == rollout.edit_prompts[1]
     assert two["strip"].shape[1] == one["strip"].shape[1] * 3 // 2 - 4 and two["before"] is None
     with Image.open(two["film"]) as film:
         assert film.format == "GIF" and film.n_frames == 3
@@ -112,7 +113,13 @@ def test_a_clip_is_predicted_goes_on_and_back_as_rollouts_do(started):
     assert np.array_equal(visitor.do("back")["prediction"], second)
     back = visitor.do("back")
     assert np.array_equal(back["prediction"], first) and back["sentence"] == clip.label
-    assert visitor.do("back")["prediction"] is None
+    assert np.array_equal(visitor.do("go_on", clip.label, 80)["prediction"], second)  # the clip's progress, not 80%
+    again = visitor.do("predict", clip.label, 80)  # neither here, where the frame is another one
+    assert again["progress"] == 50 and np.array_equal(again["prediction"], first)
+    assert visitor.do("predict", clip.label, 80)["progress"] == 80
+    for _ in range(3):
+        back = visitor.do("back")
+    assert np.array_equal(back["prediction"], first) and visitor.do("back")["prediction"] is None
     assert "nothing to undo" in refusal(visitor, "back")
 
 
