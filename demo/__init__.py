@@ -5,6 +5,7 @@ from pathlib import Path
 BASE_MODEL = Path("demo/base_model")
 # As a training would record them: prompts tell progress and horizon, and the quick test's way to sample.
 BASE_SETTINGS = {
+    "data_dir": None,  # clips are rendered
     "resolution": 96,
     "horizon": "1-10",
     "add_progress": True,

@@ -1,6 +1,6 @@
 """A page on which a model is played: `python -m demo.app` prints its address.
 
-A clip or a picture of your own is the start. pecn/sampling.py draws, pecn/rollouts.py makes films and filmstrips.
+It only shows: pecn/sampling.py draws, pecn/rollouts.py makes films and filmstrips.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from pecn.rollouts import Rollout, film, filmstrip, rollout_choice, save_film
 from pecn.sampling import predict_frames
 from pecn.sampling_options import SCHEDULERS, add_sampling_options, sampling_options
 
-NUM_RENDERED, MOST_CLIPS, SEED, NOT_TOLD = 24, 60, 42, "none"
-FRAMES_AHEAD = 100  # of a clip: how far Go on can be compared with the truth
+NUM_RENDERED, MOST_CLIPS, FRAMES_AHEAD, SEED, NOT_TOLD = 24, 60, 100, 42, "none"
 OWN_PICTURE = clips.Clip("picture", "unknown", "", Path(), frames=(0,))
 # Frames are enlarged without smoothing, below their titles.
 CSS = ".frame img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; padding-top: 28px}"
@@ -67,12 +66,16 @@ class Page:
             with gr.Column(scale=3):
                 self.lay_out_results()
 
+    def launch(self, **how: Any) -> None:
+        """Listens where the options say, whatever gradio's environment variables do; `how` is as gradio takes it."""
+        how |= {"server_name": self.args.host, "server_port": self.args.port, "share": self.args.share}
+        self.blocks.launch(css=CSS, run_history=False, footer_links=["api", "gradio"], **how)
+
     def lay_out_inputs(self) -> None:
         """The left side: what to start from, the sentence, the options."""
         args, samples = self.args, [[str(clip.path(clip.frames[0])), clip.label] for clip in self.clips]
-        columns = [gr.Image(visible=False, label="frame"), gr.Textbox(visible=False, label="sentence")]
-        table = {"components": columns, "samples": samples, "samples_per_page": 5, "visible": bool(samples)}
-        self.gallery = gr.Dataset(label="Click on a validation clip", type="index", **table)
+        table = {"components": ["image", "textbox"], "headers": ["frame", "sentence"], "visible": bool(samples)}
+        self.gallery = gr.Dataset(samples=samples, type="index", label="Click on a clip", samples_per_page=5, **table)
         with gr.Accordion("Or a picture of your own", open=not samples):
             self.picture = gr.Image(label="Picture", height=240)
         self.sentence = gr.Textbox(label="What is done", placeholder="pushing a cup from left to right")
@@ -82,8 +85,7 @@ class Page:
             self.horizon = gr.Dropdown(horizons, label="Frames later", visible=self.choice.tell_horizon)
             self.seed = gr.Number(SEED, label="Seed", precision=0, minimum=0)
         self.prefix = gr.Checkbox(args.recorded, label=f"Say first: {PROMPT_PREFIX}", visible=not args.recorded)
-        dice = {"fn": lambda: random.randrange(2**31), "outputs": self.seed, "api_visibility": "private"}
-        gr.Button("Dice: another seed", size="sm").click(**dice)
+        gr.Button("Dice: another seed", size="sm").click(lambda: random.randrange(2**31), None, self.seed)
         with gr.Accordion("Options", open=False):
             names = ("Steps", "Image guidance", "Text guidance", "Draws")
             fields = ("num_inference_steps", "image_guidance_scale", "guidance_scale", "num_predictions")
@@ -148,7 +150,8 @@ class Page:
             raise UserError("the sentence is empty: say what is done, as in 'pushing a cup from left to right'")
         rollout = {"Predict": history[0], "Go on": history[-1], "What if": shortened(history[-1])}[what]
         clip, later = replace(rollout.clip, label=sentence), sum(rollout.horizons[-1:]) + given[self.horizon]
-        progress = progress_at(rollout, progress) if what == "Go on" and progress != NOT_TOLD else progress
+        if progress != NOT_TOLD and rollout.horizons != shortened(history[-1]).horizons:  # of another frame than shown
+            progress = progress_at(rollout, progress)
         told = (None if progress == NOT_TOLD else progress, given[self.horizon] if self.choice.tell_horizon else None)
         prompt = build_prompt(sentence, *told) if given[self.prefix] else sentence
         seed = given[self.seed] or 0
@@ -159,9 +162,8 @@ class Page:
             [frame] = predict_frames(self.pipeline, [last_frame(rollout)], [prompt], [seed], options, bar.tqdm)
         if frame is None:
             raise UserError("the prediction is not finite: the model is damaged, or does not fit its precision")
-        index = clip.frames[0] + later
-        truth = load_picture(clip.path(index)) if index in clip.frame_set else None
-        new = {"horizons": later, "edit_prompts": prompt, "truths": truth, "predictions": frame}
+        path = clip.path(clip.frames[0] + later) if clip.frames[0] + later in clip.frame_set else None
+        new = {"horizons": later, "edit_prompts": prompt, "truths": path and load_picture(path), "predictions": frame}
         longer = replace(rollout, clip=clip, **{name: [*getattr(rollout, name), one] for name, one in new.items()})
         return self.show([*history, longer]) | {self.progress: progress}
 
@@ -239,8 +241,7 @@ def parse_args() -> argparse.Namespace:
     add("--add_progress", **PROGRESS_OPTION, default=False, help=PROGRESS_HELP)
     add_sampling_options(parser)
     args = parser.parse_args(namespace=argparse.Namespace(image=None))
-    is_base = Path(args.model_dir) == BASE_MODEL
-    recorded = {**BASE_SETTINGS, "data_dir": None} if is_base else recorded_settings(args)
+    recorded = BASE_SETTINGS if Path(args.model_dir) == BASE_MODEL else recorded_settings(args)
     parser.set_defaults(**recorded, recorded=bool(recorded))
     args = parser.parse_args()
     clips.settle_frames(vars(args))
@@ -252,8 +253,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.data_dir is None:
             args.data_dir = make_validation_clips(Path(folder, "clips"), NUM_RENDERED, SEED, args.resolution)
-        how = {"server_name": args.host, "server_port": args.port, "share": args.share, "run_history": False}
-        Page(args, Path(folder)).blocks.launch(**how, css=CSS, footer_links=["api", "gradio"])
+        Page(args, Path(folder)).launch()
 
 
 if __name__ == "__main__":

@@ -77,6 +77,12 @@ def test_script_predicts_from_a_photo_as_the_model_was_trained(photo, upright, t
     assert sorted(path.name for path in output_dir.glob("*.*[!k]")) == names
 
 
+def test_16_bits_of_gray_are_read_as_their_upper_8(tmp_path):
+    levels = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "gray.png"), levels)
+    assert np.abs(read_picture(tmp_path / "gray.png", SIDE) - (levels / 257)[..., None]).max() <= 2
+
+
 def test_a_prediction_that_is_the_input_is_named(photo, tmp_path):
     one_small_step = ("--num_inference_steps", 50, "--strength", 0.02, "--image_guidance_scale", 1)
     done = predict(PROJECT / "demo" / "base_model", photo, tmp_path / "out", *one_small_step, "--keep_background")
