@@ -96,12 +96,18 @@ SSV2_TEMPLATES = Path(__file__).with_name("ssv2_templates.txt")  # all 174, as t
 
 
 def check_templates() -> None:
-    """Raise UserError where a template above is none of SSv2's, which would match nothing."""
+    """Raise UserError where a template above is none of SSv2's, which would match nothing, or is in two tasks."""
     official = SSV2_TEMPLATES.read_text(encoding="utf-8").splitlines()
+    task_of: dict[str, str] = {}
     for task, templates in TASK_TEMPLATES.items():
-        for template in set(templates) - set(official):
-            [nearest] = difflib.get_close_matches(template, official, n=1, cutoff=0)
-            raise UserError(f"data/dataset.py, {task}: SSv2 has no template {template!r}; the nearest is {nearest!r}")
+        if isinstance(templates, str):
+            raise UserError(f"data/dataset.py, {task}: a single template needs a comma after it: ({templates!r},)")
+        for template in templates:
+            if template not in official:
+                [nearest] = difflib.get_close_matches(template, official, n=1, cutoff=0)
+                raise UserError(f"data/dataset.py, {task}: SSv2 has no template {template!r}, but {nearest!r}")
+            if task_of.setdefault(template, task) != task:
+                raise UserError(f"data/dataset.py: {template!r} is in {task_of[template]} and in {task}")
 
 
 def plain_template(template: str) -> str:
@@ -119,11 +125,12 @@ def match_tasks(entries: list[dict], tasks: list[str]) -> list[dict]:
 def count_table(stages: list[dict[str, list[dict]]], tasks: list[str]) -> str:
     """One line per task and split, with a column for each stage of the sampling ({split: entries})."""
     counts = [Counter((split, entry["task"]) for split in SPLITS for entry in stage[split]) for stage in stages]
-    lines = [f"{'task':<14}{'split':<7}{'matched':>9}{'with video':>12}{'sampled':>9}"]
+    width = max(map(len, tasks)) + 2
+    lines = [f"{'task':<{width}}{'split':<7}{'matched':>9}{'with video':>12}{'sampled':>9}"]
     for task in tasks:
         for split in SPLITS:
             matched, available, sampled = (count[split, task] for count in counts)
-            lines.append(f"{task:<14}{split:<7}{matched:>9}{available:>12}{sampled:>9}")
+            lines.append(f"{task:<{width}}{split:<7}{matched:>9}{available:>12}{sampled:>9}")
     return "\n".join(lines)
 
 

@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every video, not only those that data.dataset has chosen")
     args = parser.parse_args()
     sources, annotations = find_sources(args.archives), args.data_dir / "annotations"
+    if not sources:
+        raise cli.UserError(f"there is nothing in {args.archives}: name the folder of what you downloaded")
     for folder in (annotations, args.data_dir / "videos"):
         files.make_folder(folder)
     for name in filter(LABELS.fullmatch, sources):

@@ -63,8 +63,12 @@ def contents(folder):
 def test_a_template_that_sthv2_does_not_have_is_refused_by_name(data_dir, monkeypatch):
     monkeypatch.setitem(dataset.TASK_TEMPLATES, "move_object", ("Moving something up", "Moving something upwards"))
     line = error_line(run_filter(data_dir))
-    assert "move_object: SSv2 has no template 'Moving something upwards'; the nearest is 'Moving something up'" in line
+    assert "move_object: SSv2 has no template 'Moving something upwards', but 'Moving something up'" in line
     assert not outputs(data_dir)["train"].exists()
+    monkeypatch.setitem(dataset.TASK_TEMPLATES, "move_object", ("Putting something onto something",))
+    assert "is in move_object and in cover_object" in error_line(run_filter(data_dir))
+    monkeypatch.setitem(dataset.TASK_TEMPLATES, "move_object", "Moving something up")
+    assert "a single template needs a comma after it: ('Moving something up',)" in error_line(run_filter(data_dir))
 
 
 @pytest.mark.skipif(not (SHARED / "sthv2").is_dir(), reason="../shared/sthv2 is not here")
