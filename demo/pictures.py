@@ -1,7 +1,8 @@
-"""Make a moving picture of the README: `python -m demo.moving_picture`, and again with `--two_sentences`.
+"""Make a picture of README or demo/README: `python -m demo.pictures quick_test`, `two_sentences`, or `clips`.
 
 The first is of what the quick test has predicted: each pair flips from its input frame to what comes, to the left as
-predicted, to the right as it was. The second shows how the base model goes on from one frame for two sentences.
+predicted, to the right as it was. The second shows how the base model goes on from one frame for two sentences, the
+third a rendered clip of each task.
 """
 
 from __future__ import annotations
@@ -13,25 +14,28 @@ from pathlib import Path
 import numpy as np
 
 from data.cli import CommandParser, run_command
+from data.clips import FrameChoice, choose_balanced, find_clips
 from data.prompts import PROMPT_PREFIX, build_prompt
 from data.video_decoder import load_picture
 from demo import BASE_MODEL, BASE_SETTINGS
 from pecn.evaluation import loaded_model
-from pecn.pictures import panel_row, save_gif, sheet
+from pecn.pictures import panel_row, save_gif, save_picture, sheet
 from pecn.sampling import predict_frames
 from pecn.sampling_options import SamplingOptions
 
 NUM_PAIRS, COLUMNS = 6, 3
 SECONDS = (0.8, 1.2)  # each picture, and the last one
 FRAME, HORIZON, NUM_STEPS, SEED = Path("demo/red_apple.png"), 5, 3, 42  # frame 20 of the rendered clip 2000018
+SIDE, NUM_CLIPS, NUM_FRAMES = 96, 3, 6
 SENTENCES = ("moving a red apple closer to a block", "moving a red apple away from a block")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = CommandParser(prog="python -m demo.moving_picture", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m demo.pictures", description=__doc__.splitlines()[0])
+    parser.add_argument("picture", choices=["quick_test", "two_sentences", "clips"])
     parser.add_argument("--samples", type=Path, default=Path("test_output/samples"), help="(%(default)s)")
-    parser.add_argument("--two_sentences", action="store_true", help=f"of {FRAME}, in place of the samples")
-    parser.add_argument("--output_file", type=Path, help="(demo/quick_test.gif or demo/two_sentences.gif)")
+    parser.add_argument("--data_dir", type=Path, default=Path("data/demo"), help="of the clips (%(default)s)")
+    parser.add_argument("--output_file", type=Path, help="(demo/<picture>.gif, demo/clips.png)")
     return parser.parse_args()
 
 
@@ -67,11 +71,25 @@ def two_sentences() -> list[np.ndarray]:
     return pictures
 
 
+def clips(data_dir: Path) -> np.ndarray:
+    """Some frames of a validation clip of each task."""
+    found, _ = find_clips(data_dir, "val", SIDE, FrameChoice(start=None))
+    rows = []
+    for clip in choose_balanced(found, SEED, NUM_CLIPS):
+        frames = [clip.frames[round(place)] for place in np.linspace(0, len(clip.frames) - 1, NUM_FRAMES)]
+        rows.append(panel_row([(f"frame {frame}", load_picture(clip.path(frame))) for frame in frames], [clip.label]))
+    return sheet(rows)
+
+
 def main() -> None:
     args = parse_args()
-    pictures = two_sentences() if args.two_sentences else quick_test(args.samples)
-    output_file = args.output_file or Path(f"demo/{'two_sentences' if args.two_sentences else 'quick_test'}.gif")
-    save_gif(output_file, pictures, [SECONDS[0]] * (len(pictures) - 1) + [SECONDS[1]])
+    if args.picture == "clips":
+        output_file = args.output_file or Path("demo/clips.png")
+        save_picture(output_file, clips(args.data_dir))
+    else:
+        output_file = args.output_file or Path(f"demo/{args.picture}.gif")
+        pictures = two_sentences() if args.picture == "two_sentences" else quick_test(args.samples)
+        save_gif(output_file, pictures, [SECONDS[0]] * (len(pictures) - 1) + [SECONDS[1]])
     print(f"wrote {output_file}")
 
 
