@@ -4,9 +4,9 @@
 
 writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet, a VAE, a
 CLIP text encoder with its tokenizer, and a scheduler, together under 15 million parameters. It takes the place of
-`timbrooks/instruct-pix2pix` on rendered clips, and is trained on such clips: the VAE, the text encoder, then the UNet.
+`timbrooks/instruct-pix2pix` on rendered clips, and is trained on such clips: the VAE, the text encoder, the UNet, then the UNet's own guidance.
 Rendered frames, latents and checkpoints are kept in `--work_dir`: the same command continues where it was stopped.
-With 0 steps of all three, the weights are random numbers of `--seed`.
+With 0 steps of all four, the weights are random numbers of `--seed`.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def parse_args() -> argparse.Namespace:
         ("vae", "VAE", 5000, 8),
         ("text", "text encoder", 500, 32),
         ("unet", "UNet", 60_000, 16),
+        ("guided", "UNet", 5000, 16),  # once more, to draw in one pass what guidance would
     ):
-        steps_help = f"0: the {model} is not trained (%(default)s)"
+        steps_help = f"0: the {model} is not trained in this stage (%(default)s)"
         add(f"--{stage}_train_steps", type=steps, default=default_steps, help=steps_help)
         add(f"--{stage}_batch_size", type=count, default=batch_size, help="(%(default)s)")
     add("--checkpointing_steps", type=count, default=1000, help="steps between checkpoints (%(default)s)")
@@ -84,7 +85,7 @@ def main() -> None:
     check_output_dir(args.output_dir)
     start = args.pretrained_model_name_or_path
     pipeline = load_pipeline(start) if start else build_pipeline(args.seed)
-    if args.vae_train_steps or args.text_train_steps or args.unet_train_steps:
+    if any((args.vae_train_steps, args.text_train_steps, args.unet_train_steps, args.guided_train_steps)):
         make_folder(args.work_dir)
         with only_one(args.work_dir, "pre-training"):
             remove_leftovers(args.work_dir)

@@ -37,7 +37,7 @@ from tests.commands import call, error_line
 from tests.conftest import PROJECT, scalars
 
 BASE_MODEL = PROJECT / "demo" / "base_model"
-STAGES = ("vae", "text", "unet")
+STAGES = ("vae", "text", "unet", "guided")
 TINY = {"num_clips": 8, "seed": 0, "checkpointing_steps": 2, "validation_steps": 2}
 TINY |= {f"{stage}_train_steps": 3 for stage in STAGES} | {f"{stage}_batch_size": 4 for stage in STAGES}
 
@@ -198,7 +198,7 @@ def test_training_steps_are_functions_of_the_seed_and_the_step(frames):
     latents = [StoredClips(frames[0].held_out, frames[0].training, rows)]
     batch, again, other = (unet_batch(pipeline, latents, step, 0, 64) for step in (7, 7, 8))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
-    assert not any(torch.equal(batch[name], other[name]) for name in batch)
+    assert not any(torch.equal(batch[name], other[name]) for name in batch if name != "empty_embeds")
 
 
 def test_a_short_training_changes_every_model_and_shows_what_it_does(untrained, trained):
@@ -206,11 +206,11 @@ def test_a_short_training_changes_every_model_and_shows_what_it_does(untrained, 
     figures = r"sharpness [\d.]+, SSIM - copy [-+][\d.]+, PSNR [\d.]+ dB, - copy [-+][\d.]+ dB, good frames \d+%"
     assert re.search(rf"VAE, the best that a prediction could be: {figures}", printed)
     assert re.search(r"text encoder: \d+% of a batch read correctly", printed)
-    assert re.findall(rf"UNet, step (\d+): {figures}", printed) == ["2", "3"]
+    assert re.findall(rf"UNet, step (\d+): {figures}", printed) == ["2", "3", "5", "6"]
     with Image.open(work_dir / "validation" / "step-000003.png") as picture:
         assert picture.width == 2 * (3 * (2 * 96 + 8) + 8)  # input, sample and target of both held-out pairs
     for name in ("sharpness", "ssim_gain", "psnr_gain", "good_frames"):
-        assert scalars(work_dir / "logs", f"validation/{name}").keys() == {2, 3}
+        assert scalars(work_dir / "logs", f"validation/{name}").keys() == {2, 3, 5, 6}
     before, after = load(untrained), load(model)
     for name in ("unet", "vae", "text_encoder"):
         pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
@@ -234,9 +234,9 @@ def test_a_run_stopped_in_two_stages_and_resumed_equals_an_undisturbed_one(train
     steps_begun, clip = [], torch.nn.utils.clip_grad_norm_
 
     def clip_or_stop(*arguments):
-        """Stops in the third step of the VAE and of the UNet, after the checkpoint of the second."""
+        """Stops in the third step of the VAE and of the UNet's last stage, after the checkpoint of the second."""
         steps_begun.append(len(steps_begun) + 1)
-        if steps_begun[-1] in (3, 10):
+        if steps_begun[-1] in (3, 13):
             raise KeyboardInterrupt
         return clip(*arguments)
 
@@ -246,7 +246,7 @@ def test_a_run_stopped_in_two_stages_and_resumed_equals_an_undisturbed_one(train
             pretrain(build_pipeline(seed=0), tiny_arguments(tmp_path))
     pipeline = build_pipeline(seed=0)
     pretrain(pipeline, tiny_arguments(tmp_path))
-    assert len(steps_begun) == 11
+    assert len(steps_begun) == 14
     save_pipeline(pipeline, tmp_path / "model")
     assert tree_hash(tmp_path / "model") == tree_hash(trained[0])
 
@@ -255,7 +255,7 @@ def test_a_second_run_repeats_nothing_and_other_settings_and_damage_are_refused(
     model, work_dir, _ = trained
     before = {path.name: path.stat().st_mtime_ns for path in work_dir.glob("[!.]*.*")}
     kinds = sorted(name.split("-")[0] for name in before)
-    assert kinds == ["frames", "frames", "latents", "latents", "text.pt", "unet.pt", "vae.pt"]
+    assert kinds == ["frames", "frames", "guided.pt", "latents", "latents", "text.pt", "unet.pt", "vae.pt"]
     pipeline = build_pipeline(seed=0)
     pretrain(pipeline, tiny_arguments(work_dir))
     assert {path.name: path.stat().st_mtime_ns for path in work_dir.glob("[!.]*.*")} == before
@@ -274,7 +274,7 @@ def test_a_second_run_repeats_nothing_and_other_settings_and_damage_are_refused(
 
 def test_training_goes_on_from_a_model_whose_other_parts_stay_as_they_are(trained, tmp_path):
     link_frames(trained[1], tmp_path / "work")
-    only_unet = {"vae_train_steps": 0, "text_train_steps": 0, "unet_train_steps": 1}
+    only_unet = {"vae_train_steps": 0, "text_train_steps": 0, "unet_train_steps": 1, "guided_train_steps": 0}
     start = {"pretrained_model_name_or_path": trained[0]}
     make(output_dir=tmp_path / "model", work_dir=tmp_path / "work", **(TINY | only_unet | start))
     before, after = tree_hash(trained[0]), tree_hash(tmp_path / "model")

@@ -24,6 +24,7 @@ CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alon
 LAST_TIMESTEP = 0.1  # share of the samples at the last timestep, all noise, where the motion is decided
 WINDOW = 16  # side of the windows of latents that most steps train on
 WHOLE_FRAMES = 0.25  # share of the steps that train on whole frames
+GUIDANCE = 2.0  # what the UNet learns to do in one pass in the last stage, on whole frames alone
 
 
 def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[str]]:
@@ -84,7 +85,8 @@ def noised_batch(
     latents = {name: value.to(device, memory_format=memory_format(device)) for name, value in latents.items()}
     with torch.no_grad():
         told = ["" if drop else prompt for prompt, drop in zip(prompts, drop_text.tolist())]
-        return latents | {"timesteps": timesteps.to(device), "prompt_embeds": encode_prompts(pipeline, told)}
+        embeds = {"prompt_embeds": encode_prompts(pipeline, told), "empty_embeds": encode_prompts(pipeline, [""])}
+        return latents | {"timesteps": timesteps.to(device)} | embeds
 
 
 def unet_batch(
@@ -93,6 +95,7 @@ def unet_batch(
     step: int,
     seed: int,
     batch_size: int,
+    whole_frames: float = WHOLE_FRAMES,
 ) -> dict[str, torch.Tensor]:
     """The batch of a step, of latents of one size; a pure function of seed and step."""
     rng = np.random.default_rng(derive_seed(seed, "pairs", step))
@@ -100,7 +103,7 @@ def unet_batch(
     inputs, targets, prompts = draw_pairs(latents.training, batch_size, rng)
     moments = [torch.from_numpy(latents.rows[rows].astype(np.float32)) for rows in (inputs, targets)]
     generator = step_generator(seed, "unet", step)
-    if rng.random() >= WHOLE_FRAMES:
+    if rng.random() >= whole_frames:
         moments = moving_windows(moments, generator)
     return noised_batch(pipeline, *moments, prompts, generator)
 
@@ -112,7 +115,7 @@ def train_unet(
     logs: SummaryWriter,
     validate: Callable[[int], None],
 ) -> None:
-    """Trains the UNet in place; the text encoder is frozen."""
+    """Trains the UNet in place, first plainly, then to guide itself; the text encoder is frozen."""
     unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -120,15 +123,18 @@ def train_unet(
             batch = unet_batch(pipeline, sizes, step, args.seed, args.unet_batch_size)
             return diffusion_loss(unet, scheduler, batch)
 
-    train_stage(
-        "unet",
-        unet,
-        loss_of_step,
-        args,
-        logs,
-        learning_rate=7e-4,
-        weight_decay=1e-3,
-        warmup_steps=200,
-        depends_on=("vae", "text"),
-        validate=validate,
-    )
+    def guided_loss_of_step(step: int) -> torch.Tensor:
+        with fast_arithmetic(unet.device):
+            seed = derive_seed(args.seed, "guided")
+            batch = unet_batch(pipeline, sizes, step, seed, args.guided_batch_size, whole_frames=1)
+            return diffusion_loss(unet, scheduler, batch, guidance=GUIDANCE)
+
+    def validate_guided(step: int) -> None:
+        validate(args.unet_train_steps + step)
+
+    options = {"weight_decay": 1e-3, "warmup_steps": 200, "depends_on": ("vae", "text")}
+    if args.unet_train_steps:
+        train_stage("unet", unet, loss_of_step, args, logs, learning_rate=7e-4, validate=validate, **options)
+    if args.guided_train_steps:
+        options |= {"depends_on": ("vae", "text", "unet"), "validate": validate_guided}
+        train_stage("guided", unet, guided_loss_of_step, args, logs, learning_rate=5e-4, **options)

@@ -9,8 +9,8 @@ plausibility alone:
 - It reaches the object after 8 to 16% of the clip, acts until about 80 to 90%, and withdraws; objects
   carried in are on their way at the first frame. The exact shares vary from clip to clip.
 - A released object falls with constant acceleration, bounces with its kind's coefficient of restitution
-  and comes to rest. The acceleration is 3,600 to 4,800 pixels per clip length squared: a fall from 110
-  pixels takes a fifth to a quarter of the clip. At a picture scale of about 4 pixels a centimeter that is
+  and comes to rest. The acceleration is 2,600 to 3,400 pixels per clip length squared: a fall from 110
+  pixels takes a quarter to 0.3 of the clip. At a picture scale of about 4 pixels a centimeter that is
   slower than on Earth, as in slow motion; at full speed a fall from hand height is over within three or
   four frames at 12 frames per second.
 - A sheet or leaf reaches its terminal speed at once and sways from side to side with a period of its own.
@@ -68,7 +68,7 @@ class Director:
         elevation: float,
     ) -> None:
         self.rng, self.objects, self.hands, self.light, self.elevation = rng, objects, hands, light, elevation
-        self.gravity = rng.uniform(3600, 4800)
+        self.gravity = rng.uniform(2600, 3400)
         self.table_side: float | None = None
         self.side = 1 if rng.random() < 0.5 else -1  # which side a carried object comes from
 
@@ -160,7 +160,7 @@ def change_distance(d: Director, closer: bool) -> list[Actor]:
     """The first object is moved closer to the second or away from it, along a line."""
     spec, other = d.objects
     side, y = d.side, d.between(162, 195)
-    other_x = 160 - side * d.between(62, 85)
+    other_x = 160 - side * d.between(74, 94)
     near = other_x + side * ((spec.width + other.width) / 2 + d.between(8, 16))
     far = near + side * d.between(85, 115)
     span = (far, near) if closer else (near, far)
