@@ -11,7 +11,7 @@ BASE_SETTINGS = {
     "add_progress": True,
     "num_inference_steps": 8,
     "scheduler": "dpmsolver++karras",
-    "strength": 0.9,
-    "guidance_scale": 2.0,
+    "strength": 0.95,
+    "guidance_scale": 1.0,
     "image_guidance_scale": 1.0,
 }

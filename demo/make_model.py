@@ -4,9 +4,9 @@
 
 writes `demo/base_model`, which stock `StableDiffusionInstructPix2PixPipeline.from_pretrained` loads: a UNet, a VAE, a
 CLIP text encoder with its tokenizer, and a scheduler, together under 15 million parameters. It takes the place of
-`timbrooks/instruct-pix2pix` on rendered clips, and is trained on such clips: the VAE, the text encoder, the UNet, then the UNet's own guidance.
-Rendered frames, latents and checkpoints are kept in `--work_dir`: the same command continues where it was stopped.
-With 0 steps of all four, the weights are random numbers of `--seed`.
+`timbrooks/instruct-pix2pix` on rendered clips, and is trained on such clips: the VAE, the text encoder, the UNet, and
+the UNet once more, to guide itself. Rendered frames, latents and checkpoints are kept in `--work_dir`: the same command
+continues where it was stopped. With 0 steps of all four, the weights are random numbers of `--seed`.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ def train_stage(
 ) -> None:
     """Trains a model in place (AdamW, cosine schedule); in the end its weights are their moving average.
 
-    `name` is "vae", "text", "unet" or "guided": the prefix of its options in `args`, and its checkpoint is <work_dir>/<name>.pt.
-    `depends_on` names the stages whose models it uses. `validate` is called with the number of steps done.
+    `name` is "vae", "text", "unet" or "guided": the prefix of its options in `args`. Its checkpoint is
+    <work_dir>/<name>.pt. `depends_on` names the stages whose models it uses. `validate` is called with the number of
+    steps done.
     """
     steps, path = getattr(args, f"{name}_train_steps"), args.work_dir / f"{name}.pt"
     of_stages = [f"{stage}_{what}" for stage in (*depends_on, name) for what in ("train_steps", "batch_size")]
