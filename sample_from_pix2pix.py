@@ -9,8 +9,6 @@ or how the videos go on (`--rollout 10`), or what follows a picture of your own,
 Options that are left out come from the model's training_config.json. pecn/evaluation.py does the work.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from data.cli import SWITCH, CommandParser, number, run_command

@@ -1,7 +1,5 @@
 """Which pairs of frames the clips of a data directory offer, and how they are drawn."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import hashlib

@@ -8,8 +8,6 @@ videos as `videos/<id>.<extension>`, pairs as `videos/<id>/0.<extension>` and `1
 `*_filtered.json`, where each entry's `file` is the name that its video had. Next: `python -m data.video_loader`.
 """
 
-from __future__ import annotations
-
 import argparse
 import filecmp
 import hashlib

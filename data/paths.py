@@ -1,7 +1,5 @@
 """A data directory: where its files lie, and its annotation files."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

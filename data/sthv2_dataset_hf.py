@@ -5,8 +5,6 @@ Run as a module, it prints what a training run would see:
     python -m data.sthv2_dataset_hf --data_dir data/sthv2 --resolution 128 --add_progress
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Decode one video and write its frames as square PNGs, or say why that is impossible; read a picture like a frame."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -9,8 +9,6 @@ memory at a time. A video's folder exists only when it is whole, so a run can be
 does what is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -3,8 +3,6 @@
 A checkpoint is the folder `<output_dir>/checkpoint-<step>`: it gets this name when all of it is written.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import platform

@@ -4,8 +4,6 @@
 them. A frame is encoded once, in however many pairs it takes part.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -1,7 +1,5 @@
 """What sample_from_pix2pix.py does: predictions of validation videos, rollouts or one picture, and their scores."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

@@ -4,8 +4,6 @@ Nothing is guessed or filled in: a model that lacks weights is refused, as the l
 random numbers. Only safetensors are read, never pickles, which can run any code when they are loaded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Pictures of predicted frames and of their scores."""
 
-from __future__ import annotations
-
 import textwrap
 import zlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The processes of a run, one or several that work on one model, and the signals that stop it where nothing is lost."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

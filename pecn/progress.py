@@ -8,8 +8,6 @@ index. Each training clip is estimated by a network that has not seen it (FOLDS 
 trained on all training clips. Its errors are printed beside those of two constants, which see no frame.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Sequence

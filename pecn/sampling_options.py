@@ -3,8 +3,6 @@
 Apart from pecn/sampling.py, since a script reads its options before it loads torch.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass, fields
 

@@ -8,8 +8,6 @@ figures are read together: a copy is a real frame in the wrong place, a blur is 
 To add a metric to metrics.json and to the table, add a line to METRICS.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

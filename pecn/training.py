@@ -1,7 +1,5 @@
 """A whole training run: set-up, loop, validation, saving. train_instruct_pix2pix.py has the options."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

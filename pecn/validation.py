@@ -1,7 +1,5 @@
 """Predictions of a few validation pairs while training goes on, and how TensorBoard or wandb shows them."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
