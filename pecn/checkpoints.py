@@ -27,17 +27,9 @@ from safetensors.torch import load_file
 from data.cli import UserError, one_line
 from data.clips import example_prompt, frame_choice
 from data.files import partial_path, parts_replaced, whole_or_absent, write_file, write_json
-from pecn import lora
+from pecn import lora, model
 from pecn.diffusion import add_image_channels, changed_scheduler
-from pecn.model import (
-    CHECKPOINT_WEIGHTS,
-    PIPELINE_INDEX,
-    TRAINING_CONFIG,
-    Pipeline,
-    find_model,
-    load_pipeline,
-    read_training_config,
-)
+from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG, Pipeline
 from pecn.optimization import averaged_weights, trained_weights
 
 MODEL_CARD = "README.md"
@@ -137,7 +129,7 @@ def create_hub_repository(name: str, token: str | None, private: bool) -> str:
 def upload(output_dir: Path, repository: str, token: str | None) -> None:
     """Uploads the trained pipeline, its training config and its card, and nothing else: no video's frames."""
     try:
-        load_pipeline(output_dir).push_to_hub(repository, token=token)
+        model.load_pipeline(output_dir).push_to_hub(repository, token=token)
         for name in (TRAINING_CONFIG, MODEL_CARD):
             HfApi(token=token).upload_file(path_or_fileobj=output_dir / name, path_in_repo=name, repo_id=repository)
     except Exception as error:
@@ -175,7 +167,7 @@ def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
 
 def load_base_model(args: argparse.Namespace) -> Pipeline:
     """The model to start from, its UNet ready for training, with the input frame's channels where it lacks them."""
-    pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
+    pipeline = model.load_pipeline(model.find_model(args.pretrained_model_name_or_path))
     pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
     lacks_channels = pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
     if lacks_channels:
@@ -190,9 +182,9 @@ def load_base_model(args: argparse.Namespace) -> Pipeline:
 
 def load_from_checkpoint(folder: Path) -> Pipeline:
     """The pipeline that a run would have saved at a checkpoint."""
-    args = argparse.Namespace(**read_training_config(folder))
+    args = argparse.Namespace(**model.read_training_config(folder))
     pipeline = load_base_model(args)
-    state = load_file(folder / CHECKPOINT_WEIGHTS)
+    state = load_file(folder / model.CHECKPOINT_WEIGHTS)
     state = {name.removeprefix("module."): weight for name, weight in state.items()}
     pipeline.unet.load_state_dict(state, strict=not args.use_lora)  # whose checkpoints have the trained weights alone
     if args.use_ema:
@@ -242,7 +234,7 @@ def load_checkpoint(
 
     Raises UserError where one of the `frozen` arguments was another when it was saved, or it cannot be loaded.
     """
-    saved = read_training_config(checkpoint)
+    saved = model.read_training_config(checkpoint)
     changed = [
         f"{name} was {saved.get(name)}, is {arguments[name]}" for name in frozen if saved.get(name) != arguments[name]
     ]
@@ -252,9 +244,7 @@ def load_checkpoint(
             " another OUTPUT_DIR"
         )
     try:
-        accelerator.load_state(
-            str(checkpoint), strict=not arguments["use_lora"]
-        )  # LoRA's has the trained weights alone
+        accelerator.load_state(str(checkpoint), strict=not arguments["use_lora"])  # LoRA's has few of the weights
     except Exception as error:  # whatever a damaged or missing file makes the libraries raise
         raise UserError(
             f"{checkpoint} cannot be loaded ({one_line(error)}); delete it to go on from the one before:"

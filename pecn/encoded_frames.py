@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from data.cli import UserError
 from data.clips import Clip, FrameChoice, derive_seed
@@ -72,22 +72,21 @@ def encode_once(
     What `cache_dir` holds already is not done again. With `random_flip` mirrored frames are added. Where pairs of a
     clip differ in their prompts, these are too many to keep: they are encoded as they are drawn.
     """
-    prompts = [""]
     tells_start = choice.start is None and clips[0].progress is not None
     has_one_prompt = not tells_start and (len(choice.horizons) == 1 or not choice.tell_horizon)
     horizon = choice.horizons[0] if choice.tell_horizon else None
     own = [clip.prompt(clip.frames[0], horizon) for clip in clips]
     if accelerator.is_main_process:
         warn_of_cuts(pipeline, own)
-    if has_one_prompt:
-        prompts = sorted({"", *own, *(map(swap_left_and_right, own) if random_flip else ())})
+    mirrored = map(swap_left_and_right, own) if random_flip else ()
+    prompts = sorted({"", *own, *mirrored}) if has_one_prompt else [""]
 
     def store() -> tuple[tuple[np.ndarray, str], tuple[np.ndarray, str]]:
         frames = stored_frames(pipeline, clips, random_flip, cache_dir, accelerator.device)
         return frames, stored_prompts(pipeline, prompts, cache_dir, accelerator.device)
 
     stored = []
-    on_main_process(accelerator, lambda: stored.append(store()))
+    on_main_process(lambda: stored.append(store()))
     (moments, frames_key), (embeddings, prompts_key) = stored[0] if stored else store()  # the others find the files
     told = [(clip.label, clip.frames, clip.progress) for clip in clips]
     contents = json.dumps([asdict(choice) | {"horizons": list(choice.horizons)}, told]).encode()
@@ -160,14 +159,11 @@ def encode_all(
     """What `encode` makes of the inputs with one of a pipeline's models on `device`, some at a time, in float32."""
     model.to(device)
     name = type(model).__name__
-    with tqdm(total=len(inputs), desc=f"Encoding with {name}", unit="input") as bar:
-        for start in range(0, len(inputs), ENCODING_BATCH):
-            batch = inputs[start : start + ENCODING_BATCH]
-            encoded = encode(batch)
-            if not encoded.isfinite().all():
-                raise UserError(f"the model's {name} gives numbers that are not finite; name another model")
-            yield encoded.float().cpu().numpy()
-            bar.update(len(batch))
+    for start in trange(0, len(inputs), ENCODING_BATCH, desc=f"Encoding with {name}", unit="batch"):
+        encoded = encode(inputs[start : start + ENCODING_BATCH])
+        if not encoded.isfinite().all():
+            raise UserError(f"the model's {name} gives numbers that are not finite; name another model")
+        yield encoded.float().cpu().numpy()
     model.to("cpu")
 
 

@@ -88,7 +88,7 @@ class Validation:
                 warn(f"the validation of step {step} failed ({one_line(error)}); training is not affected")
                 return math.inf, ""
 
-        return on_main_process(accelerator, attempt)
+        return on_main_process(attempt)
 
     @torch.no_grad()
     def run(self, pipeline: Pipeline, accelerator: Accelerator, step: int) -> tuple[float, str]:
