@@ -33,10 +33,9 @@ def hint_to_move_videos(data_dir: Path, otherwise: str) -> str:
     videos = data_dir / "videos"
     for folder in sorted([data_dir, *data_dir.glob("*/"), *videos.glob("*/")]):
         if folder != videos and any(folder.glob("*.webm")):
-            source, target = shlex.quote(f"{folder}/"), shlex.quote(f"{videos}/")  # for `mv *.webm` they are too many
-            return (
-                f"move them: mkdir -p {target} && find {source} -maxdepth 1 -name '*.webm' -exec mv -t {target} {{}} +"
-            )
+            source, target = shlex.quote(f"{folder}/"), shlex.quote(f"{videos}/")
+            move = f"find {source} -maxdepth 1 -name '*.webm' -exec mv -t {target} {{}} +"  # too many for `mv *.webm`
+            return f"move them: mkdir -p {target} && {move}"
     return otherwise
 
 

@@ -10,14 +10,11 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import datasets
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi, ModelCardData
@@ -121,9 +118,8 @@ def create_hub_repository(name: str, token: str | None, private: bool) -> str:
     try:
         return HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
     except Exception as error:
-        raise UserError(
-            f"cannot upload to {name}: {one_line(error)}; log in with `hf auth login`, or leave --push_to_hub out"
-        ) from error
+        advice = "log in with `hf auth login`, or leave --push_to_hub out"
+        raise UserError(f"cannot upload to {name}: {one_line(error)}; {advice}") from error
 
 
 def upload(output_dir: Path, repository: str, token: str | None) -> None:
@@ -142,11 +138,9 @@ def failure_in_one_line(what: str, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        free, steps = shutil.disk_usage(output_dir).free / 1e6, checkpoint_steps(output_dir)
-        go_on = f"go on from checkpoint-{steps[-1]} with {HOW_TO_RESUME}" if steps else "start again"
-        raise UserError(
-            f"{what} cannot be saved: {one_line(error)} ({free:,.0f} MB are free there); fix the cause and {go_on}"
-        ) from error
+        free, steps = f"{shutil.disk_usage(output_dir).free / 1e6:,.0f} MB are free there", checkpoint_steps(output_dir)
+        advice = f"go on from checkpoint-{steps[-1]} with {HOW_TO_RESUME}" if steps else "start again"
+        raise UserError(f"{what} cannot be saved: {one_line(error)} ({free}); fix the cause and {advice}") from error
 
 
 def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
@@ -154,8 +148,8 @@ def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     del arguments["hub_token"]
     arguments["example_prompt"] = example_prompt(arguments)
-    libraries = (torch, diffusers, transformers, accelerate, datasets)
-    versions = {library.__name__: library.__version__ for library in libraries}
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets")
+    versions = {library: version(library) for library in libraries}
     versions["python"] = platform.python_version()
     command = "git describe --always --dirty --abbrev=40 --exclude='*'"  # prints nothing where this is no checkout
     commit = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
@@ -218,10 +212,8 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
     if checkpoint and checkpoint.parent.resolve() == output_dir.resolve():
         return checkpoint
     if steps:
-        raise UserError(
-            f"{output_dir} has checkpoints of an earlier run (checkpoint-{steps[-1]}): go on with it (RESUME=latest),"
-            " delete them, or choose another OUTPUT_DIR"
-        )
+        advice = "go on with it (RESUME=latest), delete them, or choose another OUTPUT_DIR"
+        raise UserError(f"{output_dir} has checkpoints of an earlier run (checkpoint-{steps[-1]}): {advice}")
     if (output_dir / PIPELINE_INDEX).is_file():
         raise UserError(f"{output_dir} holds a model, which training would overwrite: choose another OUTPUT_DIR")
     return checkpoint
@@ -235,20 +227,15 @@ def load_checkpoint(
     Raises UserError where one of the `frozen` arguments was another when it was saved, or it cannot be loaded.
     """
     saved = model.read_training_config(checkpoint)
-    changed = [
-        f"{name} was {saved.get(name)}, is {arguments[name]}" for name in frozen if saved.get(name) != arguments[name]
-    ]
+    changed = [name for name in frozen if saved.get(name) != arguments[name]]
     if saved and changed:
-        raise UserError(
-            f"{checkpoint} belongs to other settings ({'; '.join(changed)}); resume with the same ones, or train into"
-            " another OUTPUT_DIR"
-        )
+        differences = "; ".join(f"{name} was {saved.get(name)}, is {arguments[name]}" for name in changed)
+        advice = "resume with the same ones, or train into another OUTPUT_DIR"
+        raise UserError(f"{checkpoint} belongs to other settings ({differences}); {advice}")
     try:
         accelerator.load_state(str(checkpoint), strict=not arguments["use_lora"])  # LoRA's has few of the weights
     except Exception as error:  # whatever a damaged or missing file makes the libraries raise
-        raise UserError(
-            f"{checkpoint} cannot be loaded ({one_line(error)}); delete it to go on from the one before:"
-            f" rm -r {shlex.quote(str(checkpoint))}"
-        ) from error
+        advice = f"delete it to go on from the one before: rm -r {shlex.quote(str(checkpoint))}"
+        raise UserError(f"{checkpoint} cannot be loaded ({one_line(error)}); {advice}") from error
     accelerator.step = 0  # of its passes, which may be divided otherwise now; checkpoints lie between steps
     return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -67,9 +67,8 @@ def run(args: argparse.Namespace) -> None:
     if args.rollout:
         args.rollout_mode = args.rollout_mode or ("direct" if choice.tell_horizon else "chained")
         choice = rollouts.rollout_choice(asked, args.rollout, args.rollout_mode)
-    found, left_out = clips.find_clips(
-        args.data_dir, "val", args.resolution, choice, args.add_progress, target_required=False
-    )
+    where = (args.data_dir, "val", args.resolution)
+    found, left_out = clips.find_clips(*where, choice, args.add_progress, target_required=False)
     if left_out:
         print(clips.describe_left_out(left_out))
     if not found:
@@ -118,10 +117,8 @@ def results_folder(output_dir: Path, results_file: str) -> Iterator[Path]:
     """
     make_folder(output_dir)
     if (output_dir / SAMPLES).exists() and not (output_dir / results_file).is_file():
-        raise UserError(
-            f"{output_dir}/{SAMPLES} is not from an earlier run like this (no {results_file} beside it) and would be"
-            " replaced: move it, or choose another OUTPUT_DIR"
-        )
+        why = f"is not from an earlier run like this (no {results_file} beside it) and would be replaced"
+        raise UserError(f"{output_dir}/{SAMPLES} {why}: move it, or choose another OUTPUT_DIR")
     with only_one(output_dir, "sampling"), parts_replaced(output_dir, last=results_file) as new:
         yield new
 
@@ -171,8 +168,7 @@ def save_predictions(new: Path, predictions: Iterable[Prediction], note: str) ->
     """
     rows, strips = [], []
     for prediction in predictions:
-        names = {name: getattr(prediction, name) for name in ("video_id", "task", "edit_prompt")}
-        rows.append(names | scores.score_prediction(prediction))
+        rows.append(scores.score_prediction(prediction))
         comparison = pictures.comparison_picture(prediction, rows[-1], note)
         save_prediction(new / SAMPLES / prediction.video_id, prediction, comparison)
         if len(strips) < RANDOM_PAIRS:

@@ -69,10 +69,9 @@ def find_model(name: str) -> Path:
             hf_hub_download(name, TRAINING_CONFIG)
         return folder
     except Exception as error:  # the network, the hub, its libraries: the list of what they raise is long
-        raise UserError(
-            f"{missing}, and no such model could be fetched from {os.environ.get('HF_ENDPOINT', 'the hub')}"
-            f" ({one_line(error)}): {hub_advice(error)}, or name a directory that holds a model"
-        ) from error
+        failure = f"no such model could be fetched from {os.environ.get('HF_ENDPOINT', 'the hub')} ({one_line(error)})"
+        advice = f"{hub_advice(error)}, or name a directory that holds a model"
+        raise UserError(f"{missing}, and {failure}: {advice}") from error
 
 
 def convert_command(name: str) -> str:
@@ -144,9 +143,8 @@ def load_pipeline(folder: Path) -> Pipeline:
             raise UserError(f"its UNet has {in_channels} input channels; {channels} or {2 * channels} are needed")
         return pipeline.to(torch.float32)
     except Exception as error:  # whatever a broken model makes the libraries raise, only the model can be mended
-        raise UserError(
-            f"the model {folder} cannot be loaded: {one_line(error)}; copy it again, or name another"
-        ) from error
+        reason = one_line(error)
+        raise UserError(f"the model {folder} cannot be loaded: {reason}; copy it again, or name another") from error
 
 
 def round_weights(model: torch.nn.Module, mixed_precision: str) -> None:
@@ -176,10 +174,9 @@ def read_training_config(folder: Path) -> dict[str, Any]:
         nearest = {"ddim": "euler", "dpmsolver++": "dpmsolver++karras"}.get(arguments["scheduler"])
         return arguments | ({"scheduler": nearest} if nearest else {})
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a training config written by train_instruct_pix2pix.py ({one_line(error)}); copy the model"
-            " again, or delete the file to sample without it"
-        ) from error
+        problem = f"is not a training config written by train_instruct_pix2pix.py ({one_line(error)})"
+        advice = "copy the model again, or delete the file to sample without it"
+        raise UserError(f"{path} {problem}; {advice}") from error
 
 
 def digest(parts: Iterable[bytes]) -> str:

@@ -31,10 +31,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if mixed_precision in ("auto", "fp16") and on_cpu:
         mixed_precision = "bf16" if mixed_precision == "auto" and is_fast_in_bf16("cpu") else "no"
-        state.print(
-            f"no GPU found: training on the CPU, mixed precision: {mixed_precision};"
-            " OMP_NUM_THREADS=1 helps where other programs run"
-        )
+        hint = "OMP_NUM_THREADS=1 helps where other programs run"
+        state.print(f"no GPU found: training on the CPU, mixed precision: {mixed_precision}; {hint}")
     elif mixed_precision == "auto":
         mixed_precision = "bf16" if is_fast_in_bf16("cuda") else "fp16"
     # Half the bytes between GPUs, rounded to bfloat16, where the forward pass is rounded too.

@@ -37,12 +37,11 @@ class Rollout:
     predictions: list[PredictedFrame]
 
     def rows(self) -> list[dict[str, Any]]:
-        """For each horizon what `score_prediction` returns, copying being the start frame, and whose it is."""
+        """For each horizon what `score_prediction` returns; the copy is the start frame."""
         rows = []
         for horizon, prompt, truth, predicted in zip(self.horizons, self.edit_prompts, self.truths, self.predictions):
             prediction = Prediction(self.clip.video_id, self.clip.task, prompt, self.start, predicted, truth)
-            names = {"video_id": self.clip.video_id, "task": self.clip.task, "edit_prompt": prompt}
-            rows.append({**names, "horizon": horizon, **score_prediction(prediction)})
+            rows.append({"horizon": horizon, **score_prediction(prediction)})
         return rows
 
 

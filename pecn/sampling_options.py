@@ -54,8 +54,3 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
     """How the command line wants frames to be predicted."""
     return SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
-
-
-def number_of_samples(text: str) -> int | None:
-    """An argparse type: a count of at least 1, or None for "all"."""
-    return None if text == "all" else number(at_least=1)(text)

@@ -45,10 +45,9 @@ def run(args: argparse.Namespace) -> None:
     except (MemoryError, RuntimeError) as error:
         if not processes.is_out_of_memory(error):
             raise
-        raise UserError(
-            "out of memory: lower BATCH_SIZE and raise GRADIENT_ACCUM by as much, lower RESOLUTION, or set"
-            ' EXTRA_ARGS="--gradient_checkpointing --use_8bit_adam"'
-        ) from error
+        arguments = 'EXTRA_ARGS="--gradient_checkpointing --use_8bit_adam"'
+        advice = f"lower BATCH_SIZE and raise GRADIENT_ACCUM by as much, lower RESOLUTION, or set {arguments}"
+        raise UserError(f"out of memory: {advice}") from error
 
 
 def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, most: int | None) -> list[Clip]:
@@ -60,10 +59,9 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
     if left_out and processes.is_first_process():
         print(f"{split}: {describe_left_out(left_out)}")
     if not found:
-        raise UserError(
-            f"no video of {paths.filtered_annotations_path(args.train_data_dir, split)} has both frames ({choice}):"
-            f" choose others, or extract them with: {paths.extraction_command(args.train_data_dir, args.resolution)}"
-        )
+        annotations = paths.filtered_annotations_path(args.train_data_dir, split)
+        advice = f"extract them with: {paths.extraction_command(args.train_data_dir, args.resolution)}"
+        raise UserError(f"no video of {annotations} has both frames ({choice}): choose others, or {advice}")
     return found if most is None else choose_balanced(found, args.seed, most)
 
 

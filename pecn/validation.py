@@ -107,7 +107,7 @@ class Validation:
             pipeline.unet.train()
 
         self.folder.mkdir(exist_ok=True)
-        rows = [score_prediction(prediction) | {"task": prediction.task} for prediction in predictions]
+        rows = [score_prediction(prediction) for prediction in predictions]
         for prediction, row in zip(predictions, rows):
             picture = comparison_picture(prediction, row, f"step {step}")
             save_picture(self.folder / f"step-{step:06}_{prediction.video_id}.png", picture)
