@@ -230,10 +230,9 @@ def encode_prompts(pipeline: Pipeline, edit_prompts: Sequence[str]) -> torch.Ten
     return encoder(tokenize(pipeline, edit_prompts).to(encoder.device))[0]
 
 
-def encode_pictures(pipeline: Pipeline, pictures: Sequence[Image.Image | np.ndarray]) -> DiagonalGaussianDistribution:
-    """The VAE's posterior over the latents (N, C, h, w), not scaled, of RGB pictures (uint8 where they are arrays)."""
-    images = [Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture for picture in pictures]
-    pixels = pipeline.image_processor.preprocess(images).to(pipeline.vae.device)
+def encode_pictures(pipeline: Pipeline, pictures: Sequence[np.ndarray]) -> DiagonalGaussianDistribution:
+    """The VAE's posterior over the latents (N, C, h, w), not scaled, of uint8 RGB pictures (H, W, 3)."""
+    pixels = pipeline.image_processor.preprocess([*map(Image.fromarray, pictures)]).to(pipeline.vae.device)
     with torch.autocast(pixels.device.type, enabled=False):  # in float32, as Stable Diffusion's overflows in fp16
         return pipeline.vae.encode(pixels).latent_dist
 

@@ -78,10 +78,6 @@ def describe_device(device: torch.device, unet: torch.nn.Module) -> str:
     return f"{gpu.name} ({needed / 2**30:.1f} of {gpu.total_memory / 2**30:.0f} GB for weights and optimizer)"
 
 
-def is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def on_main_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function` returns on the main process, handed to all; its UserError, which ends all, is printed once."""
     is_main, result_and_error = PartialState().is_main_process, [None, None]
@@ -154,5 +150,5 @@ class StopRequest:
 
 def write_error_line(text: str) -> None:
     """Writes a line to standard error past Python's buffers, which a signal handler must not enter again."""
-    if is_first_process():
+    if os.environ.get("RANK", "0") == "0":
         os.write(2, f"\n{text}\n".encode())

@@ -7,7 +7,7 @@ import shlex
 import uuid
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
@@ -56,8 +56,8 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
     Names the videos that are left out.
     """
     found, left_out = find_clips(args.train_data_dir, split, args.resolution, choice, args.add_progress)
-    if left_out and processes.is_first_process():
-        print(f"{split}: {describe_left_out(left_out)}")
+    if left_out:
+        PartialState().print(f"{split}: {describe_left_out(left_out)}")
     if not found:
         annotations = paths.filtered_annotations_path(args.train_data_dir, split)
         advice = f"extract them with: {paths.extraction_command(args.train_data_dir, args.resolution)}"

@@ -61,6 +61,7 @@ def record(task, sample, copy, moving=True, expected=None, video_id="1"):
     return row
 
 
+NAMES = {"video_id": "1", "task": "a", "edit_prompt": ""}  # of `pair`
 UNSCORED = {"video_id": "2", "task": "a", "moving_share": None}
 
 
@@ -71,7 +72,7 @@ def test_scores_in_the_region_count_its_pixels_alone():
     """In it SSIM is the mean of its map, computed once for the whole picture."""
     made = pair()
     region, scores = moving_region(made.input, made.target), score_prediction(made)
-    assert scores["moving_share"] == region.mean() and list(scores) == ["moving_share", "sample", "copy"]
+    assert scores["moving_share"] == region.mean() and list(scores) == [*NAMES, "moving_share", "sample", "copy"]
     for way, frame in (("sample", made.predicted.sample), ("copy", made.input)):
         error = (frame.astype(float) - made.target)[region]
         assert scores[way]["psnr"] == pytest.approx(10 * math.log10(255**2 / (error**2).mean()))
@@ -83,7 +84,7 @@ def test_scores_in_the_region_count_its_pixels_alone():
     spoilt[~region] = 0
     assert score_prediction(pair(sample=spoilt))["sample"]["psnr"] == pytest.approx(scores["sample"]["psnr"])
     every = score_prediction(pair(expected=made.target, ceiling=made.target))
-    assert list(every) == ["moving_share", "sample", "expected", "copy", "vae_ceiling"]
+    assert list(every) == [*NAMES, "moving_share", "sample", "expected", "copy", "vae_ceiling"]
 
 
 def test_gradients_of_a_ramp():
@@ -158,8 +159,7 @@ def test_pairs_without_motion_or_target_have_no_moving_region():
     still = score_prediction(pair(target=pair().input))
     assert still["moving_share"] == 0 and still["copy"]["whole_psnr"] == HIGHEST_PSNR
     assert still["copy"]["psnr"] is still["sample"]["good_frame"] is None
-    names = {"video_id": "1", "task": "a", "edit_prompt": ""}
-    assert score_prediction(pair(target=None)) == names | {"moving_share": None}
+    assert score_prediction(pair(target=None)) == NAMES | {"moving_share": None}
 
 
 # Many pairs.
