@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
 from tqdm import tqdm, trange
@@ -60,12 +60,7 @@ class EncodedClips:
 
 
 def encode_once(
-    pipeline: Pipeline,
-    clips: Sequence[Clip],
-    choice: FrameChoice,
-    random_flip: bool,
-    cache_dir: Path,
-    accelerator: Accelerator,
+    pipeline: Pipeline, clips: Sequence[Clip], choice: FrameChoice, random_flip: bool, cache_dir: Path
 ) -> EncodedClips:
     """Passes all frames of the clips through the VAE, and their prompts through the text encoder where each has one.
 
@@ -76,14 +71,14 @@ def encode_once(
     has_one_prompt = not tells_start and (len(choice.horizons) == 1 or not choice.tell_horizon)
     horizon = choice.horizons[0] if choice.tell_horizon else None
     own = [clip.prompt(clip.frames[0], horizon) for clip in clips]
-    if accelerator.is_main_process:
+    if PartialState().is_main_process:
         warn_of_cuts(pipeline, own)
     mirrored = map(swap_left_and_right, own) if random_flip else ()
     prompts = sorted({"", *own, *mirrored}) if has_one_prompt else [""]
 
     def store() -> tuple[tuple[np.ndarray, str], tuple[np.ndarray, str]]:
-        frames = stored_frames(pipeline, clips, random_flip, cache_dir, accelerator.device)
-        return frames, stored_prompts(pipeline, prompts, cache_dir, accelerator.device)
+        frames = stored_frames(pipeline, clips, random_flip, cache_dir)
+        return frames, stored_prompts(pipeline, prompts, cache_dir)
 
     stored = []
     on_main_process(lambda: stored.append(store()))
@@ -108,9 +103,7 @@ def encoded_cache(data_dir: Path, output_dir: Path) -> Path:
     return folder if os.access(folder if folder.is_dir() else data_dir, os.W_OK) else output_dir / "encoded_cache"
 
 
-def stored_frames(
-    pipeline: Pipeline, clips: Sequence[Clip], mirrored: bool, cache_dir: Path, device: torch.device
-) -> tuple[np.ndarray, str]:
+def stored_frames(pipeline: Pipeline, clips: Sequence[Clip], mirrored: bool, cache_dir: Path) -> tuple[np.ndarray, str]:
     """The VAE's posterior of all frames of the clips, one after the other: mean and log variance, not scaled.
 
     Returns a float32 array (N, 2 C, h, w), a file in `cache_dir` that is written where it is missing, and its name,
@@ -134,30 +127,25 @@ def stored_frames(
     frames = [(path, flip) for flip in ([False, True] if mirrored else [False]) for path in paths]
     height, width = (side // pipeline.vae_scale_factor for side in size[:2])
     shape = (len(frames), 2 * vae.config.latent_channels, height, width)
-    blocks = encode_all(vae, encode, frames, device)
+    blocks = encode_all(vae, encode, frames)
     return stored_array(cache_dir / f"frames-{key}.npy", np.float32, shape, blocks), key
 
 
-def stored_prompts(
-    pipeline: Pipeline, prompts: Sequence[str], cache_dir: Path, device: torch.device
-) -> tuple[np.ndarray, str]:
+def stored_prompts(pipeline: Pipeline, prompts: Sequence[str], cache_dir: Path) -> tuple[np.ndarray, str]:
     """The text encoder's states of the prompts, float32 (P, 77, d), and the name of their file, as `stored_frames`."""
     text_encoder, tokens = pipeline.text_encoder, tokenize(pipeline, prompts)
     key = digest([STORE_FORMAT, *module_bytes(text_encoder), tokens.numpy().tobytes()])
     shape = (*tokens.shape, text_encoder.config.hidden_size)
-    blocks = encode_all(text_encoder, functools.partial(encode_prompts, pipeline), prompts, device)
+    blocks = encode_all(text_encoder, functools.partial(encode_prompts, pipeline), prompts)
     return stored_array(cache_dir / f"prompts-{key}.npy", np.float32, shape, blocks), key
 
 
 @torch.no_grad()
 def encode_all(
-    model: torch.nn.Module,
-    encode: Callable[[Sequence[Any]], torch.Tensor],
-    inputs: Sequence[Any],
-    device: torch.device,
+    model: torch.nn.Module, encode: Callable[[Sequence[Any]], torch.Tensor], inputs: Sequence[Any]
 ) -> Iterator[np.ndarray]:
-    """What `encode` makes of the inputs with one of a pipeline's models on `device`, some at a time, in float32."""
-    model.to(device)
+    """What `encode` makes of the inputs with one of a pipeline's models, some at a time, in float32."""
+    model.to(PartialState().device)
     name = type(model).__name__
     for start in trange(0, len(inputs), ENCODING_BATCH, desc=f"Encoding with {name}", unit="batch"):
         encoded = encode(inputs[start : start + ENCODING_BATCH])

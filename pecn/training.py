@@ -81,7 +81,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     pipeline = checkpoints.load_base_model(args)
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     cache_dir = encoded_cache(args.train_data_dir, args.output_dir)
-    encoded = encode_once(pipeline, clips, choice, args.random_flip, cache_dir, accelerator)
+    encoded = encode_once(pipeline, clips, choice, args.random_flip, cache_dir)
     common = {
         "seed": args.seed,
         "train_batch_size": args.train_batch_size,
@@ -100,7 +100,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     )
     validation = None
     if validation_clips:
-        held_out = encode_once(pipeline, validation_clips, choice, False, cache_dir, accelerator)
+        held_out = encode_once(pipeline, validation_clips, choice, False, cache_dir)
         shown = choose_balanced(validation_clips, args.seed, args.num_validation_images)
         validation = Validation(
             pairs=[draw_pair(clip, choice, args.seed) for clip in shown],
