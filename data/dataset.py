@@ -125,9 +125,6 @@ def count_table(stages: list[dict[str, list[dict]]], tasks: list[str]) -> str:
     return "\n".join(lines)
 
 
-# The command.
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.CommandParser(
         prog="python -m data.dataset",

@@ -31,8 +31,6 @@ COLUMNS = ("file", "caption", "task", "split")
 EXAMPLE_HEADER = ",".join(COLUMNS)
 SPLIT_SEED = 42
 
-# The captions.
-
 
 def read_rows(captions: Path) -> list[dict]:
     """The rows of a CSV or JSON Lines file: `caption`, `task` and `split`, "" where the file says nothing, and `files`.
@@ -108,9 +106,6 @@ def find_sources(rows: list[dict], videos: Path) -> None:
             raise UserError(f"{row['place']}: {row['file']} is named in {first} too; delete one of the lines")
 
 
-# Ids and splits.
-
-
 def make_ids(names_of_files: list[str]) -> list[str]:
     """A safe id for each file: its name without the extension, if that has only letters, digits, "-" and "_".
 
@@ -139,9 +134,6 @@ def assign_splits(rows: list[dict], val_fraction: float) -> None:
     for split in SPLITS:
         if len(rows) > 1 and all(row["split"] != split for row in rows):
             raise UserError(f"no video is left for {split}: write {split} in the column split of one")
-
-
-# The command.
 
 
 def check_nothing_is_lost(data_dir: Path, rows: list[dict]) -> None:

@@ -14,8 +14,6 @@ SPLITS = ("train", "val")
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv", ".m4v")
 DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
 
-# Paths.
-
 
 def video_path(data_dir: Path | str, video_id: str, extension: str = VIDEO_EXTENSIONS[0]) -> Path:
     """`<data_dir>/videos/<id><extension>`; without an extension that of SSv2, `.webm`."""
@@ -69,8 +67,6 @@ def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
     """`<data_dir>/annotations/<split>_filtered.json`, `split` being "train" or "val"."""
     return Path(data_dir) / "annotations" / f"{split}_filtered.json"
 
-
-# Annotations.
 
 # An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
 is_safe_id = re.compile(r"[\w-][\w.-]{0,99}").fullmatch

@@ -33,9 +33,6 @@ MODEL_CARD = "README.md"
 HOW_TO_RESUME = "RESUME=latest (--resume_from_checkpoint latest)"
 
 
-# Saving.
-
-
 def save_checkpoint(
     accelerator: Accelerator, output_dir: Path, step: int, config: dict[str, Any], total_limit: int | None = None
 ) -> Path:
@@ -154,9 +151,6 @@ def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
     command = "git describe --always --dirty --abbrev=40 --exclude='*'"  # prints nothing where this is no checkout
     commit = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     return {"arguments": arguments | derived, "library_versions": versions, "git_commit": commit.strip() or None}
-
-
-# Finding and loading.
 
 
 def load_base_model(args: argparse.Namespace) -> Pipeline:

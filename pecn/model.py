@@ -42,9 +42,6 @@ transformers_logging.disable_progress_bar()  # while weights load
 diffusers_logging.disable_progress_bar()
 
 
-# Finding and loading.
-
-
 def find_model(name: str) -> Path:
     """The directory of a model's files: `name` itself, or what the hub's cache holds of it; downloaded if it must be.
 
@@ -194,9 +191,6 @@ def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
     for name, tensor in sorted(module.state_dict().items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
-
-
-# Prompts and pictures.
 
 
 def too_long(pipeline: Pipeline, edit_prompts: Sequence[str]) -> list[int]:

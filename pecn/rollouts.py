@@ -98,9 +98,6 @@ def roll_out(
             yield from rollouts
 
 
-# Films and filmstrips.
-
-
 def save_rollout(folder: Path, rollout: Rollout) -> None:
     """Writes rollout.mp4 and rollout.gif, truth to the left and prediction to the right, and filmstrip.png."""
     folder.mkdir(parents=True)
