@@ -9,15 +9,13 @@ or how the videos go on (`--rollout 10`), or what follows a picture of your own,
 Options that are left out come from the model's training_config.json. pecn/evaluation.py does the work.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from data.cli import SWITCH, CommandParser, number, run_command
 from data.clips import add_frame_options
 from data.paths import DEFAULT_DATA_DIR
 from data.prompts import PROGRESS_OPTION, progress_option
-from pecn.sampling_options import add_sampling_options, number_of_samples
+from pecn.sampling_options import add_sampling_options
 
 
 def progress_or_percent(text: str) -> bool | str | int:
@@ -46,9 +44,11 @@ def create_parser() -> CommandParser:
     add("--rollout", type=number(at_least=1, at_most=999), metavar="N", help=rollout_help)
     mode_help = "each from the input frame, or from the prediction before (direct where the model knows horizons)"
     add("--rollout_mode", choices=["direct", "chained"], help=mode_help)
-    add("--num_samples", type=number_of_samples, default=8, help="how many videos, or 'all' (%(default)s)")
+    count = number(at_least=1)
+    num_samples_help = "how many videos, or 'all' (%(default)s)"
+    add("--num_samples", type=lambda text: None if text == "all" else count(text), default=8, help=num_samples_help)
     add("--seed", type=int, default=42, help="chooses the videos and the noise (%(default)s)")
-    add("--batch_size", type=number(at_least=1), default=8, help="pictures predicted at once (%(default)s)")
+    add("--batch_size", type=count, default=8, help="pictures predicted at once (%(default)s)")
     add("--against", type=Path, help="output directory of an earlier run, to compare with on the videos of both")
     add("--image", type=Path, help="a picture of your own, of any size, in place of validation videos")
     add("--crop", **SWITCH, help="take the middle square of --image, in place of squashing it to a square")

@@ -7,8 +7,6 @@ prompt once, before the first step; a step runs the UNet alone. What a step sees
 step's number: a resumed run equals an uninterrupted one, and several processes equal one.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec

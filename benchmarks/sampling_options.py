@@ -101,7 +101,7 @@ def print_row(
     started = time.perf_counter()
     predictions = list(predict_pairs(pipeline, pairs, args.seed, args.batch_size, options))
     seconds = (time.perf_counter() - started) / len(pairs)
-    figures = summarize([{"task": prediction.task} | score_prediction(prediction) for prediction in predictions])["all"]
+    figures = summarize([score_prediction(prediction) for prediction in predictions])["all"]
     if not figures["num_moving"]:
         raise UserError("nothing moves in these pairs; choose more with --num_samples")
     for way in (way for way in PREDICTED if way in figures):

@@ -295,7 +295,7 @@ def benchmark(model_name: str, args: argparse.Namespace, accelerator: Accelerato
     for frozen in (pipeline.vae, pipeline.text_encoder):
         frozen.requires_grad_(False)
     clips, cache_dir = write_clips(folder, args.resolution), folder / "encoded_cache"
-    encoded = encode_once(pipeline, clips, FrameChoice(), False, cache_dir, accelerator)
+    encoded = encode_once(pipeline, clips, FrameChoice(), False, cache_dir)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     unet = accelerator.prepare(pipeline.unet.train())

@@ -1,7 +1,5 @@
 """What all commands share: errors in one line, and types of options."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -1,7 +1,5 @@
 """Which pairs of frames the clips of a data directory offer, and how they are drawn."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import hashlib
@@ -106,9 +104,7 @@ def horizons_of(text: str) -> Sequence[int]:
     match = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if first > last:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number of frames, such as 5, nor a range, such as 1-10"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of frames, as 5, nor a range, as 1-10")
     return range(first, last + 1)
 
 
@@ -230,10 +226,9 @@ def told_progress(entry: Mapping[str, Any], starts: Collection[int]) -> dict[int
     """The progress in percent at each frame of a video whose length is recorded."""
     num_frames = entry.get("num_frames")
     if num_frames is None or num_frames <= max(starts):
-        raise UserError(
-            f"progress prompts need num_frames, which for video {entry['id']} is {num_frames or 'not recorded'},"
-            f" though frame {max(starts)} exists; set it with: python -m data.video_loader --data_dir DIR"
-        )
+        length = f"for video {entry['id']} is {num_frames or 'not recorded'}, though frame {max(starts)} exists"
+        command = "python -m data.video_loader --data_dir DIR"
+        raise UserError(f"progress prompts need num_frames, which {length}; set it with: {command}")
     return {frame: action_progress(frame, num_frames) for frame in range(num_frames)}
 
 

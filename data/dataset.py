@@ -10,7 +10,6 @@ reads `annotations/train.json` and `annotations/validation.json` (or SSv2's publ
 import argparse
 import difflib
 import operator
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -91,7 +90,6 @@ TASK_TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-
 SSV2_TEMPLATES = Path(__file__).with_name("ssv2_templates.txt")  # all 174, as the dataset's labels.json lists them
 
 
@@ -134,9 +132,6 @@ def count_table(stages: list[dict[str, list[dict]]], tasks: list[str]) -> str:
     return "\n".join(lines)
 
 
-# The command.
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.CommandParser(
         prog="python -m data.dataset",
@@ -174,11 +169,8 @@ def main() -> None:
     if not matched["train"]:
         raise UserError(f"{sources[0]}: no entry has a template of {', '.join(args.tasks)}")
     folder = args.data_dir / "videos"
-    videos = {name for name in os.listdir(folder) if name.endswith(VIDEO_EXTENSIONS)} if folder.exists() else set()
-    names = {entry["id"]: {entry["id"] + extension for extension in VIDEO_EXTENSIONS} for entry in train + val}
-    available = {
-        split: [entry for entry in matched[split] if not videos or names[entry["id"]] & videos] for split in SPLITS
-    }
+    videos = {path.stem for path in folder.glob("*") if path.suffix in VIDEO_EXTENSIONS}
+    available = {split: [entry for entry in matched[split] if not videos or entry["id"] in videos] for split in SPLITS}
     if not any(available.values()):
         example = f"expected files such as {paths.video_path(args.data_dir, matched['train'][0]['id'])}"
         raise UserError(f"no matching video is in {folder}; {paths.hint_to_move_videos(args.data_dir, example)}")

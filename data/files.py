@@ -1,7 +1,5 @@
 """Files and folders that are whole or absent, and the lock of a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -8,8 +8,6 @@ videos as `videos/<id>.<extension>`, pairs as `videos/<id>/0.<extension>` and `1
 `*_filtered.json`, where each entry's `file` is the name that its video had. Next: `python -m data.video_loader`.
 """
 
-from __future__ import annotations
-
 import argparse
 import filecmp
 import hashlib
@@ -32,8 +30,6 @@ from data.paths import SPLITS, VIDEO_EXTENSIONS
 COLUMNS = ("file", "caption", "task", "split")
 EXAMPLE_HEADER = ",".join(COLUMNS)
 SPLIT_SEED = 42
-
-# The captions.
 
 
 def read_rows(captions: Path) -> list[dict]:
@@ -66,10 +62,8 @@ def read_rows(captions: Path) -> list[dict]:
     named = [name for name in map(str, table) if not name.startswith("Unnamed: ") or table[name].notna().any()]
     of_files = ["input", "target"] if "input" in named else ["file"]
     if not {*of_files, "caption"} <= {*named} <= {*of_files, *COLUMNS[1:]}:
-        raise UserError(
-            f"{captions}: the columns are {','.join(named)[:100] or 'none'}; name them {EXAMPLE_HEADER} (the last two"
-            " may be left out), or input,target in place of file for pairs of pictures"
-        )
+        wanted = f"{EXAMPLE_HEADER} (the last two may be left out), or input,target in place of file for two pictures"
+        raise UserError(f"{captions}: the columns are {','.join(named)[:100] or 'none'}; name them {wanted}")
     rows = []
     table = table.dropna(how="all").reindex(columns=[*of_files, *COLUMNS[1:]], fill_value="").fillna("")
     for index, values in zip(table.index, table.to_dict("records")):
@@ -112,9 +106,6 @@ def find_sources(rows: list[dict], videos: Path) -> None:
             raise UserError(f"{row['place']}: {row['file']} is named in {first} too; delete one of the lines")
 
 
-# Ids and splits.
-
-
 def make_ids(names_of_files: list[str]) -> list[str]:
     """A safe id for each file: its name without the extension, if that has only letters, digits, "-" and "_".
 
@@ -123,12 +114,11 @@ def make_ids(names_of_files: list[str]) -> list[str]:
     names = [plain_name(Path(file).with_suffix("")) for file in names_of_files]
     safe_names = [re.sub(r"[^\w-]+", "_", name)[:60] for name in names]
     shared = Counter(name.lower() for name in safe_names)  # some file systems do not tell A from a
-    return [
-        safe
-        if safe == name and shared[safe.lower()] == 1
-        else f"{safe}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
-        for file, name, safe in zip(names_of_files, names, safe_names)
-    ]
+    ids = []
+    for file, name, safe in zip(names_of_files, names, safe_names):
+        is_unique = safe == name and shared[safe.lower()] == 1
+        ids.append(safe if is_unique else f"{safe}-{hashlib.sha256(file.encode()).hexdigest()[:8]}")
+    return ids
 
 
 def assign_splits(rows: list[dict], val_fraction: float) -> None:
@@ -144,9 +134,6 @@ def assign_splits(rows: list[dict], val_fraction: float) -> None:
     for split in SPLITS:
         if len(rows) > 1 and all(row["split"] != split for row in rows):
             raise UserError(f"no video is left for {split}: write {split} in the column split of one")
-
-
-# The command.
 
 
 def check_nothing_is_lost(data_dir: Path, rows: list[dict]) -> None:

@@ -1,7 +1,5 @@
 """A data directory: where its files lie, and its annotation files."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -15,8 +13,6 @@ DEFAULT_DATA_DIR = Path("data/sthv2")
 SPLITS = ("train", "val")
 VIDEO_EXTENSIONS = (".webm", ".mp4", ".mov", ".avi", ".mkv", ".m4v")
 DOWNLOAD_HINT = "get Something-Something V2 from Qualcomm's developer site (developer.qualcomm.com)"
-
-# Paths.
 
 
 def video_path(data_dir: Path | str, video_id: str, extension: str = VIDEO_EXTENSIONS[0]) -> Path:
@@ -35,10 +31,9 @@ def hint_to_move_videos(data_dir: Path, otherwise: str) -> str:
     videos = data_dir / "videos"
     for folder in sorted([data_dir, *data_dir.glob("*/"), *videos.glob("*/")]):
         if folder != videos and any(folder.glob("*.webm")):
-            source, target = shlex.quote(f"{folder}/"), shlex.quote(f"{videos}/")  # for `mv *.webm` they are too many
-            return (
-                f"move them: mkdir -p {target} && find {source} -maxdepth 1 -name '*.webm' -exec mv -t {target} {{}} +"
-            )
+            source, target = shlex.quote(f"{folder}/"), shlex.quote(f"{videos}/")
+            move = f"find {source} -maxdepth 1 -name '*.webm' -exec mv -t {target} {{}} +"  # too many for `mv *.webm`
+            return f"move them: mkdir -p {target} && {move}"
     return otherwise
 
 
@@ -72,8 +67,6 @@ def filtered_annotations_path(data_dir: Path | str, split: str) -> Path:
     """`<data_dir>/annotations/<split>_filtered.json`, `split` being "train" or "val"."""
     return Path(data_dir) / "annotations" / f"{split}_filtered.json"
 
-
-# Annotations.
 
 # An id names files, so it may not lead outside the data directory, hide a folder, or overflow a file name.
 is_safe_id = re.compile(r"[\w-][\w.-]{0,99}").fullmatch

@@ -1,7 +1,5 @@
 """The sentence that goes with a pair of frames, and the progress that it tells."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -9,8 +9,6 @@ memory at a time. A video's folder exists only when it is whole, so a run can be
 does what is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -79,9 +77,8 @@ def write_log(data_dir: Path, num_selected: int, num_whole: int, failures: dict[
 
     It describes the state of the data, not this run, so it is the same however many runs it took.
     """
-    kinds = ", ".join(
-        f"{kind}: {count}" for kind, count in sorted(Counter(kind for kind, _ in failures.values()).items())
-    )
+    num_of_kind = Counter(kind for kind, _ in failures.values())
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(num_of_kind.items()))
     summary = f"{num_selected} videos selected: {num_whole} have all their frames, {len(failures)} failed"
     summary += f" ({kinds})" if failures else ""
     if not_done := num_selected - num_whole - len(failures):

@@ -125,7 +125,7 @@ class Page:
     def choose_clip(self, index: int) -> dict[Any, Any]:
         """Starts from a clip's frame, with its sentence and progress."""
         clip = self.clips[index]
-        start = Rollout(clip, [], [], load_picture(clip.path(clip.frames[0])), [], [])
+        start = Rollout(clip, load_picture(clip.path(clip.frames[0])))
         told = {self.sentence: clip.label, self.progress: progress_at(start, NOT_TOLD), self.picture: None}
         return self.show([start]) | told
 
@@ -138,7 +138,7 @@ class Page:
             start = read_picture(picture["path"], self.args.resolution)
         except UserError as error:
             raise UserError(str(error).replace(picture["path"], picture.get("orig_name") or "the picture")) from None
-        return self.show([Rollout(OWN_PICTURE, [], [], start, [], [])])
+        return self.show([Rollout(OWN_PICTURE, start)])
 
     @said_on_page
     def draw(self, what: str, given: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> dict[Any, Any]:  # noqa: B008
@@ -149,8 +149,9 @@ class Page:
         if not sentence.strip():
             raise UserError("the sentence is empty: say what is done, as in 'pushing a cup from left to right'")
         rollout = {"Predict": history[0], "Go on": history[-1], "What if": shortened(history[-1])}[what]
-        clip, later = replace(rollout.clip, label=sentence), sum(rollout.horizons[-1:]) + given[self.horizon]
-        if progress != NOT_TOLD and rollout.horizons != shortened(history[-1]).horizons:  # of another frame than shown
+        clip, later = replace(rollout.clip, label=sentence), max(rollout.predictions, default=0) + given[self.horizon]
+        shown = shortened(history[-1])
+        if progress != NOT_TOLD and [*rollout.predictions] != [*shown.predictions]:  # of another frame than shown
             progress = progress_at(rollout, progress)
         told = (None if progress == NOT_TOLD else progress, given[self.horizon] if self.choice.tell_horizon else None)
         prompt = build_prompt(sentence, *told) if given[self.prefix] else sentence
@@ -162,9 +163,8 @@ class Page:
             [frame] = predict_frames(self.pipeline, [last_frame(rollout)], [prompt], [seed], options, bar.tqdm)
         if frame is None:
             raise UserError("the prediction is not finite: the model is damaged, or does not fit its precision")
-        path = clip.path(clip.frames[0] + later) if clip.frames[0] + later in clip.frame_set else None
-        new = {"horizons": later, "edit_prompts": prompt, "truths": path and load_picture(path), "predictions": frame}
-        longer = replace(rollout, clip=clip, **{name: [*getattr(rollout, name), one] for name, one in new.items()})
+        longer = replace(rollout, clip=clip, predictions={**rollout.predictions})
+        longer.add(later, prompt, frame)
         return self.show([*history, longer]) | {self.progress: progress}
 
     @said_on_page
@@ -181,12 +181,13 @@ class Page:
         frames = dict.fromkeys(self.frames) | {"input": last_frame(shortened(rollout))}
         prompt = scores = strip = gif = None
         if rollout.predictions:
-            frame, truth, prompt = rollout.predictions[-1], rollout.truths[-1], rollout.edit_prompts[-1]
+            *_, last = rollout.predictions.values()
+            frame, truth, prompt = last.predicted, last.target, last.edit_prompt
             frames |= {"prediction": frame.sample, "expected": frame.expected, "truth": truth}
             if frame.uncertainty is not None:
                 frames["spread"] = color_map(frame.uncertainty, "viridis", UNCERTAINTY_SCALE)
             if before is not rollout and len(before.predictions) == len(rollout.predictions):
-                frames["before"] = before.predictions[-1].sample
+                frames["before"] = last_frame(before)
             scores = None if truth is None else describe_scores(rollout.rows()[-1])
             strip, gif = filmstrip(rollout), Path(tempfile.mkdtemp(dir=self.folder), "film.gif")
             save_film(gif, film(rollout))
@@ -200,18 +201,18 @@ class Page:
 
 def last_frame(rollout: Rollout) -> np.ndarray:
     """What the next frame is drawn from."""
-    return rollout.predictions[-1].sample if rollout.predictions else rollout.start
+    *_, last = (rollout.start, *(one.predicted.sample for one in rollout.predictions.values()))
+    return last
 
 
 def shortened(rollout: Rollout) -> Rollout:
     """The rollout without its last frame; one without any stays as it is."""
-    lists = ("horizons", "edit_prompts", "truths", "predictions")
-    return replace(rollout, **{name: getattr(rollout, name)[:-1] for name in lists})
+    return replace(rollout, predictions=dict([*rollout.predictions.items()][:-1]))
 
 
 def progress_at(rollout: Rollout, otherwise: Any) -> Any:
     """The progress at the rollout's last frame, as rollouts tell it: that of the last true frame once a clip ended."""
-    frame, last = rollout.clip.frames[0] + sum(rollout.horizons[-1:]), rollout.clip.frames[-1]
+    frame, last = rollout.clip.frames[0] + max(rollout.predictions, default=0), rollout.clip.frames[-1]
     return (rollout.clip.progress or {}).get(min(frame, last), otherwise)
 
 

@@ -57,7 +57,7 @@ def make_validation_clips(data_dir: Path, count: int, seed: int, resolution: int
     entries = match_tasks(read_annotations(data_dir / "annotations" / ANNOTATION_NAMES["val"]), list(TASK_TEMPLATES))
     for split, chosen in (("train", []), ("val", entries)):
         write_json(filtered_annotations_path(data_dir, split), chosen)
-    extract_missing(data_dir, entries, [resolution], available_cores())
+    extract_missing(data_dir, [[], entries], [resolution], available_cores())
     return data_dir
 
 

@@ -3,8 +3,6 @@
 A checkpoint is the folder `<output_dir>/checkpoint-<step>`: it gets this name when all of it is written.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import platform
@@ -12,14 +10,11 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import datasets
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi, ModelCardData
@@ -29,24 +24,13 @@ from safetensors.torch import load_file
 from data.cli import UserError, one_line
 from data.clips import example_prompt, frame_choice
 from data.files import partial_path, parts_replaced, whole_or_absent, write_file, write_json
-from pecn import lora
+from pecn import lora, model
 from pecn.diffusion import add_image_channels, changed_scheduler
-from pecn.model import (
-    CHECKPOINT_WEIGHTS,
-    PIPELINE_INDEX,
-    TRAINING_CONFIG,
-    Pipeline,
-    find_model,
-    load_pipeline,
-    read_training_config,
-)
+from pecn.model import PIPELINE_INDEX, TRAINING_CONFIG, Pipeline
 from pecn.optimization import averaged_weights, trained_weights
 
 MODEL_CARD = "README.md"
 HOW_TO_RESUME = "RESUME=latest (--resume_from_checkpoint latest)"
-
-
-# Saving.
 
 
 def save_checkpoint(
@@ -131,15 +115,14 @@ def create_hub_repository(name: str, token: str | None, private: bool) -> str:
     try:
         return HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
     except Exception as error:
-        raise UserError(
-            f"cannot upload to {name}: {one_line(error)}; log in with `hf auth login`, or leave --push_to_hub out"
-        ) from error
+        advice = "log in with `hf auth login`, or leave --push_to_hub out"
+        raise UserError(f"cannot upload to {name}: {one_line(error)}; {advice}") from error
 
 
 def upload(output_dir: Path, repository: str, token: str | None) -> None:
     """Uploads the trained pipeline, its training config and its card, and nothing else: no video's frames."""
     try:
-        load_pipeline(output_dir).push_to_hub(repository, token=token)
+        model.load_pipeline(output_dir).push_to_hub(repository, token=token)
         for name in (TRAINING_CONFIG, MODEL_CARD):
             HfApi(token=token).upload_file(path_or_fileobj=output_dir / name, path_in_repo=name, repo_id=repository)
     except Exception as error:
@@ -152,11 +135,9 @@ def failure_in_one_line(what: str, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        free, steps = shutil.disk_usage(output_dir).free / 1e6, checkpoint_steps(output_dir)
-        go_on = f"go on from checkpoint-{steps[-1]} with {HOW_TO_RESUME}" if steps else "start again"
-        raise UserError(
-            f"{what} cannot be saved: {one_line(error)} ({free:,.0f} MB are free there); fix the cause and {go_on}"
-        ) from error
+        free, steps = f"{shutil.disk_usage(output_dir).free / 1e6:,.0f} MB are free there", checkpoint_steps(output_dir)
+        advice = f"go on from checkpoint-{steps[-1]} with {HOW_TO_RESUME}" if steps else "start again"
+        raise UserError(f"{what} cannot be saved: {one_line(error)} ({free}); fix the cause and {advice}") from error
 
 
 def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
@@ -164,20 +145,17 @@ def training_config(args: argparse.Namespace, **derived: Any) -> dict[str, Any]:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     del arguments["hub_token"]
     arguments["example_prompt"] = example_prompt(arguments)
-    libraries = (torch, diffusers, transformers, accelerate, datasets)
-    versions = {library.__name__: library.__version__ for library in libraries}
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets")
+    versions = {library: version(library) for library in libraries}
     versions["python"] = platform.python_version()
     command = "git describe --always --dirty --abbrev=40 --exclude='*'"  # prints nothing where this is no checkout
     commit = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     return {"arguments": arguments | derived, "library_versions": versions, "git_commit": commit.strip() or None}
 
 
-# Finding and loading.
-
-
 def load_base_model(args: argparse.Namespace) -> Pipeline:
     """The model to start from, its UNet ready for training, with the input frame's channels where it lacks them."""
-    pipeline = load_pipeline(find_model(args.pretrained_model_name_or_path))
+    pipeline = model.load_pipeline(model.find_model(args.pretrained_model_name_or_path))
     pipeline.scheduler = changed_scheduler(pipeline.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
     lacks_channels = pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels
     if lacks_channels:
@@ -192,9 +170,9 @@ def load_base_model(args: argparse.Namespace) -> Pipeline:
 
 def load_from_checkpoint(folder: Path) -> Pipeline:
     """The pipeline that a run would have saved at a checkpoint."""
-    args = argparse.Namespace(**read_training_config(folder))
+    args = argparse.Namespace(**model.read_training_config(folder))
     pipeline = load_base_model(args)
-    state = load_file(folder / CHECKPOINT_WEIGHTS)
+    state = load_file(folder / model.CHECKPOINT_WEIGHTS)
     state = {name.removeprefix("module."): weight for name, weight in state.items()}
     pipeline.unet.load_state_dict(state, strict=not args.use_lora)  # whose checkpoints have the trained weights alone
     if args.use_ema:
@@ -228,10 +206,8 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
     if checkpoint and checkpoint.parent.resolve() == output_dir.resolve():
         return checkpoint
     if steps:
-        raise UserError(
-            f"{output_dir} has checkpoints of an earlier run (checkpoint-{steps[-1]}): go on with it (RESUME=latest),"
-            " delete them, or choose another OUTPUT_DIR"
-        )
+        advice = "go on with it (RESUME=latest), delete them, or choose another OUTPUT_DIR"
+        raise UserError(f"{output_dir} has checkpoints of an earlier run (checkpoint-{steps[-1]}): {advice}")
     if (output_dir / PIPELINE_INDEX).is_file():
         raise UserError(f"{output_dir} holds a model, which training would overwrite: choose another OUTPUT_DIR")
     return checkpoint
@@ -244,23 +220,16 @@ def load_checkpoint(
 
     Raises UserError where one of the `frozen` arguments was another when it was saved, or it cannot be loaded.
     """
-    saved = read_training_config(checkpoint)
-    changed = [
-        f"{name} was {saved.get(name)}, is {arguments[name]}" for name in frozen if saved.get(name) != arguments[name]
-    ]
+    saved = model.read_training_config(checkpoint)
+    changed = [name for name in frozen if saved.get(name) != arguments[name]]
     if saved and changed:
-        raise UserError(
-            f"{checkpoint} belongs to other settings ({'; '.join(changed)}); resume with the same ones, or train into"
-            " another OUTPUT_DIR"
-        )
+        differences = "; ".join(f"{name} was {saved.get(name)}, is {arguments[name]}" for name in changed)
+        advice = "resume with the same ones, or train into another OUTPUT_DIR"
+        raise UserError(f"{checkpoint} belongs to other settings ({differences}); {advice}")
     try:
-        accelerator.load_state(
-            str(checkpoint), strict=not arguments["use_lora"]
-        )  # LoRA's has the trained weights alone
+        accelerator.load_state(str(checkpoint), strict=not arguments["use_lora"])  # LoRA's has few of the weights
     except Exception as error:  # whatever a damaged or missing file makes the libraries raise
-        raise UserError(
-            f"{checkpoint} cannot be loaded ({one_line(error)}); delete it to go on from the one before:"
-            f" rm -r {shlex.quote(str(checkpoint))}"
-        ) from error
+        advice = f"delete it to go on from the one before: rm -r {shlex.quote(str(checkpoint))}"
+        raise UserError(f"{checkpoint} cannot be loaded ({one_line(error)}); {advice}") from error
     accelerator.step = 0  # of its passes, which may be divided otherwise now; checkpoints lie between steps
     return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -1,7 +1,5 @@
 """What is learned: the loss of a batch, how dropped conditions are drawn, the image channels, the schedule of noise."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

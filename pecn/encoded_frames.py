@@ -4,8 +4,6 @@
 them. A frame is encoded once, in however many pairs it takes part.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -18,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from data.cli import UserError
 from data.clips import Clip, FrameChoice, derive_seed
@@ -62,34 +60,28 @@ class EncodedClips:
 
 
 def encode_once(
-    pipeline: Pipeline,
-    clips: Sequence[Clip],
-    choice: FrameChoice,
-    random_flip: bool,
-    cache_dir: Path,
-    accelerator: Accelerator,
+    pipeline: Pipeline, clips: Sequence[Clip], choice: FrameChoice, random_flip: bool, cache_dir: Path
 ) -> EncodedClips:
     """Passes all frames of the clips through the VAE, and their prompts through the text encoder where each has one.
 
     What `cache_dir` holds already is not done again. With `random_flip` mirrored frames are added. Where pairs of a
     clip differ in their prompts, these are too many to keep: they are encoded as they are drawn.
     """
-    prompts = [""]
     tells_start = choice.start is None and clips[0].progress is not None
     has_one_prompt = not tells_start and (len(choice.horizons) == 1 or not choice.tell_horizon)
     horizon = choice.horizons[0] if choice.tell_horizon else None
     own = [clip.prompt(clip.frames[0], horizon) for clip in clips]
-    if accelerator.is_main_process:
+    if PartialState().is_main_process:
         warn_of_cuts(pipeline, own)
-    if has_one_prompt:
-        prompts = sorted({"", *own, *(map(swap_left_and_right, own) if random_flip else ())})
+    mirrored = map(swap_left_and_right, own) if random_flip else ()
+    prompts = sorted({"", *own, *mirrored}) if has_one_prompt else [""]
 
     def store() -> tuple[tuple[np.ndarray, str], tuple[np.ndarray, str]]:
-        frames = stored_frames(pipeline, clips, random_flip, cache_dir, accelerator.device)
-        return frames, stored_prompts(pipeline, prompts, cache_dir, accelerator.device)
+        frames = stored_frames(pipeline, clips, random_flip, cache_dir)
+        return frames, stored_prompts(pipeline, prompts, cache_dir)
 
     stored = []
-    on_main_process(accelerator, lambda: stored.append(store()))
+    on_main_process(lambda: stored.append(store()))
     (moments, frames_key), (embeddings, prompts_key) = stored[0] if stored else store()  # the others find the files
     told = [(clip.label, clip.frames, clip.progress) for clip in clips]
     contents = json.dumps([asdict(choice) | {"horizons": list(choice.horizons)}, told]).encode()
@@ -111,9 +103,7 @@ def encoded_cache(data_dir: Path, output_dir: Path) -> Path:
     return folder if os.access(folder if folder.is_dir() else data_dir, os.W_OK) else output_dir / "encoded_cache"
 
 
-def stored_frames(
-    pipeline: Pipeline, clips: Sequence[Clip], mirrored: bool, cache_dir: Path, device: torch.device
-) -> tuple[np.ndarray, str]:
+def stored_frames(pipeline: Pipeline, clips: Sequence[Clip], mirrored: bool, cache_dir: Path) -> tuple[np.ndarray, str]:
     """The VAE's posterior of all frames of the clips, one after the other: mean and log variance, not scaled.
 
     Returns a float32 array (N, 2 C, h, w), a file in `cache_dir` that is written where it is missing, and its name,
@@ -137,39 +127,31 @@ def stored_frames(
     frames = [(path, flip) for flip in ([False, True] if mirrored else [False]) for path in paths]
     height, width = (side // pipeline.vae_scale_factor for side in size[:2])
     shape = (len(frames), 2 * vae.config.latent_channels, height, width)
-    blocks = encode_all(vae, encode, frames, device)
+    blocks = encode_all(vae, encode, frames)
     return stored_array(cache_dir / f"frames-{key}.npy", np.float32, shape, blocks), key
 
 
-def stored_prompts(
-    pipeline: Pipeline, prompts: Sequence[str], cache_dir: Path, device: torch.device
-) -> tuple[np.ndarray, str]:
+def stored_prompts(pipeline: Pipeline, prompts: Sequence[str], cache_dir: Path) -> tuple[np.ndarray, str]:
     """The text encoder's states of the prompts, float32 (P, 77, d), and the name of their file, as `stored_frames`."""
     text_encoder, tokens = pipeline.text_encoder, tokenize(pipeline, prompts)
     key = digest([STORE_FORMAT, *module_bytes(text_encoder), tokens.numpy().tobytes()])
     shape = (*tokens.shape, text_encoder.config.hidden_size)
-    blocks = encode_all(text_encoder, functools.partial(encode_prompts, pipeline), prompts, device)
+    blocks = encode_all(text_encoder, functools.partial(encode_prompts, pipeline), prompts)
     return stored_array(cache_dir / f"prompts-{key}.npy", np.float32, shape, blocks), key
 
 
 @torch.no_grad()
 def encode_all(
-    model: torch.nn.Module,
-    encode: Callable[[Sequence[Any]], torch.Tensor],
-    inputs: Sequence[Any],
-    device: torch.device,
+    model: torch.nn.Module, encode: Callable[[Sequence[Any]], torch.Tensor], inputs: Sequence[Any]
 ) -> Iterator[np.ndarray]:
-    """What `encode` makes of the inputs with one of a pipeline's models on `device`, some at a time, in float32."""
-    model.to(device)
+    """What `encode` makes of the inputs with one of a pipeline's models, some at a time, in float32."""
+    model.to(PartialState().device)
     name = type(model).__name__
-    with tqdm(total=len(inputs), desc=f"Encoding with {name}", unit="input") as bar:
-        for start in range(0, len(inputs), ENCODING_BATCH):
-            batch = inputs[start : start + ENCODING_BATCH]
-            encoded = encode(batch)
-            if not encoded.isfinite().all():
-                raise UserError(f"the model's {name} gives numbers that are not finite; name another model")
-            yield encoded.float().cpu().numpy()
-            bar.update(len(batch))
+    for start in trange(0, len(inputs), ENCODING_BATCH, desc=f"Encoding with {name}", unit="batch"):
+        encoded = encode(inputs[start : start + ENCODING_BATCH])
+        if not encoded.isfinite().all():
+            raise UserError(f"the model's {name} gives numbers that are not finite; name another model")
+        yield encoded.float().cpu().numpy()
     model.to("cpu")
 
 

@@ -1,7 +1,5 @@
 """What sample_from_pix2pix.py does: predictions of validation videos, rollouts or one picture, and their scores."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools
@@ -19,18 +17,8 @@ from data.cli import UserError, one_line, warn
 from data.files import make_folder, only_one, parts_replaced, write_json
 from data.prompts import build_prompt
 from data.video_decoder import load_picture, read_picture
-from pecn import pictures, rollouts, scores
+from pecn import model, pictures, rollouts, scores
 from pecn.checkpoints import load_from_checkpoint
-from pecn.model import (
-    CHECKPOINT_WEIGHTS,
-    DTYPES,
-    Pipeline,
-    find_model,
-    load_pipeline,
-    read_training_config,
-    round_weights,
-    warn_of_cuts,
-)
 from pecn.processes import is_fast_in_bf16
 from pecn.sampling import Prediction, predict_frames, predict_pairs
 from pecn.sampling_options import DEFAULT_OPTIONS, sampling_options
@@ -39,14 +27,13 @@ RESULTS = Path("test_result")  # where OUTPUT_DIR lies by default
 SAMPLES, METRICS_FILE, ROLLOUT_FILE = "samples", "metrics.json", "rollout.json"
 RANDOM_PAIRS, SHOWN_IN_OVERVIEW = 20, 9  # in random_pairs.png; from the best pair to the worst in overview.png
 FEWEST_PAIRS = 10  # the table has no line for a task with fewer
-RECORDED = "resolution input_frame_idx horizon tell_horizon add_progress prompt_prefix".split() + [
-    *vars(DEFAULT_OPTIONS)
-]
+OF_PAIRS = "resolution input_frame_idx horizon tell_horizon add_progress prompt_prefix".split()
+RECORDED = [*OF_PAIRS, *vars(DEFAULT_OPTIONS)]
 
 
 def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the model's training recorded (nothing for one of the hub's) of the options that `args` may leave out."""
-    trained = read_training_config(find_model(args.model_dir))
+    trained = model.read_training_config(model.find_model(args.model_dir))
     settings = {name: trained[name] for name in RECORDED if name in trained}
     if "train_data_dir" in trained:
         settings["data_dir"] = Path(trained["train_data_dir"])
@@ -67,7 +54,7 @@ def default_output_dir(image: Path | None) -> Path:
 
 def run(args: argparse.Namespace) -> None:
     """Predicts as the options of sample_from_pix2pix.py say, those left out being as `recorded_settings` says."""
-    trained = read_training_config(find_model(args.model_dir))
+    trained = model.read_training_config(model.find_model(args.model_dir))
     clips.settle_frames(vars(args))
     args.output_dir = args.output_dir or default_output_dir(args.image)
     prompt = clips.example_prompt(vars(args))
@@ -80,9 +67,8 @@ def run(args: argparse.Namespace) -> None:
     if args.rollout:
         args.rollout_mode = args.rollout_mode or ("direct" if choice.tell_horizon else "chained")
         choice = rollouts.rollout_choice(asked, args.rollout, args.rollout_mode)
-    found, left_out = clips.find_clips(
-        args.data_dir, "val", args.resolution, choice, args.add_progress, target_required=False
-    )
+    where = (args.data_dir, "val", args.resolution)
+    found, left_out = clips.find_clips(*where, choice, args.add_progress, target_required=False)
     if left_out:
         print(clips.describe_left_out(left_out))
     if not found:
@@ -97,26 +83,26 @@ def run(args: argparse.Namespace) -> None:
         predict_and_score(args, [clips.draw_pair(clip, choice, args.seed) for clip in chosen], choice)
 
 
-def load_for_prediction(model_dir: str) -> tuple[Pipeline, torch.autocast]:
+def load_for_prediction(model_dir: str) -> tuple[model.Pipeline, torch.autocast]:
     """Loads a model, or a checkpoint of a run, and the context in which it computes in the precision of its training.
 
     For a model that does not say that is fp16 on a GPU. On the CPU it is bf16 where that is fast, else float32.
     """
-    device, folder = PartialState().device, find_model(model_dir)
-    is_checkpoint = (folder / CHECKPOINT_WEIGHTS).is_file()
-    pipeline = load_from_checkpoint(folder) if is_checkpoint else load_pipeline(folder)
+    device, folder = PartialState().device, model.find_model(model_dir)
+    is_checkpoint = (folder / model.CHECKPOINT_WEIGHTS).is_file()
+    pipeline = load_from_checkpoint(folder) if is_checkpoint else model.load_pipeline(folder)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
         raise UserError(f"{model_dir} takes no input frame; train it first, or name another")
-    precision = read_training_config(folder).get("mixed_precision", "fp16" if device.type == "cuda" else "no")
+    precision = model.read_training_config(folder).get("mixed_precision", "fp16" if device.type == "cuda" else "no")
     if device.type == "cpu" and not (precision == "bf16" and is_fast_in_bf16("cpu")):
         precision = "no"
     pipeline.unet.requires_grad_(False).eval()
-    round_weights(pipeline.unet, precision)
-    return pipeline.to(device), torch.autocast(device.type, DTYPES[precision], enabled=precision != "no")
+    model.round_weights(pipeline.unet, precision)
+    return pipeline.to(device), torch.autocast(device.type, model.DTYPES[precision], enabled=precision != "no")
 
 
 @contextlib.contextmanager
-def loaded_model(model_dir: str) -> Iterator[Pipeline]:
+def loaded_model(model_dir: str) -> Iterator[model.Pipeline]:
     """Loads a model as `load_for_prediction` does, and is its context."""
     pipeline, precision = load_for_prediction(model_dir)
     with precision:
@@ -131,10 +117,8 @@ def results_folder(output_dir: Path, results_file: str) -> Iterator[Path]:
     """
     make_folder(output_dir)
     if (output_dir / SAMPLES).exists() and not (output_dir / results_file).is_file():
-        raise UserError(
-            f"{output_dir}/{SAMPLES} is not from an earlier run like this (no {results_file} beside it) and would be"
-            " replaced: move it, or choose another OUTPUT_DIR"
-        )
+        why = f"is not from an earlier run like this (no {results_file} beside it) and would be replaced"
+        raise UserError(f"{output_dir}/{SAMPLES} {why}: move it, or choose another OUTPUT_DIR")
     with only_one(output_dir, "sampling"), parts_replaced(output_dir, last=results_file) as new:
         yield new
 
@@ -152,7 +136,7 @@ def predict_and_score(args: argparse.Namespace, pairs: Sequence[clips.FramePair]
             print(f"{args.output_dir} has results of another model or other settings, which will be replaced")
     how = f"{choice}, background kept" if options.keep_background else str(choice)
     with results_folder(args.output_dir, METRICS_FILE) as new, loaded_model(args.model_dir) as pipeline:
-        warn_of_cuts(pipeline, [pair.edit_prompt for pair in pairs])
+        model.warn_of_cuts(pipeline, [pair.edit_prompt for pair in pairs])
         label = f"Predicting with {args.model_dir}"
         predictions = predict_pairs(pipeline, pairs, args.seed, args.batch_size, options, label)
         rows = save_predictions(new, predictions, f"{args.model_dir}, {how}")
@@ -182,19 +166,15 @@ def save_predictions(new: Path, predictions: Iterable[Prediction], note: str) ->
     The predictions may be a generator: few are kept beyond their scores. Whoever chose the pairs drew them at random,
     so the first ones are shown as random pairs.
     """
-
-    def psnr_gain(row: dict[str, Any]) -> float:
-        return row["sample"]["psnr"] - row["copy"]["psnr"] if row["moving_share"] else 0.0
-
     rows, strips = [], []
     for prediction in predictions:
-        names = {name: getattr(prediction, name) for name in ("video_id", "task", "edit_prompt")}
-        rows.append(names | scores.score_prediction(prediction))
+        rows.append(scores.score_prediction(prediction))
         comparison = pictures.comparison_picture(prediction, rows[-1], note)
         save_prediction(new / SAMPLES / prediction.video_id, prediction, comparison)
         if len(strips) < RANDOM_PAIRS:
             strips.append(pictures.panel_row(pictures.frame_panels(prediction), [pictures.short_prompt(prediction)]))
-    ranked = sorted([row for row in rows if row["moving_share"]] or rows, key=psnr_gain, reverse=True)
+    moving = [row for row in rows if row["moving_share"]]
+    ranked = sorted(moving, key=lambda row: row["sample"]["psnr"] - row["copy"]["psnr"], reverse=True) or rows
     shown = np.linspace(0, len(ranked) - 1, min(len(ranked), SHOWN_IN_OVERVIEW)).round().astype(int)
     folders = [new / SAMPLES / ranked[place]["video_id"] for place in shown]
     comparisons = [load_picture(folder / "comparison.png") for folder in folders]
@@ -237,7 +217,7 @@ def roll_out_clips(args: argparse.Namespace, chosen: Sequence[clips.Clip], choic
         for rollout in rollouts.roll_out(pipeline, chosen, choice, *how):
             rollouts.save_rollout(new / SAMPLES / rollout.clip.video_id, rollout)
             rows += rollout.rows()
-        warn_of_cuts(pipeline, [row["edit_prompt"] for row in rows])
+        model.warn_of_cuts(pipeline, [row["edit_prompt"] for row in rows])
         summary = scores.summarize(rows, by="horizon")
         write_json(new / ROLLOUT_FILE, {"summary": summary, "samples": rows})
     print(scores.format_table(summary))
@@ -260,7 +240,7 @@ def predict_from_picture(args: argparse.Namespace, trained: dict[str, Any]) -> N
     edit_prompt = build_prompt(args.prompt, progress, horizon, args.prompt_prefix)
     make_folder(args.output_dir)
     with only_one(args.output_dir, "sampling"), loaded_model(args.model_dir) as pipeline:
-        warn_of_cuts(pipeline, [edit_prompt])
+        model.warn_of_cuts(pipeline, [edit_prompt])
         [predicted] = predict_frames(pipeline, [picture], [edit_prompt], [args.seed], sampling_options(args))
         if predicted is None:
             raise UserError("the prediction is not finite: the model is damaged, or does not fit its precision")

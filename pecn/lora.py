@@ -4,8 +4,6 @@ Only it needs gradients and moments, and the first convolution where that was wi
 is.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig

@@ -4,8 +4,6 @@ Nothing is guessed or filled in: a model that lacks weights is refused, as the l
 random numbers. Only safetensors are read, never pickles, which can run any code when they are loaded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -44,9 +42,6 @@ transformers_logging.disable_progress_bar()  # while weights load
 diffusers_logging.disable_progress_bar()
 
 
-# Finding and loading.
-
-
 def find_model(name: str) -> Path:
     """The directory of a model's files: `name` itself, or what the hub's cache holds of it; downloaded if it must be.
 
@@ -71,10 +66,9 @@ def find_model(name: str) -> Path:
             hf_hub_download(name, TRAINING_CONFIG)
         return folder
     except Exception as error:  # the network, the hub, its libraries: the list of what they raise is long
-        raise UserError(
-            f"{missing}, and no such model could be fetched from {os.environ.get('HF_ENDPOINT', 'the hub')}"
-            f" ({one_line(error)}): {hub_advice(error)}, or name a directory that holds a model"
-        ) from error
+        failure = f"no such model could be fetched from {os.environ.get('HF_ENDPOINT', 'the hub')} ({one_line(error)})"
+        advice = f"{hub_advice(error)}, or name a directory that holds a model"
+        raise UserError(f"{missing}, and {failure}: {advice}") from error
 
 
 def convert_command(name: str) -> str:
@@ -146,9 +140,8 @@ def load_pipeline(folder: Path) -> Pipeline:
             raise UserError(f"its UNet has {in_channels} input channels; {channels} or {2 * channels} are needed")
         return pipeline.to(torch.float32)
     except Exception as error:  # whatever a broken model makes the libraries raise, only the model can be mended
-        raise UserError(
-            f"the model {folder} cannot be loaded: {one_line(error)}; copy it again, or name another"
-        ) from error
+        reason = one_line(error)
+        raise UserError(f"the model {folder} cannot be loaded: {reason}; copy it again, or name another") from error
 
 
 def round_weights(model: torch.nn.Module, mixed_precision: str) -> None:
@@ -178,10 +171,9 @@ def read_training_config(folder: Path) -> dict[str, Any]:
         nearest = {"ddim": "euler", "dpmsolver++": "dpmsolver++karras"}.get(arguments["scheduler"])
         return arguments | ({"scheduler": nearest} if nearest else {})
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a training config written by train_instruct_pix2pix.py ({one_line(error)}); copy the model"
-            " again, or delete the file to sample without it"
-        ) from error
+        problem = f"is not a training config written by train_instruct_pix2pix.py ({one_line(error)})"
+        advice = "copy the model again, or delete the file to sample without it"
+        raise UserError(f"{path} {problem}; {advice}") from error
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -199,9 +191,6 @@ def module_bytes(module: torch.nn.Module) -> Iterator[bytes]:
     for name, tensor in sorted(module.state_dict().items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
-
-
-# Prompts and pictures.
 
 
 def too_long(pipeline: Pipeline, edit_prompts: Sequence[str]) -> list[int]:
@@ -235,10 +224,9 @@ def encode_prompts(pipeline: Pipeline, edit_prompts: Sequence[str]) -> torch.Ten
     return encoder(tokenize(pipeline, edit_prompts).to(encoder.device))[0]
 
 
-def encode_pictures(pipeline: Pipeline, pictures: Sequence[Image.Image | np.ndarray]) -> DiagonalGaussianDistribution:
-    """The VAE's posterior over the latents (N, C, h, w), not scaled, of RGB pictures (uint8 where they are arrays)."""
-    images = [Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture for picture in pictures]
-    pixels = pipeline.image_processor.preprocess(images).to(pipeline.vae.device)
+def encode_pictures(pipeline: Pipeline, pictures: Sequence[np.ndarray]) -> DiagonalGaussianDistribution:
+    """The VAE's posterior over the latents (N, C, h, w), not scaled, of uint8 RGB pictures (H, W, 3)."""
+    pixels = pipeline.image_processor.preprocess([*map(Image.fromarray, pictures)]).to(pipeline.vae.device)
     with torch.autocast(pixels.device.type, enabled=False):  # in float32, as Stable Diffusion's overflows in fp16
         return pipeline.vae.encode(pixels).latent_dist
 

@@ -1,7 +1,5 @@
 """How the UNet is updated: optimizer, schedule, one step with clipping, the moving average, and what each step logs."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

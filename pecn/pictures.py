@@ -1,7 +1,5 @@
 """Pictures of predicted frames and of their scores."""
 
-from __future__ import annotations
-
 import textwrap
 import zlib
 from collections.abc import Sequence
@@ -95,11 +93,9 @@ def describe_scores(scores: dict[str, Any]) -> str:
         return f"nothing moves; PSNR of the whole picture: sample {scores['sample']['whole_psnr']:.1f} dB"
     words = []
     for way in (way for way in (*PREDICTED, "copy") if way in scores):
-        of_way = scores[way]
-        kind = " (good frame)" if of_way["good_frame"] else ""
-        words.append(
-            f"{way} {of_way['psnr']:.1f} dB, SSIM {of_way['ssim']:.3f}, sharpness {of_way['sharpness']:.2f}{kind}"
-        )
+        one = scores[way]
+        kind = " (good frame)" if one["good_frame"] else ""
+        words.append(f"{way} {one['psnr']:.1f} dB, SSIM {one['ssim']:.3f}, sharpness {one['sharpness']:.2f}{kind}")
     return f"where something moves ({scores['moving_share']:.0%} of the picture): {'; '.join(words)}"
 
 

@@ -1,7 +1,5 @@
 """The processes of a run, one or several that work on one model, and the signals that stop it where nothing is lost."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
@@ -14,14 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DDPCommunicationHookType,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    parse_flag_from_env,
-)
+from accelerate import Accelerator, PartialState, utils
 
 from data.cli import UserError
 
@@ -32,31 +23,29 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator that the options of train_instruct_pix2pix.py (`args`) and the launcher ask for."""
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+        if utils.parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise UserError(f"{engine} is not supported: configure accelerate for plain multi-GPU")
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    on_cpu = utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)
     patient_group()  # which all processes have to make at the same time
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if mixed_precision in ("auto", "fp16") and on_cpu:
         mixed_precision = "bf16" if mixed_precision == "auto" and is_fast_in_bf16("cpu") else "no"
-        state.print(
-            f"no GPU found: training on the CPU, mixed precision: {mixed_precision};"
-            " OMP_NUM_THREADS=1 helps where other programs run"
-        )
+        hint = "OMP_NUM_THREADS=1 helps where other programs run"
+        state.print(f"no GPU found: training on the CPU, mixed precision: {mixed_precision}; {hint}")
     elif mixed_precision == "auto":
         mixed_precision = "bf16" if is_fast_in_bf16("cuda") else "fp16"
     # Half the bytes between GPUs, rounded to bfloat16, where the forward pass is rounded too.
     rounded = not on_cpu and mixed_precision in ("fp16", "bf16")
-    hook = DDPCommunicationHookType.BF16 if rounded else DDPCommunicationHookType.NO
+    hook = utils.DDPCommunicationHookType.BF16 if rounded else utils.DDPCommunicationHookType.NO
     accelerator = Accelerator(
         cpu=on_cpu,
         # Given like this, it is not overridden by what accelerate is configured for.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)],
+        project_config=utils.ProjectConfiguration(str(args.output_dir), str(args.output_dir / "logs")),
+        kwargs_handlers=[utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)],
     )
     torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions have it
     torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolutions are found once
@@ -89,23 +78,19 @@ def describe_device(device: torch.device, unet: torch.nn.Module) -> str:
     return f"{gpu.name} ({needed / 2**30:.1f} of {gpu.total_memory / 2**30:.0f} GB for weights and optimizer)"
 
 
-def is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def on_main_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function` returns on the main process, handed to all; its UserError, which ends all, is printed once."""
-    result_and_error = [None, None]
-    if accelerator.is_main_process:
+    is_main, result_and_error = PartialState().is_main_process, [None, None]
+    if is_main:
         try:
-            result_and_error[0] = function(*arguments, **options)
+            result_and_error[0] = function(*arguments)
         except UserError as error:
             result_and_error[1] = error
     if patient_group() is not None:
         torch.distributed.broadcast_object_list(result_and_error, src=0, group=patient_group())
     result, error = result_and_error
     if error:
-        raise error if accelerator.is_main_process else SystemExit(1)
+        raise error if is_main else SystemExit(1)
     return result
 
 
@@ -165,5 +150,5 @@ class StopRequest:
 
 def write_error_line(text: str) -> None:
     """Writes a line to standard error past Python's buffers, which a signal handler must not enter again."""
-    if is_first_process():
+    if os.environ.get("RANK", "0") == "0":
         os.write(2, f"\n{text}\n".encode())

@@ -8,8 +8,6 @@ index. Each training clip is estimated by a network that has not seen it (FOLDS 
 trained on all training clips. Its errors are printed beside those of two constants, which see no frame.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Sequence
@@ -65,10 +63,10 @@ def load_cuts(pipeline: Pipeline, args: argparse.Namespace, split: str) -> Cuts:
     clips, _ = find_clips(args.data_dir, split, args.resolution, FrameChoice(start=None))
     if len(clips) < 2:
         raise UserError(f"{args.data_dir} has {len(clips)} {split} videos with frames of {args.resolution} pixels")
-    cache_dir, device = encoded_cache(args.data_dir, args.output_file.parent), PartialState().device
-    moments, _ = stored_frames(pipeline, clips, False, cache_dir, device)
+    cache_dir = encoded_cache(args.data_dir, args.output_file.parent)
+    moments, _ = stored_frames(pipeline, clips, False, cache_dir)
     labels = sorted({told for clip in clips for told in (clip.label, swap_left_and_right(clip.label))})
-    states, _ = stored_prompts(pipeline, labels, cache_dir, device)
+    states, _ = stored_prompts(pipeline, labels, cache_dir)
     is_word = (tokenize(pipeline, labels) != pipeline.tokenizer.pad_token_id).numpy()
     sentences = {
         name: torch.from_numpy(state[words].mean(axis=0)) for name, state, words in zip(labels, states, is_word)

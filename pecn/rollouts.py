@@ -4,10 +4,8 @@
 prediction as the input of the next one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +27,21 @@ FRAMES_PER_SECOND, PAUSE = 4, 1.5  # of films, slow enough to be looked at; seco
 
 @dataclass(frozen=True)
 class Rollout:
-    """A video's frames at each of `horizons` frames after `start`, uint8 RGB (H, W, 3)."""
+    """How a video goes on from `start`, uint8 RGB (H, W, 3): predictions by how many frames after it they lie."""
 
     clip: Clip
-    horizons: Sequence[int]
-    edit_prompts: Sequence[str]  # one for each horizon
     start: np.ndarray
-    truths: Sequence[np.ndarray | None]  # None where the video has ended
-    predictions: list[PredictedFrame]
+    predictions: dict[int, Prediction] = field(default_factory=dict)
+
+    def add(self, horizon: int, edit_prompt: str, predicted: PredictedFrame) -> None:
+        """Puts the next frame beside the true one, where the video has it. Copying means the start frame."""
+        clip, index = self.clip, self.clip.frames[0] + horizon
+        truth = load_picture(clip.path(index)) if index in clip.frame_set else None
+        self.predictions[horizon] = Prediction(clip.video_id, clip.task, edit_prompt, self.start, predicted, truth)
 
     def rows(self) -> list[dict[str, Any]]:
-        """For each horizon what `score_prediction` returns, copying being the start frame, and whose it is."""
-        rows = []
-        for horizon, prompt, truth, predicted in zip(self.horizons, self.edit_prompts, self.truths, self.predictions):
-            prediction = Prediction(self.clip.video_id, self.clip.task, prompt, self.start, predicted, truth)
-            names = {"video_id": self.clip.video_id, "task": self.clip.task, "edit_prompt": prompt}
-            rows.append({**names, "horizon": horizon, **score_prediction(prediction)})
-        return rows
+        """For each horizon what `score_prediction` returns."""
+        return [{"horizon": horizon, **score_prediction(one)} for horizon, one in self.predictions.items()]
 
 
 def rollout_choice(choice: FrameChoice, num_frames: int, mode: str) -> FrameChoice:
@@ -81,39 +77,25 @@ def roll_out(
     at_once = max(1, batch_size // options.num_predictions)
     with tqdm(total=len(clips) * len(choice.horizons), desc="Predicting", unit="frame") as progress_bar:
         for first in range(0, len(clips), at_once):
-            rollouts = [start_rollout(clip, choice, mode) for clip in clips[first : first + at_once]]
+            some = clips[first : first + at_once]
+            rollouts = [Rollout(clip, load_picture(clip.path(clip.frames[0]))) for clip in some]
             images = [rollout.start for rollout in rollouts]
-            for place, horizon in enumerate(choice.horizons):
-                prompts = [rollout.edit_prompts[place] for rollout in rollouts]
-                seeds = [derive_seed(seed, rollout.clip.video_id, "rollout", horizon) for rollout in rollouts]
+            for horizon in choice.horizons:
+                ahead = choice.horizons[0] if mode == "chained" else horizon
+                # The input's progress; the last true frame's once a video has ended, as training knows none beyond.
+                inputs = [min(clip.frames[0] + horizon - ahead, clip.frames[-1]) for clip in some]
+                told = ahead if choice.tell_horizon else None
+                prompts = [clip.prompt(frame, told) for clip, frame in zip(some, inputs)]
+                seeds = [derive_seed(seed, clip.video_id, "rollout", horizon) for clip in some]
                 predicted = predict_frames(pipeline, images, prompts, seeds, options)
                 if None in predicted:
                     raise UserError(f"a prediction {horizon} frames after the start is not finite")
-                for rollout, frame in zip(rollouts, predicted):
-                    rollout.predictions.append(frame)
+                for rollout, prompt, frame in zip(rollouts, prompts, predicted):
+                    rollout.add(horizon, prompt, frame)
                 if mode == "chained":
                     images = [frame.sample for frame in predicted]
                 progress_bar.update(len(rollouts))
             yield from rollouts
-
-
-def start_rollout(clip: Clip, choice: FrameChoice, mode: str) -> Rollout:
-    """A rollout that has its prompts and true frames, but as yet no prediction.
-
-    Chained, prompts tell the step, and the progress of the frame that is the input; that of the last true frame once
-    the video has ended, as training knows none beyond.
-    """
-    start, last = clip.frames[0], clip.frames[-1]
-    prompts = []
-    for horizon in choice.horizons:
-        ahead = choice.horizons[0] if mode == "chained" else horizon
-        prompts.append(clip.prompt(min(start + horizon - ahead, last), ahead if choice.tell_horizon else None))
-    indices = [start + horizon for horizon in choice.horizons]
-    truths = [load_picture(clip.path(index)) if index in clip.frame_set else None for index in indices]
-    return Rollout(clip, choice.horizons, prompts, load_picture(clip.path(start)), truths, predictions=[])
-
-
-# Films and filmstrips.
 
 
 def save_rollout(folder: Path, rollout: Rollout) -> None:
@@ -146,7 +128,9 @@ def filmstrip(rollout: Rollout) -> np.ndarray:
 def strips(rollout: Rollout) -> list[list[Panel]]:
     """The predicted frames and, where any is known, the true ones; a video that has ended shows its last frame."""
     predictions, truths = [("start", rollout.start)], [("start", rollout.start)]
-    for horizon, frame, truth in zip(rollout.horizons, rollout.predictions, rollout.truths):
-        predictions.append((f"prediction +{horizon}", frame.sample))
-        truths.append((f"truth +{horizon}", truth) if truth is not None else (f"+{horizon}, ended", truths[-1][1]))
-    return [predictions, truths] if any(truth is not None for truth in rollout.truths) else [predictions]
+    for horizon, one in rollout.predictions.items():
+        predictions.append((f"prediction +{horizon}", one.predicted.sample))
+        ended = (f"+{horizon}, ended", truths[-1][1])
+        truths.append(ended if one.target is None else (f"truth +{horizon}", one.target))
+    is_known = any(one.target is not None for one in rollout.predictions.values())
+    return [predictions, truths] if is_known else [predictions]

@@ -1,7 +1,5 @@
 """Predicting frames: guidance, denoising, and what several draws of one frame are made into."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

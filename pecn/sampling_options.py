@@ -3,8 +3,6 @@
 Apart from pecn/sampling.py, since a script reads its options before it loads torch.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass, fields
 
@@ -56,8 +54,3 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
     """How the command line wants frames to be predicted."""
     return SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
-
-
-def number_of_samples(text: str) -> int | None:
-    """An argparse type: a count of at least 1, or None for "all"."""
-    return None if text == "all" else number(at_least=1)(text)

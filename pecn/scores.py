@@ -8,8 +8,6 @@ figures are read together: a copy is a real frame in the wrong place, a blur is 
 To add a metric to metrics.json and to the table, add a line to METRICS.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -117,17 +115,17 @@ METRICS = {
 
 
 def score_prediction(prediction: Prediction) -> dict[str, Any]:
-    """Scores one pair: {way: {metric: figure}} for each of WAYS that there is, and `moving_share`.
+    """Scores one pair, as a row of metrics.json: whose it is, `moving_share`, and {way: {metric: figure}}.
 
-    That is the region's part of the picture, 0..1. Where nothing moves only figures of the whole picture are there, the
-    others are None; without a target it is None and no way is there.
+    `moving_share` is the region's part of the picture, 0..1. Where nothing moves only figures of the whole picture are
+    there, the others are None; without a target it is None and no way is there.
     """
-    target, copy = prediction.target, prediction.input
+    target, copy, predicted = prediction.target, prediction.input, prediction.predicted
+    scores = {name: getattr(prediction, name) for name in ("video_id", "task", "edit_prompt")}
     if target is None:
-        return {"moving_share": None}
+        return scores | {"moving_share": None}
     region = moving_region(copy, target)
-    scores: dict[str, Any] = {"moving_share": float(region.mean())}
-    predicted = prediction.predicted
+    scores["moving_share"] = float(region.mean())
     for way, frame in zip(WAYS, (predicted.sample, predicted.expected, copy, prediction.vae_ceiling)):
         if frame is not None:
             compared = Comparison(frame, target, copy, region)
@@ -242,10 +240,8 @@ def verdict(group: dict[str, Any]) -> str:
     sample = group["sample"]
     ceiling, copy = (group.get(way, {"psnr": {"value": math.inf}})["psnr"]["value"] for way in ("vae_ceiling", "copy"))
     if ceiling < copy:
-        return (
-            f"this model's VAE cannot draw such pictures: the true frames have {ceiling:.1f} dB after one trip through"
-            f" it, copies {copy:.1f} dB"
-        )
+        compared = f"the true frames have {ceiling:.1f} dB after one trip through it, copies {copy:.1f} dB"
+        return f"this model's VAE cannot draw such pictures: {compared}"
     words = better_or_not(sample["psnr"], group["num_moving"], "copying")
     return f"where something moves the prediction is {words}; good frames {sample['good_frame']['value']:.0%}"
 

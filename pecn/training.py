@@ -1,7 +1,5 @@
 """A whole training run: set-up, loop, validation, saving. train_instruct_pix2pix.py has the options."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math
@@ -9,7 +7,7 @@ import shlex
 import uuid
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
@@ -21,6 +19,7 @@ from data.files import make_folder, only_one, remove_leftovers
 from pecn import checkpoints, lora, optimization, processes
 from pecn.encoded_frames import TrainingBatches, encode_once, encoded_cache
 from pecn.model import read_training_config, round_weights
+from pecn.processes import on_main_process
 from pecn.sampling_options import sampling_options
 from pecn.validation import Validation, check_wandb, start_trackers
 
@@ -46,10 +45,9 @@ def run(args: argparse.Namespace) -> None:
     except (MemoryError, RuntimeError) as error:
         if not processes.is_out_of_memory(error):
             raise
-        raise UserError(
-            "out of memory: lower BATCH_SIZE and raise GRADIENT_ACCUM by as much, lower RESOLUTION, or set"
-            ' EXTRA_ARGS="--gradient_checkpointing --use_8bit_adam"'
-        ) from error
+        arguments = 'EXTRA_ARGS="--gradient_checkpointing --use_8bit_adam"'
+        advice = f"lower BATCH_SIZE and raise GRADIENT_ACCUM by as much, lower RESOLUTION, or set {arguments}"
+        raise UserError(f"out of memory: {advice}") from error
 
 
 def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, most: int | None) -> list[Clip]:
@@ -58,13 +56,12 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
     Names the videos that are left out.
     """
     found, left_out = find_clips(args.train_data_dir, split, args.resolution, choice, args.add_progress)
-    if left_out and processes.is_first_process():
-        print(f"{split}: {describe_left_out(left_out)}")
+    if left_out:
+        PartialState().print(f"{split}: {describe_left_out(left_out)}")
     if not found:
-        raise UserError(
-            f"no video of {paths.filtered_annotations_path(args.train_data_dir, split)} has both frames ({choice}):"
-            f" choose others, or extract them with: {paths.extraction_command(args.train_data_dir, args.resolution)}"
-        )
+        annotations = paths.filtered_annotations_path(args.train_data_dir, split)
+        advice = f"extract them with: {paths.extraction_command(args.train_data_dir, args.resolution)}"
+        raise UserError(f"no video of {annotations} has both frames ({choice}): choose others, or {advice}")
     return found if most is None else choose_balanced(found, args.seed, most)
 
 
@@ -72,23 +69,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     """The whole run: from a checkpoint, or from the base model, to the trained pipeline."""
     # What can fail at once comes first.
     if args.report_to == "wandb":
-        processes.on_main_process(accelerator, check_wandb)
+        on_main_process(check_wandb)
     choice = frame_choice(vars(args))
     clips = find_clips_of(args, choice, "train", args.max_train_samples)
     validation_clips = find_clips_of(args, choice, "val", None) if args.num_validation_images else []
-    checkpoint = processes.on_main_process(
-        accelerator, checkpoints.find_checkpoint, args.output_dir, args.resume_from_checkpoint
-    )
+    checkpoint = on_main_process(checkpoints.find_checkpoint, args.output_dir, args.resume_from_checkpoint)
     if args.push_to_hub:
         name = args.hub_model_id or args.output_dir.name
-        repository = processes.on_main_process(
-            accelerator, checkpoints.create_hub_repository, name, args.hub_token, args.hub_private
-        )
+        repository = on_main_process(checkpoints.create_hub_repository, name, args.hub_token, args.hub_private)
 
     pipeline = checkpoints.load_base_model(args)
     unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     cache_dir = encoded_cache(args.train_data_dir, args.output_dir)
-    encoded = encode_once(pipeline, clips, choice, args.random_flip, cache_dir, accelerator)
+    encoded = encode_once(pipeline, clips, choice, args.random_flip, cache_dir)
     common = {
         "seed": args.seed,
         "train_batch_size": args.train_batch_size,
@@ -107,7 +100,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     )
     validation = None
     if validation_clips:
-        held_out = encode_once(pipeline, validation_clips, choice, False, cache_dir, accelerator)
+        held_out = encode_once(pipeline, validation_clips, choice, False, cache_dir)
         shown = choose_balanced(validation_clips, args.seed, args.num_validation_images)
         validation = Validation(
             pairs=[draw_pair(clip, choice, args.seed) for clip in shown],
@@ -122,9 +115,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
         unet, args.learning_rate, args.use_8bit_adam, weight_decay=args.adam_weight_decay
     )
     ema = EMAModel(optimization.trained_weights(unet), foreach=True) if args.use_ema else None
-    lr_scheduler = optimization.create_lr_scheduler(
-        args.lr_scheduler, optimizer, args.lr_warmup_steps, batches.max_train_steps
-    )
+    last_step = batches.max_train_steps
+    lr_scheduler = optimization.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, last_step)
     if args.use_lora:
         round_weights(unet, accelerator.mixed_precision)
         accelerator.register_save_state_pre_hook(lora.keep_trained)
@@ -135,7 +127,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
         mixed_precision=accelerator.mixed_precision,
         global_batch_size=batches.global_batch_size,
         # A constant schedule does not know where training ends, so that such a run can be prolonged.
-        schedule_length=None if args.lr_scheduler.startswith("constant") else batches.max_train_steps,
+        schedule_length=None if args.lr_scheduler.startswith("constant") else last_step,
         prediction_type=noise_scheduler.config.prediction_type,
         hash_of_model_frames_and_prompts=encoded.key,
         run_id=uuid.uuid4().hex,  # wandb's, which goes on with it
@@ -144,10 +136,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
     if checkpoint:
         steps_done = checkpoints.load_checkpoint(accelerator, checkpoint, config["arguments"], FROZEN_FOR_RESUME)
         config["arguments"]["run_id"] = read_training_config(checkpoint).get("run_id")
-        if steps_done > batches.max_train_steps:
-            raise UserError(
-                f"{checkpoint} is beyond the {batches.max_train_steps} steps asked for; raise EPOCHS or MAX_TRAIN_STEPS"
-            )
+        if steps_done > last_step:
+            raise UserError(f"{checkpoint} is beyond the {last_step} steps asked for; raise EPOCHS or MAX_TRAIN_STEPS")
         accelerator.print(f"resuming from {checkpoint}")
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {args.output_dir} yet, starting from the base model")
@@ -155,12 +145,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
         ema.to(accelerator.device)  # after the checkpoint, which is loaded to the CPU
     if args.report_to != "none":
         start_trackers(accelerator, PROJECT_NAME, config["arguments"], steps_done)
-    num_epochs = batches.max_train_steps * batches.global_batch_size / batches.num_samples
+    num_epochs = last_step * batches.global_batch_size / batches.num_samples
+    device = processes.describe_device(accelerator.device, unet)
     accelerator.print(
         f"training on {batches.num_samples} {'frame pairs' if choice.is_one_pair else 'videos'} ({choice},"
-        f" {args.resolution}x{args.resolution}) for {batches.max_train_steps} steps, batch size"
-        f" {batches.global_batch_size}, {num_epochs:.3g} epochs, on"
-        f" {accelerator.num_processes} x {processes.describe_device(accelerator.device, unet)}, mixed precision"
+        f" {args.resolution}x{args.resolution}) for {last_step} steps, batch size {batches.global_batch_size},"
+        f" {num_epochs:.3g} epochs, on {accelerator.num_processes} x {device}, mixed precision"
         f" {accelerator.mixed_precision}"
     )
 
@@ -184,11 +174,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
 
     if validation and not steps_done:
         validate(0)
-    bar = tqdm(
-        total=batches.max_train_steps, initial=steps_done, desc="Training", disable=not accelerator.is_main_process
-    )
+    bar = tqdm(total=last_step, initial=steps_done, desc="Training", disable=not accelerator.is_main_process)
     with stop.deferred(), bar:
-        for step in range(steps_done + 1, batches.max_train_steps + 1):
+        for step in range(steps_done + 1, last_step + 1):
             loss, grad_norm = optimization.optimizer_step(
                 accelerator, model, optimizer, noise_scheduler, passes, args.max_grad_norm, args.model_guidance_scale
             )
@@ -198,7 +186,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
                 ema.step(optimization.trained_weights(unet))
             bar.update()
 
-            is_last = step == batches.max_train_steps
+            is_last = step == last_step
             stopped_by = 0 if is_last else stop.agree()
             # The last step's checkpoint and validation come after the pipeline is saved.
             save_now = not is_last and (step % args.checkpointing_steps == 0 or stopped_by)
@@ -217,18 +205,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: processes.St
                 validate(step)
             if save_now or validate_now:
                 step_log.restart_clock()
-    if steps_done < batches.max_train_steps and not step_log.num_updates:
+    if steps_done < last_step and not step_log.num_updates:
         raise UserError(f"all steps {optimization.WHY_SKIPPED}")
 
     with stop.deferred():
         if accelerator.is_main_process:
             checkpoints.save_trained(args, pipeline, ema, args.output_dir, config)
-        words = validate(batches.max_train_steps) if validation else ""
+        words = validate(last_step) if validation else ""
         if accelerator.is_main_process:
             checkpoints.save_model_card(args.output_dir, config["arguments"], words)
-        if steps_done < batches.max_train_steps:
+        if steps_done < last_step:
             try:
-                checkpoints.save_checkpoint(accelerator, args.output_dir, batches.max_train_steps, config, limit)
+                checkpoints.save_checkpoint(accelerator, args.output_dir, last_step, config, limit)
             except UserError as error:  # nothing is lost but that the run could be prolonged
                 warn(f"the trained pipeline is saved, but {error}")
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if torch.cuda.is_available() else ""

@@ -1,7 +1,5 @@
 """Predictions of a few validation pairs while training goes on, and how TensorBoard or wandb shows them."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
@@ -90,7 +88,7 @@ class Validation:
                 warn(f"the validation of step {step} failed ({one_line(error)}); training is not affected")
                 return math.inf, ""
 
-        return on_main_process(accelerator, attempt)
+        return on_main_process(attempt)
 
     @torch.no_grad()
     def run(self, pipeline: Pipeline, accelerator: Accelerator, step: int) -> tuple[float, str]:
@@ -109,7 +107,7 @@ class Validation:
             pipeline.unet.train()
 
         self.folder.mkdir(exist_ok=True)
-        rows = [score_prediction(prediction) | {"task": prediction.task} for prediction in predictions]
+        rows = [score_prediction(prediction) for prediction in predictions]
         for prediction, row in zip(predictions, rows):
             picture = comparison_picture(prediction, row, f"step {step}")
             save_picture(self.folder / f"step-{step:06}_{prediction.video_id}.png", picture)

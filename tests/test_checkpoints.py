@@ -85,7 +85,7 @@ def test_the_upload_is_private_and_never_names_the_token(monkeypatch, tmp_path):
             calls.append(("pipeline", repository, token))
 
     monkeypatch.setattr(checkpoints, "HfApi", Hub)
-    monkeypatch.setattr(checkpoints, "load_pipeline", lambda folder: Loaded())
+    monkeypatch.setattr(checkpoints.model, "load_pipeline", lambda folder: Loaded())
     upload(tmp_path / "run", create_hub_repository("run", "hf_secret", True), "hf_secret")
     assert calls == [
         ("create", "run", True, True),

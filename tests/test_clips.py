@@ -221,14 +221,14 @@ def test_an_array_is_written_whole_or_not_at_all_and_once(tmp_path):
 def test_any_start_trains_on_pairs_that_the_prompt_describes(tmp_path):
     pipeline, data_dir = make_tiny_pipeline(), make_data_dir(tmp_path)
     clips, _ = find_clips(data_dir, "train", SIDE, ANY_START, add_progress=True)
-    how = (data_dir / "encoded_cache", Accelerator(cpu=True))
-    encoded = encode_once(pipeline, clips, ANY_START, True, *how)
+    accelerator = Accelerator(cpu=True)
+    encoded = encode_once(pipeline, clips, ANY_START, True, data_dir / "encoded_cache")
     assert len(encoded.moments) == 2 * (6 * 5 + 2)  # each frame once, and once mirrored
     assert encoded.embeddings is None
     sizes = {"train_batch_size": 6, "gradient_accumulation_steps": 1, "num_train_epochs": 20, "max_train_steps": None}
     batches = TrainingBatches(encoded=encoded, seed=3, scaling_factor=0.5, num_train_timesteps=1000, **sizes)
     seen = set()
-    for step, ready in enumerate(batches.load(0, pipeline, Accelerator(cpu=True))):
+    for step, ready in enumerate(batches.load(0, pipeline, accelerator)):
         batch = batches[step]
         assert torch.equal(ready["image_latents"], batch["image_latents"])
         with torch.no_grad():

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,8 @@ def pipeline():
 def encode(pipeline, data_dir, random_flip=False, add_progress=False, **choice):
     choice = FrameChoice(**choice)
     clips, _ = find_clips(data_dir, "train", SIDE, choice, add_progress)
-    return encode_once(pipeline, clips, choice, random_flip, data_dir / "encoded_cache", Accelerator(cpu=True))
+    PartialState(cpu=True)
+    return encode_once(pipeline, clips, choice, random_flip, data_dir / "encoded_cache")
 
 
 def moments_of(encoded, sample, frame):

@@ -57,22 +57,27 @@ def calls(monkeypatch) -> list[tuple]:
     return calls
 
 
+def every(rollout, name):
+    """What the predictions of a rollout have of this name."""
+    return [getattr(one, name) for one in rollout.predictions.values()]
+
+
 def test_direct_predicts_each_horizon_from_the_start_frame(pipeline, clips, calls):
     [rollout] = roll_out(pipeline, clips[:1], rollout_choice(ANY_START, 3, "direct"), "direct", 7, 8, OPTIONS)
     prompts = [build_prompt(LABEL, 80, horizon) for horizon in (1, 2, 3)]  # frame 20 of 24
-    assert rollout.edit_prompts == prompts and list(rollout.horizons) == [1, 2, 3]
+    assert every(rollout, "edit_prompt") == prompts and list(rollout.predictions) == [1, 2, 3]
     assert len({seeds[0] for _, _, seeds in calls}) == 3
     start, *later = (load_picture(path) for path in clips[0].paths)
     for (images, told, _), prompt in zip(calls, prompts, strict=True):
         assert np.array_equal(images[0], start) and told == [prompt]
-    assert np.array_equal(rollout.start, start) and np.array_equal(rollout.truths, later)
+    assert np.array_equal(rollout.start, start) and np.array_equal(every(rollout, "target"), later)
 
 
 def test_chained_feeds_each_prediction_back_and_moves_the_progress_on(pipeline, clips, calls):
     clip = replace(clips[0], progress={20: 60, 21: 60, 22: 70, 23: 70})
     [rollout] = roll_out(pipeline, [clip], rollout_choice(ANY_START, 3, "chained"), "chained", 7, 8, OPTIONS)
-    assert rollout.edit_prompts == [build_prompt(LABEL, progress, 1) for progress in (60, 60, 70)]
-    made = [rollout.start, *(frame.sample for frame in rollout.predictions)]
+    assert every(rollout, "edit_prompt") == [build_prompt(LABEL, progress, 1) for progress in (60, 60, 70)]
+    made = [rollout.start, *(frame.sample for frame in every(rollout, "predicted"))]
     assert all(np.array_equal(images[0], frame) for (images, _, _), frame in zip(calls, made))
     assert len(calls) == 3 and not np.array_equal(made[1], made[0])
 
@@ -82,8 +87,10 @@ def test_a_model_of_one_horizon_is_chained_by_it(pipeline, clips):
     assert list(choice.horizons) == [2, 4] and choice.start == 18
     clip = replace(clips[0], frames=(20, 22))
     [rollout] = roll_out(pipeline, [clip], choice, "chained", 7, 8, OPTIONS)
-    assert rollout.edit_prompts == [build_prompt(LABEL, 80), build_prompt(LABEL, 90)]  # of frames 20 and 22; no horizon
-    assert np.array_equal(rollout.truths[0], load_picture(clip.path(22))) and rollout.truths[1] is None
+    # Of frames 20 and 22; no horizon.
+    assert every(rollout, "edit_prompt") == [build_prompt(LABEL, 80), build_prompt(LABEL, 90)]
+    first, second = every(rollout, "target")
+    assert np.array_equal(first, load_picture(clip.path(22))) and second is None
 
 
 @pytest.mark.parametrize("mode", ["direct", "chained"])
@@ -93,15 +100,15 @@ def test_predictions_do_not_depend_on_the_batch(mode, pipeline, clips):
     assert [rollout.clip for rollout in together] == clips
     for one, other in zip(alone, together, strict=True):
         for way in ("sample", "expected"):
-            made = [[getattr(frame, way).astype(int) for frame in rollout.predictions] for rollout in (one, other)]
+            made = [[getattr(frame, way).astype(int) for frame in every(made, "predicted")] for made in (one, other)]
             assert np.abs(np.subtract(*made)).max() <= 3  # rounding of the last bit differs, and is fed back
-    assert not np.array_equal(alone[0].predictions[1].sample, alone[1].predictions[1].sample)
+    assert not np.array_equal(*(rollout.predictions[2].predicted.sample for rollout in alone[:2]))
 
 
 def test_where_a_video_ends_the_rest_is_predicted_but_not_scored(pipeline, clips):
     [rollout] = roll_out(pipeline, clips[3:], rollout_choice(ANY_START, 3, "chained"), "chained", 7, 8, OPTIONS)
-    assert len(rollout.predictions) == 3 and [truth is None for truth in rollout.truths] == [False, True, True]
-    assert all(" 90% " in prompt for prompt in rollout.edit_prompts)  # never 100%, which no model has seen
+    assert [truth is None for truth in every(rollout, "target")] == [False, True, True]
+    assert all(" 90% " in prompt for prompt in every(rollout, "edit_prompt"))  # never 100%, which no model has seen
     rows = rollout.rows()
     assert [row["moving_share"] is None for row in rows] == [False, True, True]
     assert [row["horizon"] for row in rows] == [1, 2, 3]

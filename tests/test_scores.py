@@ -61,6 +61,7 @@ def record(task, sample, copy, moving=True, expected=None, video_id="1"):
     return row
 
 
+NAMES = {"video_id": "1", "task": "a", "edit_prompt": ""}  # of `pair`
 UNSCORED = {"video_id": "2", "task": "a", "moving_share": None}
 
 
@@ -71,7 +72,7 @@ def test_scores_in_the_region_count_its_pixels_alone():
     """In it SSIM is the mean of its map, computed once for the whole picture."""
     made = pair()
     region, scores = moving_region(made.input, made.target), score_prediction(made)
-    assert scores["moving_share"] == region.mean() and list(scores) == ["moving_share", "sample", "copy"]
+    assert scores["moving_share"] == region.mean() and list(scores) == [*NAMES, "moving_share", "sample", "copy"]
     for way, frame in (("sample", made.predicted.sample), ("copy", made.input)):
         error = (frame.astype(float) - made.target)[region]
         assert scores[way]["psnr"] == pytest.approx(10 * math.log10(255**2 / (error**2).mean()))
@@ -83,7 +84,7 @@ def test_scores_in_the_region_count_its_pixels_alone():
     spoilt[~region] = 0
     assert score_prediction(pair(sample=spoilt))["sample"]["psnr"] == pytest.approx(scores["sample"]["psnr"])
     every = score_prediction(pair(expected=made.target, ceiling=made.target))
-    assert list(every) == ["moving_share", "sample", "expected", "copy", "vae_ceiling"]
+    assert list(every) == [*NAMES, "moving_share", "sample", "expected", "copy", "vae_ceiling"]
 
 
 def test_gradients_of_a_ramp():
@@ -158,7 +159,7 @@ def test_pairs_without_motion_or_target_have_no_moving_region():
     still = score_prediction(pair(target=pair().input))
     assert still["moving_share"] == 0 and still["copy"]["whole_psnr"] == HIGHEST_PSNR
     assert still["copy"]["psnr"] is still["sample"]["good_frame"] is None
-    assert score_prediction(pair(target=None)) == {"moving_share": None}
+    assert score_prediction(pair(target=None)) == NAMES | {"moving_share": None}
 
 
 # Many pairs.
@@ -233,7 +234,7 @@ def test_a_metric_is_added_in_one_place(monkeypatch):
     brightness = Metric("brightness", lambda c: float(c.frame[c.region].mean()), form=".1f")
     monkeypatch.setitem(METRICS, "brightness", brightness)
     made = pair()
-    row = score_prediction(made) | {"task": "a"}
+    row = score_prediction(made)
     region = moving_region(made.input, made.target)
     assert row["copy"]["brightness"] == made.input[region].mean()
     head, line, *_ = format_table(summarize([row])).splitlines()
@@ -244,7 +245,7 @@ def test_better_is_nearer_to_a_metrics_best(monkeypatch):
     """PSNR's is infinite, sharpness' 1, an error's 0."""
     error = Metric("error", lambda c: float(np.abs(c.frame.astype(float) - c.target).mean()), best=0)
     monkeypatch.setitem(METRICS, "error", error)
-    sample = summarize([score_prediction(pair()) | {"task": "a"}])["all"]["sample"]
+    sample = summarize([score_prediction(pair())])["all"]["sample"]
     assert sample["error"]["gain"] < 0 and sample["error"]["better"] == 1
     sharper, softer = (summarize([record("a", level, 30)])["all"]["sample"]["sharpness"] for level in (36, 24))
     assert sharper["gain"] > 0 > softer["gain"] and sharper["better"] == softer["better"] == 0  # the copy's is 1
@@ -267,7 +268,7 @@ def test_verdict_is_as_sure_as_the_interval(gains, said):
 
 def test_a_vae_that_draws_worse_than_copying_is_said():
     made = pair(ceiling=np.zeros_like(noise()))
-    words = verdict(summarize([score_prediction(made) | {"task": "a"}])["all"])
+    words = verdict(summarize([score_prediction(made)])["all"])
     assert words.startswith("this model's VAE cannot draw such pictures: the true frames have ")
 
 

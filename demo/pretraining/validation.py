@@ -51,7 +51,7 @@ def with_predicted(pairs: HeldOutPairs, predicted: Sequence[PredictedFrame]) -> 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Where something moves: the samples' sharpness (median), PSNR, gains over the copy, and share of good frames."""
-    rows = [score_prediction(prediction) | {"task": prediction.task} for prediction in predictions]
+    rows = [score_prediction(prediction) for prediction in predictions]
     sample = summarize(rows)["all"]["sample"]
     return {
         "sharpness": sample["sharpness"]["value"],
