@@ -150,9 +150,8 @@ class Page:
             raise UserError("the sentence is empty: say what is done, as in 'pushing a cup from left to right'")
         rollout = {"Predict": history[0], "Go on": history[-1], "What if": shortened(history[-1])}[what]
         clip, later = replace(rollout.clip, label=sentence), max(rollout.predictions, default=0) + given[self.horizon]
-        shown = shortened(history[-1])
-        if progress != NOT_TOLD and [*rollout.predictions] != [*shown.predictions]:  # of another frame than shown
-            progress = progress_at(rollout, progress)
+        if progress != NOT_TOLD and len(rollout.predictions) != len(shortened(history[-1]).predictions):
+            progress = progress_at(rollout, progress)  # of another frame than shown
         told = (None if progress == NOT_TOLD else progress, given[self.horizon] if self.choice.tell_horizon else None)
         prompt = build_prompt(sentence, *told) if given[self.prefix] else sentence
         seed = given[self.seed] or 0
