@@ -95,13 +95,14 @@ def test_a_clip_is_predicted_goes_on_and_back_as_rollouts_do(started):
 
     choice = rollout_choice(page.choice, 2, "chained")
     [rollout] = roll_out(page.pipeline, [clip], choice, "chained", 42, 1, sampling_options(page.args))
-    first, second = (frame.sample for frame in rollout.predictions)
+    first, second = (one.predicted.sample for one in rollout.predictions.values())
+    prompts = [one.edit_prompt for one in rollout.predictions.values()]
     one = visitor.do("predict", clip.label, 50)
-    assert np.array_equal(one["prediction"], first) and one["prompt"] == rollout.edit_prompts[0]
+    assert np.array_equal(one["prediction"], first) and one["prompt"] == prompts[0]
     assert np.array_equal(one["truth"], load_picture(clip.path(21))) and "dB" in one["scores"]
     two = visitor.do("go_on", clip.label, 50)
     assert np.array_equal(two["input"], first) and np.array_equal(two["prediction"], second)
-    assert two["prompt"] == rollout.edit_prompts[1]
+    assert two["prompt"] == prompts[1]
     assert two["strip"].shape[1] == one["strip"].shape[1] * 3 // 2 - 4 and two["before"] is None
     with Image.open(two["film"]) as film:
         assert film.format == "GIF" and film.n_frames == 3
@@ -139,8 +140,8 @@ def test_two_visitors_at_once_do_not_mix(started):
         [rollout] = roll_out(page.pipeline, [clip], choice, "chained", 42, 1, sampling_options(page.args))
         start, *frames = together[number]
         assert np.array_equal(start["input"], rollout.start)
-        for shown, frame in zip(frames, rollout.predictions, strict=True):
-            assert np.array_equal(shown["prediction"], frame.sample)
+        for shown, frame in zip(frames, rollout.predictions.values(), strict=True):
+            assert np.array_equal(shown["prediction"], frame.predicted.sample)
 
 
 def test_a_picture_of_ones_own_is_read_and_drawn_as_the_command_does(started, tmp_path):
