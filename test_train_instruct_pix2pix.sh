@@ -29,12 +29,12 @@ else
   python -m data.video_loader --data_dir="$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
   export PROGRESS=${PROGRESS:-True} EXTRA_ARGS=${EXTRA_ARGS:---random_flip}
-  export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-4} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
+  export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-6} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
 fi
 # The demo's model is small: it learns fast. Any other model is sampled from as sample_from_pix2pix.sh does it.
 if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
   if [[ ${LORA:-False} == [Tt]rue ]]; then rate=1e-3; else rate=3e-4; fi
-  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-400} LEARNING_RATE=${LEARNING_RATE:-$rate}
+  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-500} LEARNING_RATE=${LEARNING_RATE:-$rate}
   export MODEL_GUIDANCE_SCALE=${MODEL_GUIDANCE_SCALE:-2}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-8} SCHEDULER=${SCHEDULER:-dpmsolver++karras}
