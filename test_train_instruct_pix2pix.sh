@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 DATA_DIR=${DATA_DIR:-}                  # empty: data/sthv2 if it is prepared, else the embedded default
 PRETRAINED_MODEL=${PRETRAINED_MODEL:-}  # empty: timbrooks/instruct-pix2pix, or the demo's own for the embedded default
 DEMO_DIR=${DEMO_DIR:-data/demo}         # where the embedded default's clips go
-NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-400}
+NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-300}
 NUM_VAL_CLIPS=${NUM_VAL_CLIPS:-60}
 TEST_OUTPUT=${TEST_OUTPUT:-test_output}
 export RESOLUTION=${RESOLUTION:-96} SEED=${SEED:-42}
@@ -29,12 +29,12 @@ else
   python -m data.video_loader --data_dir="$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
   export PROGRESS=${PROGRESS:-True} EXTRA_ARGS=${EXTRA_ARGS:---random_flip}
-  export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-6} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-9}
+  export VALIDATION_EPOCHS=${VALIDATION_EPOCHS:-6} NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-6}
 fi
 # The demo's model is small: it learns fast. Any other model is sampled from as sample_from_pix2pix.sh does it.
 if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
   if [[ ${LORA:-False} == [Tt]rue ]]; then rate=1e-3; else rate=6e-4; fi
-  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-250} LEARNING_RATE=${LEARNING_RATE:-$rate}
+  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-240} LEARNING_RATE=${LEARNING_RATE:-$rate}
   export MODEL_GUIDANCE_SCALE=${MODEL_GUIDANCE_SCALE:-2}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-8} SCHEDULER=${SCHEDULER:-dpmsolver++karras}
