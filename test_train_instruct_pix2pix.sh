@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 DATA_DIR=${DATA_DIR:-}                  # empty: data/sthv2 if it is prepared, else the embedded default
 PRETRAINED_MODEL=${PRETRAINED_MODEL:-}  # empty: timbrooks/instruct-pix2pix, or the demo's own for the embedded default
 DEMO_DIR=${DEMO_DIR:-data/demo}         # where the embedded default's clips go
-NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-300}
+NUM_TRAIN_CLIPS=${NUM_TRAIN_CLIPS:-400}
 NUM_VAL_CLIPS=${NUM_VAL_CLIPS:-60}
 TEST_OUTPUT=${TEST_OUTPUT:-test_output}
 export RESOLUTION=${RESOLUTION:-96} SEED=${SEED:-42}
@@ -21,7 +21,7 @@ if [[ -n $DATA_DIR && $DATA_DIR != "$DEMO_DIR" ]]; then
 else
   DATA_DIR=$DEMO_DIR
   echo "data: the embedded default in $DATA_DIR (set DATA_DIR, or prepare data/sthv2, to use your own)"
-  echo "1/5 rendering clips: a minute"
+  echo "1/5 rendering clips: half a minute"
   python -m demo.make_clips --output_dir="$DATA_DIR" --num_train_clips "$NUM_TRAIN_CLIPS" --num_val_clips "$NUM_VAL_CLIPS" |
     sed '/^Next: /d'
   echo "2/5 choosing clips and extracting their frames: seconds"
@@ -34,7 +34,7 @@ fi
 # The demo's model is small: it learns fast. Any other model is sampled from as sample_from_pix2pix.sh does it.
 if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
   if [[ ${LORA:-False} == [Tt]rue ]]; then rate=1e-3; else rate=6e-4; fi
-  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-240} LEARNING_RATE=${LEARNING_RATE:-$rate}
+  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-250} LEARNING_RATE=${LEARNING_RATE:-$rate}
   export MODEL_GUIDANCE_SCALE=${MODEL_GUIDANCE_SCALE:-2}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-8} SCHEDULER=${SCHEDULER:-dpmsolver++karras}
@@ -45,7 +45,7 @@ export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}
 export DATA_DIR PRETRAINED_MODEL
 echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 
-echo "3/5 training: a few minutes"
+echo "3/5 training: a minute or two"
 rm -rf -- "$TEST_OUTPUT/base_samples"  # of an earlier quick test
 if [[ -z ${RESUME:-} ]]; then rm -rf -- "$TEST_OUTPUT/model"; fi
 OUTPUT_DIR="$TEST_OUTPUT/model" BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruct_pix2pix.sh
