@@ -195,6 +195,8 @@ def find_clips(
     id, reason) for each video that offers no pair. Without `target_required` a given start alone is enough. Raises
     UserError where frames, lengths or estimates are missing.
     """
+    if not data_dir.is_dir():
+        raise UserError(f"there is no data directory {data_dir}: name another")
     frames_folder = paths.frames_dir(data_dir, resolution)
     if not frames_folder.is_dir():
         command = paths.extraction_command(data_dir, resolution)

@@ -33,7 +33,10 @@ RECORDED = [*OF_PAIRS, *vars(DEFAULT_OPTIONS)]
 
 def recorded_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the model's training recorded (nothing for one of the hub's) of the options that `args` may leave out."""
-    trained = model.read_training_config(model.find_model(args.model_dir))
+    folder = model.find_model(args.model_dir)
+    if not any((folder / name).is_file() for name in (model.PIPELINE_INDEX, model.CHECKPOINT_WEIGHTS)):
+        model.load_pipeline(folder)  # which says what is wrong
+    trained = model.read_training_config(folder)
     settings = {name: trained[name] for name in RECORDED if name in trained}
     if "train_data_dir" in trained:
         settings["data_dir"] = Path(trained["train_data_dir"])

@@ -143,7 +143,7 @@ def describe_errors(cuts: pd.DataFrame, train: pd.DataFrame) -> str:
     difference = errors.estimator - errors[errors.drop(columns="estimator").mean().idxmin()]
     figures = ", ".join(f"{name} {value:.1f}" for name, value in errors.mean().items())
     spread = f"{difference.mean():+.1f} ± {half_width(difference):.1f}"
-    return f"mean error in points: {figures}; estimator - better constant: {spread} (95% interval)"
+    return f"mean error in points: {figures}; estimator - better constant: {spread} (95% interval; above 0: worse)"
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -61,7 +61,7 @@ def find_clips_of(args: argparse.Namespace, choice: FrameChoice, split: str, mos
     if not found:
         annotations = paths.filtered_annotations_path(args.train_data_dir, split)
         advice = f"extract them with: {paths.extraction_command(args.train_data_dir, args.resolution)}"
-        raise UserError(f"no video of {annotations} has both frames ({choice}): choose others, or {advice}")
+        raise UserError(f"{annotations}: no video has both frames ({choice}): choose others (pairs: 0, 1) or {advice}")
     return found if most is None else choose_balanced(found, args.seed, most)
 
 

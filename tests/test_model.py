@@ -117,6 +117,8 @@ def test_commands_end_in_one_line(data_dir, model, tmp_path):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert last_line(done.stderr).startswith(f"error: the model {model} cannot be loaded: unet/ holds no *.safet")
     assert not trap.exists() and not list(output_dir.rglob("model*"))
+    sampled = run("python", *sampling_command(tmp_path / "nowhere", tmp_path, output_dir), check=False)
+    assert f"the model {tmp_path} cannot be loaded: it holds no diffusers pipeline" in sampled.stderr  # not of the data
 
 
 def test_a_directory_that_is_not_there_is_not_asked_for_at_the_hub(tmp_path):

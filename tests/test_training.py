@@ -313,7 +313,7 @@ def test_mistakes_get_one_line(data_dir, tiny_model, tmp_path):
     (tmp_path / f"frames_{SIDE}x{SIDE}").mkdir()
     assert "python -m data.dataset --data_dir" in message(data_dir=tmp_path)
     assert "python -m data.video_loader --data_dir" in message("--resolution", 64)
-    assert "train_filtered.json has both frames (frame 20 to 90)" in message("--target_frame_idx", 90)
+    assert "train_filtered.json: no video has both frames (frame 20 to 90)" in message("--target_frame_idx", 90)
     assert "choose a later target" in message("--target_frame_idx", 20)
     nowhere = message(model="nobody/nothing")
     assert "HF_ENDPOINT" in nowhere and "nobody/nothing" in nowhere
