@@ -7,7 +7,6 @@ The object is kept where the ratio lies in 0.6..1.6, and has vanished below 0.3.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from skimage.morphology import dilation, disk
 from data.cli import CommandParser, run_command
 from data.prompts import PROMPT_PREFIX
 from data.video_decoder import load_picture
+from pecn.evaluation import read_metrics
 from pecn.scores import moving_region
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
@@ -26,7 +26,7 @@ LOW, HIGH = (-0.04, 0.04, 0.11, 0.25, 0.53, 0.70, 0.86), (0.03, 0.10, 0.18, 0.47
 def ratios(samples: Path) -> list[tuple[str, float]]:
     """(task, pixels of the object's hue over the target's) of each pair that can be judged."""
     found = []
-    for row in json.loads((samples / "metrics.json").read_bytes())["samples"]:
+    for row in read_metrics(samples)["samples"]:
         words = row["edit_prompt"].removeprefix(PROMPT_PREFIX).split()
         color = next((word for word in words if word in COLORS), None)
         if color and row["moving_share"]:

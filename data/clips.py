@@ -202,7 +202,7 @@ def find_clips(
         command = paths.extraction_command(data_dir, resolution)
         raise UserError(f"there is no folder {frames_folder}; extract the frames with: {command}")
     estimates = read_estimates(add_progress) if isinstance(add_progress, str) else None
-    clips, left_out = [], []
+    clips, left_out, record = [], [], paths.command("video_loader", data_dir)
     for entry in paths.read_filtered_annotations(data_dir, split):
         folder = frames_folder / entry["id"]
         extracted = paths.extracted_frames(folder)
@@ -216,7 +216,7 @@ def find_clips(
         progress = None
         if add_progress:
             starts = {start for start, _ in pairs} or {choice.start}
-            progress = told_progress(entry, starts) if estimates is None else estimates.get(entry["id"], {})
+            progress = told_progress(entry, starts, record) if estimates is None else estimates.get(entry["id"], {})
             if missing := starts - progress.keys():
                 raise UserError(f"{add_progress} has no estimate for frame {min(missing)} of video {entry['id']}")
         what = (folder, tuple(sorted(frames)), progress, choice.prompt_prefix)
@@ -224,12 +224,11 @@ def find_clips(
     return clips, left_out
 
 
-def told_progress(entry: Mapping[str, Any], starts: Collection[int]) -> dict[int, int]:
-    """The progress in percent at each frame of a video whose length is recorded."""
+def told_progress(entry: Mapping[str, Any], starts: Collection[int], command: str) -> dict[int, int]:
+    """The progress in percent at each frame of a video whose length is recorded; `command` records it."""
     num_frames = entry.get("num_frames")
     if num_frames is None or num_frames <= max(starts):
         length = f"for video {entry['id']} is {num_frames or 'not recorded'}, though frame {max(starts)} exists"
-        command = "python -m data.video_loader --data_dir DIR"
         raise UserError(f"progress prompts need num_frames, which {length}; set it with: {command}")
     return {frame: action_progress(frame, num_frames) for frame in range(num_frames)}
 

@@ -8,7 +8,6 @@ third a rendered clip of each task.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from data.clips import FrameChoice, choose_balanced, find_clips
 from data.prompts import PROMPT_PREFIX, build_prompt
 from data.video_decoder import load_picture
 from demo import BASE_MODEL, BASE_SETTINGS
-from pecn.evaluation import loaded_model
+from pecn.evaluation import loaded_model, read_metrics
 from pecn.pictures import panel_row, save_gif, save_picture, sheet
 from pecn.sampling import predict_frames
 from pecn.sampling_options import SamplingOptions
@@ -41,8 +40,9 @@ def parse_args() -> argparse.Namespace:
 
 def quick_test(samples: Path) -> list[np.ndarray]:
     """The inputs of random pairs, and then their predictions and truths."""
-    rows = json.loads((samples / "metrics.json").read_bytes())["samples"]
-    moving = [row for row in rows if row["moving_share"]][:NUM_PAIRS]  # they were drawn at random
+    moving = [row for row in read_metrics(samples)["samples"] if row["moving_share"]][
+        :NUM_PAIRS
+    ]  # they were drawn at random
     pictures = []
     for left, right in (("input", "input"), ("prediction", "target")):
         cells = []
@@ -63,10 +63,11 @@ def two_sentences() -> list[np.ndarray]:
     with loaded_model(str(BASE_MODEL)) as pipeline:
         for step in range(NUM_STEPS + 1):
             title = f"predicted, +{step * HORIZON}" if step else "input"
+            if step:
+                predicted = predict_frames(pipeline, frames, prompts, [SEED + step - 1] * 2, options)
+                frames = [prediction.sample for prediction in predicted]
             cells = [panel_row([(title, frame)], [sentence]) for frame, sentence in zip(frames, SENTENCES)]
             pictures.append(sheet(cells, columns=2))
-            predicted = predict_frames(pipeline, frames, prompts, [SEED + step] * 2, options)
-            frames = [prediction.sample for prediction in predicted]
     return pictures
 
 

@@ -37,5 +37,4 @@ def pretrain(pipeline: Pipeline, args: argparse.Namespace) -> None:
         latents = [encoded_clips(pipeline.vae, of_size, args) for of_size in frames]
         if args.vae_train_steps or not args.pretrained_model_name_or_path:  # a given UNet knows the factor of its VAE
             pipeline.vae.register_to_config(scaling_factor=latent_scaling_factor(latents))
-        if args.unet_train_steps or args.guided_train_steps:
-            train_unet(pipeline, latents, args, logs, functools.partial(validate, pipeline, pairs, args, logs))
+        train_unet(pipeline, latents, args, logs, functools.partial(validate, pipeline, pairs, args, logs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -118,23 +119,21 @@ def train_unet(
     """Trains the UNet in place, first plainly, then to guide itself; the text encoder is frozen."""
     unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
 
-    def loss_of_step(step: int) -> torch.Tensor:
+    def loss_of_step(step: int, seed: int, batch_size: int, whole_frames: float, guidance: float) -> torch.Tensor:
         with fast_arithmetic(unet.device):
-            batch = unet_batch(pipeline, sizes, step, args.seed, args.unet_batch_size)
-            return diffusion_loss(unet, scheduler, batch)
-
-    def guided_loss_of_step(step: int) -> torch.Tensor:
-        with fast_arithmetic(unet.device):
-            seed = derive_seed(args.seed, "guided")
-            batch = unet_batch(pipeline, sizes, step, seed, args.guided_batch_size, whole_frames=1)
-            return diffusion_loss(unet, scheduler, batch, guidance=GUIDANCE)
+            batch = unet_batch(pipeline, sizes, step, seed, batch_size, whole_frames)
+            return diffusion_loss(unet, scheduler, batch, guidance)
 
     def validate_guided(step: int) -> None:
         validate(args.unet_train_steps + step)
 
     options = {"weight_decay": 1e-3, "warmup_steps": 200, "depends_on": ("vae", "text")}
     if args.unet_train_steps:
-        train_stage("unet", unet, loss_of_step, args, logs, learning_rate=7e-4, validate=validate, **options)
+        how = {"seed": args.seed, "batch_size": args.unet_batch_size, "whole_frames": WHOLE_FRAMES, "guidance": 1}
+        loss = functools.partial(loss_of_step, **how)
+        train_stage("unet", unet, loss, args, logs, learning_rate=7e-4, validate=validate, **options)
     if args.guided_train_steps:
         options |= {"depends_on": ("vae", "text", "unet"), "validate": validate_guided}
-        train_stage("guided", unet, guided_loss_of_step, args, logs, learning_rate=5e-4, **options)
+        how = {"batch_size": args.guided_batch_size, "whole_frames": 1, "guidance": GUIDANCE}
+        loss = functools.partial(loss_of_step, seed=derive_seed(args.seed, "guided"), **how)
+        train_stage("guided", unet, loss, args, logs, learning_rate=5e-4, **options)
