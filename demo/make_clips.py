@@ -25,7 +25,7 @@ from data.video_loader import extract_missing
 from demo.renderer.clip import clip_id, plan_clip
 from demo.renderer.video import render_to_files
 
-RENDERER_VERSION = 2  # raised whenever the pictures change, so that old and new clips never mix in one folder
+RENDERER_VERSION = 3  # raised whenever the pictures change, so that old and new clips never mix in one folder
 ANNOTATION_NAMES = {"train": "train.json", "val": "validation.json"}
 SETTINGS_NAME = "rendered_clips.json"
 

@@ -29,12 +29,13 @@ def diffusion_loss(
     target = noise_scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
     if guidance != 1:
         first, last = (share * noise_scheduler.config.num_train_timesteps for share in GUIDED_TIMESTEPS)
-        is_guided = ((timesteps >= first) & (timesteps <= last)).float()[:, None, None, None]
-        unet_input = torch.cat([noisy_latents, torch.zeros_like(noisy_latents)], dim=1)
-        no_text = batch["empty_embeds"].expand_as(batch["prompt_embeds"])
-        with torch.no_grad():
-            unconditional = unet(unet_input, timesteps, no_text, return_dict=False)[0].float()
-        target = target + is_guided * (1 - 1 / guidance) * (prediction.detach() - unconditional)
+        guided = ((timesteps >= first) & (timesteps <= last)).nonzero()[:, 0]
+        if len(guided):
+            unet_input = torch.cat([noisy_latents[guided], torch.zeros_like(noisy_latents[guided])], dim=1)
+            no_text = batch["empty_embeds"].expand_as(batch["prompt_embeds"][guided])
+            with torch.no_grad():
+                unconditional = unet(unet_input, timesteps[guided], no_text, return_dict=False)[0].float()
+            target = target.index_add(0, guided, prediction.detach()[guided] - unconditional, alpha=1 - 1 / guidance)
     return F.mse_loss(prediction, target)
 
 

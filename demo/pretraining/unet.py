@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.nn.functional import avg_pool2d
 from torch.utils.tensorboard import SummaryWriter
 
-from data.clips import derive_seed
+from data.clips import DEFAULT_INPUT_FRAME_IDX, derive_seed
 from data.prompts import action_progress, build_prompt
 from demo.pretraining.clips import Clip, StoredClips, pick_size
 from demo.pretraining.stages import fast_arithmetic, memory_format, step_generator, train_stage
@@ -22,6 +22,7 @@ from pecn.diffusion import conditioning_dropout, diffusion_loss
 from pecn.model import Pipeline, encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
+USUAL_START = 0.5  # share of the pairs from the scripts' own start, where progress tells a clip's speed; else any start
 LAST_TIMESTEP = 0.1  # share of the samples at the last timestep, all noise, where the motion is decided
 WINDOW = 16  # side of the windows of latents that most steps train on
 WHOLE_FRAMES = 0.25  # share of the steps that train on whole frames
@@ -29,12 +30,15 @@ GUIDANCE = 2.0  # what the UNet learns to do in one pass in the last stage, on w
 
 
 def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[str]]:
-    """Frame pairs 1 to MAX_HORIZON frames apart, with any start: the rows of inputs and targets, and the prompts."""
+    """Frame pairs 1 to MAX_HORIZON frames apart: the rows of inputs and targets, and the prompts."""
     lengths = np.array([clip.num_frames for clip in clips])
     inputs, targets, prompts = [], [], []
     for index in rng.choice(len(clips), count, p=lengths / lengths.sum()):
         clip, horizon = clips[index], int(rng.integers(1, MAX_HORIZON + 1))
-        start = int(rng.integers(clip.num_frames - horizon))
+        last_start = clip.num_frames - horizon - 1
+        start = int(rng.integers(last_start + 1))
+        if rng.random() < USUAL_START and last_start >= DEFAULT_INPUT_FRAME_IDX:
+            start = DEFAULT_INPUT_FRAME_IDX
         inputs.append(clip.first_row + start)
         targets.append(clip.first_row + start + horizon)
         progress = action_progress(start, clip.num_frames) if rng.random() < TOLD else None

@@ -6,13 +6,13 @@ plausibility alone:
 
 - A hand moves along minimum-jerk curves, 10 s^3 - 15 s^4 + 6 s^5 (Flash and Hogan, "The coordination of arm
   movements", J. Neuroscience 5(7), 1985): it starts, speeds up, slows down and stops.
-- It reaches the object after 8 to 16% of the clip, acts until about 80 to 90%, and withdraws; objects
-  carried in are on their way at the first frame. The exact shares vary from clip to clip.
+- It reaches the object after 12% of the clip, acts until about 85%, and withdraws; objects carried in are
+  on their way at the first frame. An action's times are the same in all clips, so that a frame and the
+  progress tell what comes next.
 - A released object falls with constant acceleration, bounces with its kind's coefficient of restitution
-  and comes to rest. The acceleration is 2,600 to 3,400 pixels per clip length squared: a fall from 110
-  pixels takes a quarter to 0.3 of the clip. At a picture scale of about 4 pixels a centimeter that is
-  slower than on Earth, as in slow motion; at full speed a fall from hand height is over within three or
-  four frames at 12 frames per second.
+  and comes to rest. A fall from 110 pixels takes 0.27 of the clip. At a picture scale of about 4 pixels a
+  centimeter that is slower than on Earth, as in slow motion; at full speed a fall from hand height is over
+  within three or four frames at 12 frames per second.
 - A sheet or leaf reaches its terminal speed at once and sways from side to side with a period of its own.
 """
 
@@ -28,6 +28,8 @@ from demo.renderer.scene import HAND_DEPTH, Actor, Light, Pose
 from demo.renderer.sprites import ObjectSpec, Sprite, draw_object
 
 Point = tuple[float, float, float]  # x, ground y, height z in picture pixels
+
+GRAVITY = 3000.0  # pixels per clip length squared
 
 
 def minimum_jerk(share: float) -> float:
@@ -68,7 +70,6 @@ class Director:
         elevation: float,
     ) -> None:
         self.rng, self.objects, self.hands, self.light, self.elevation = rng, objects, hands, light, elevation
-        self.gravity = rng.uniform(2600, 3400)
         self.table_side: float | None = None
         self.side = 1 if rng.random() < 0.5 else -1  # which side a carried object comes from
 
@@ -98,7 +99,7 @@ class Director:
         `shoulder` is the point outside the picture where the arm begins; `arrive` < 0: held from the start.
         """
         reach_from = arrive - 0.14
-        withdraw_until = leave + self.between(0.16, 0.24)
+        withdraw_until = leave + 0.2
 
         def pose(u: float, closed: bool) -> Pose:
             x, y, z = grip(min(max(u, arrive), leave))
@@ -139,7 +140,7 @@ def slide(
         span = center - direction * distance / 2, center + direction * distance / 2
     y = d.between(160, 202) if y is None else y
     drift = d.between(-5, 5)
-    start, stop = d.between(0.08, 0.16), d.between(0.82, 0.92)
+    start, stop = 0.12, 0.87
     rolling = 360 / (np.pi * spec.width) if spec.kind.form == "ball" and pushed else 0.0
 
     def pose(u: float) -> Pose:
@@ -174,8 +175,7 @@ def raise_or_lower(d: Director, up: bool) -> list[Actor]:
     spec = d.objects[0]
     x, y, sway = d.between(110, 210), d.between(170, 205), d.between(-14, 14)
     rise = min(d.between(85, 125), y - d.top(spec) - 14)
-    start = d.between(0.08, 0.16) if up else d.between(-0.02, 0.04)
-    stop = d.between(0.84, 0.94) if up else d.between(0.76, 0.86)
+    start, stop = (0.12, 0.88) if up else (0.01, 0.81)
 
     def pose(u: float) -> Pose:
         share = minimum_jerk((u - start) / (stop - start))
@@ -226,15 +226,15 @@ def drop(d: Director, where: str) -> list[Actor]:
     """The hand carries the object over its landing place, lets go, and the object falls and bounces."""
     spec = d.objects[0]
     end = _landing(d, where, spec)
-    height = min(d.between(90, 125), end.y - end.z - d.top(spec) - 8)
-    release, carry = d.between(0.36, 0.46), d.side * d.between(95, 140)
+    height = min(110.0, end.y - end.z - d.top(spec) - 8)
+    release, carry = 0.41, d.side * d.between(95, 140)
     restitution = min(spec.kind.restitution, 0.3) if where in ("onto", "into") else spec.kind.restitution
     tilt = d.between(-16, 16)
 
     def pose(u: float) -> Pose:
         away = 1 - minimum_jerk((u + 0.08) / (release + 0.04))
-        z = end.z + falling_height(u - release, height, d.gravity, restitution)
-        tumble = tilt * np.sin(np.pi * np.clip((u - release) / np.sqrt(2 * height / d.gravity), 0, 1))
+        z = end.z + falling_height(u - release, height, GRAVITY, restitution)
+        tumble = tilt * np.sin(np.pi * np.clip((u - release) / np.sqrt(2 * height / GRAVITY), 0, 1))
         return Pose(end.x + away * carry, end.y, z + 10 * away, tumble, support=end.z)
 
     def grip(u: float) -> Point:
@@ -248,9 +248,9 @@ def drop(d: Director, where: str) -> list[Actor]:
 def float_down(d: Director) -> list[Actor]:
     """A sheet, leaf or feather is let go and sways down slowly."""
     spec = d.objects[0]
-    x, y, height = d.between(130, 190), d.between(175, 205), d.between(125, 150)
-    release, rest = d.between(0.14, 0.24), d.between(0.88, 0.97)
-    sway, swings, turn = d.side * d.between(18, 34), d.between(1.5, 2.4), d.between(10, 20)
+    x, y, height = d.between(130, 190), d.between(175, 205), 138.0
+    release, rest = 0.19, 0.92
+    sway, swings, turn = d.side * 26, 2, 15
 
     def pose(u: float) -> Pose:
         share = float(np.clip((u - release) / (rest - release), 0, 1))
@@ -269,13 +269,13 @@ def lift_and_drop(d: Director) -> list[Actor]:
     """The hand lifts the object, holds it for a moment and lets it drop."""
     spec = d.objects[0]
     x, y = d.between(120, 200), d.between(170, 205)
-    height = min(d.between(85, 120), y - d.top(spec) - 10)
-    start, release = d.between(0.07, 0.12), d.between(0.46, 0.54)
+    height = min(105.0, y - d.top(spec) - 10)
+    start, release = 0.1, 0.5
 
     def pose(u: float) -> Pose:
         if u < release:
             return Pose(x, y, height * minimum_jerk((u - start) / (release - 0.03 - start)))
-        return Pose(x, y, falling_height(u - release, height, d.gravity, spec.kind.restitution))
+        return Pose(x, y, falling_height(u - release, height, GRAVITY, spec.kind.restitution))
 
     def grip(u: float) -> Point:
         p = pose(min(u, release - 1e-6))
@@ -288,9 +288,9 @@ def throw_up(d: Director) -> list[Actor]:
     """The hand swings down, throws the object up and lets it fall onto the table."""
     spec = d.objects[0]
     x, y, drift = d.between(120, 200), d.between(180, 208), d.side * d.between(-40, -15)
-    apex = min(d.between(95, 125), y - d.top(spec) - 6)
-    release, at = d.between(0.28, 0.36), 32.0
-    speed = np.sqrt(2 * d.gravity * (apex - at))
+    apex = min(110.0, y - d.top(spec) - 6)
+    release, at = 0.32, 32.0
+    speed = np.sqrt(2 * GRAVITY * (apex - at))
     swing = 2 * (at - 4) / speed  # constant acceleration from height 4 to `at`
 
     def pose(u: float) -> Pose:
@@ -299,13 +299,13 @@ def throw_up(d: Director) -> list[Actor]:
             return Pose(x, y, 4 + 22 * (1 - minimum_jerk(u / (release - swing))))
         if since < 0:
             return Pose(x, y, 4 + (at - 4) * ((since + swing) / swing) ** 2)
-        rising = speed / d.gravity
+        rising = speed / GRAVITY
         z = (
-            apex - d.gravity * (since - rising) ** 2 / 2
+            apex - GRAVITY * (since - rising) ** 2 / 2
             if since < rising
-            else falling_height(since - rising, apex, d.gravity, spec.kind.restitution)
+            else falling_height(since - rising, apex, GRAVITY, spec.kind.restitution)
         )
-        flight = rising + np.sqrt(2 * apex / d.gravity)
+        flight = rising + np.sqrt(2 * apex / GRAVITY)
         return Pose(
             x + drift * min(since / flight, 1.0), y, z, angle=2 * drift * np.sin(np.pi * min(since / flight, 1))
         )
@@ -323,19 +323,19 @@ def push_off_table(d: Director) -> list[Actor]:
     direction = 1 if d.table_side > 160 else -1
     y, edge_at = d.between(138, 156), 0.6  # share of the push at which the object's middle passes the edge
     edge_x = d.table_side + direction * 4
-    start, leave = d.between(0.07, 0.13), d.between(0.48, 0.56)
+    start, leave = 0.1, 0.52
     duration, path = (leave - start) / edge_at, d.between(75, 105) / minimum_jerk(edge_at)
     start_x = edge_x - direction * path * minimum_jerk(edge_at)
     speed = direction * path * 30 * edge_at**2 * (1 - edge_at) ** 2 / duration
     floor = -min(d.between(64, 80), 226 - y)
     turn = direction * d.between(50, 100)
-    falling_time = np.sqrt(-2 * floor / d.gravity)
+    falling_time = np.sqrt(-2 * floor / GRAVITY)
 
     def pose(u: float) -> Pose:
         since = u - leave
         if since < 0:
             return Pose(start_x + direction * path * minimum_jerk((u - start) / duration), y)
-        z = floor + falling_height(since, -floor, d.gravity, spec.kind.restitution)
+        z = floor + falling_height(since, -floor, GRAVITY, spec.kind.restitution)
         slide = 0.5 * speed * 0.08 * (1 - np.exp(-max(since - falling_time, 0) / 0.08))
         turned = turn * min(since / falling_time, 1.0)
         return Pose(edge_x + speed * min(since, falling_time) + slide, y, z, turned, support=floor)
@@ -351,10 +351,9 @@ def put(d: Director, where: str, pretended: bool = False) -> list[Actor]:
     """The hand carries the object to its place, sets it down and withdraws (pretending: takes it back)."""
     spec = d.objects[0]
     end = _landing(d, where, spec)
-    stop, carry = d.between(0.76, 0.86), d.side * d.between(110, 150)
+    stop, carry = 0.81, d.side * d.between(110, 150)
     clearance = min(d.between(60, 90), end.y - end.z - d.top(spec) - 10)
-    down_from = stop - d.between(0.42, 0.5)
-    arrive_above = d.between(0.5, 0.58)
+    down_from, arrive_above = stop - 0.46, 0.54
 
     def pose(u: float) -> Pose:
         if pretended:
@@ -374,9 +373,9 @@ def put(d: Director, where: str, pretended: bool = False) -> list[Actor]:
 def cover(d: Director) -> list[Actor]:
     """The hand brings a cloth that hangs from its fingers and spreads it over the object."""
     spec, cloth = d.objects
-    x, y, stop = d.between(125, 195), d.between(168, 196), d.between(0.74, 0.84)
+    x, y, stop = d.between(125, 195), d.between(168, 196), 0.79
     carry, clearance = d.side * d.between(110, 150), min(d.between(60, 85), y - d.top(cloth) - 10)
-    down_from = stop - d.between(0.44, 0.5)
+    down_from = stop - 0.47
 
     def pose(u: float) -> Pose:
         away = 1 - minimum_jerk((u + 0.1) / 0.62)
