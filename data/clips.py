@@ -255,7 +255,7 @@ def draw_pair(clip: Clip, choice: FrameChoice, seed: int) -> FramePair:
 
 
 def describe_left_out(left_out: Sequence[tuple[str, str]], most_named: int | None = 5) -> str:
-    """One line that counts the reasons and names the first videos of each (None: all); empty for none left out."""
+    """One line that counts the reasons and names the first of each (None: all); empty for none left out."""
     if not left_out:
         return ""
     ids_of = defaultdict(list)
@@ -265,4 +265,4 @@ def describe_left_out(left_out: Sequence[tuple[str, str]], most_named: int | Non
         f"{len(ids)} {reason} ({', '.join(ids[:most_named])}{', …' if ids[:most_named] != ids else ''})"
         for reason, ids in sorted(ids_of.items(), key=lambda item: -len(item[1]))
     ]
-    return f"{len(left_out)} videos left out: {'; '.join(reasons)}"
+    return f"left out: {'; '.join(reasons)}"

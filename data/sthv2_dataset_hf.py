@@ -44,7 +44,7 @@ def main() -> None:
             print(f"  {task}: {len(prompts)}")
             for prompt in prompts[:3]:
                 print(f"    {prompt}")
-        print("  " + (clips.describe_left_out(left_out, most_named=None) or "no video left out"))
+        print("  " + (clips.describe_left_out(left_out, most_named=None) or "left out: none"))
         total += len(found)
     if not total:
         command = paths.extraction_command(args.data_dir, args.resolution)

@@ -86,7 +86,7 @@ def test_foreign_pictures_are_scored(data_dir, tmp_path, capsys):
     lines = score(
         save(tmp_path / "strips", strips), "strips_scored", "--layout", "strip", "--against", tmp_path / "scored"
     )
-    assert "1 videos left out: 1 not scored alike in both (val2)" in lines
+    assert "left out: 1 not scored alike in both (val2)" in lines
     assert lines[-1].startswith(f"where something moves the prediction is worse than {tmp_path / 'scored'}: -")
 
     with pytest.raises(UserError, match="choose their --resolution"):

@@ -154,7 +154,7 @@ def test_many_left_out_stay_one_readable_line():
         (f"video{number}", "without extracted frames" if number % 4 else "without frame 900") for number in range(100)
     ]
     assert describe_left_out(left_out) == (
-        "100 videos left out: 75 without extracted frames (video1, video2, video3, video5, video6, …);"
+        "left out: 75 without extracted frames (video1, video2, video3, video5, video6, …);"
         " 25 without frame 900 (video0, video4, video8, video12, video16, …)"
     )
     assert all(video_id in describe_left_out(left_out, most_named=None) for video_id, _ in left_out)

@@ -93,7 +93,7 @@ def test_runs_are_compared_on_the_pairs_of_both(data_dir, tiny_model, tmp_path):
     done = sample(data_dir, tiny_model, tmp_path / "two", *options)
     folders = list((tmp_path / "two" / "samples").iterdir())
     left = sorted({"val0", "val1", "val2"} - {folder.name for folder in folders})
-    assert len(folders) == 2 and f"videos left out: {len(left)} not scored alike in both ({left[0]}" in done.stdout
+    assert len(folders) == 2 and f"left out: {len(left)} not scored alike in both ({left[0]}" in done.stdout
     assert f"not clearly better than {tmp_path / 'all'}: " in done.stdout and "there 0%" in done.stdout
     for folder in folders:
         one, other = (read(path / "prediction.png") for path in (folder, tmp_path / "all" / "samples" / folder.name))

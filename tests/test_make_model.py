@@ -173,19 +173,22 @@ def test_all_frames_of_a_clip_are_stored_and_no_clip_is_both_trained_on_and_held
     assert len(large[1]) == 375
 
 
-def test_pairs_have_any_start_and_horizon_and_their_prompts_say_so(frames):
+def test_half_of_the_pairs_have_the_usual_start_the_others_any_and_their_prompts_say_so(frames):
     clips, rng = frames[0].training, np.random.default_rng(0)
     inputs, targets, prompts = draw_pairs(clips, 2_000, rng)
     horizons = np.array(targets) - inputs
     assert set(horizons) == set(range(1, 11))
+    starts = []
     for source, horizon, prompt in zip(inputs, horizons, prompts):
         clip = next(clip for clip in reversed(clips) if clip.first_row <= source)
         start = source - clip.first_row
         assert start + horizon < clip.num_frames and clip.label in prompt
+        starts.append(start)
         if "% of" in prompt:
             assert f"And {action_progress(start, clip.num_frames)}% of" in prompt
         if "later" in prompt:
             assert prompt.endswith(f" The frame is {horizon} frame{'s' if horizon > 1 else ''} later.")
+    assert 0.3 < starts.count(20) / len(starts) < 0.7 and set(starts) >= set(range(20))
 
 
 def test_training_steps_are_functions_of_the_seed_and_the_step(frames):

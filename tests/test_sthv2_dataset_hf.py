@@ -35,7 +35,7 @@ def test_command_shows_what_training_would_see(data_dir):
     assert "train: 6 frame pairs, frame 20 to 21" in shown
     assert "val: 3 frame pairs" in shown
     assert shown.count("pushing a cup from left to right. And 50% of the action has been completed.") == 3
-    assert "1 videos left out: 1 without frame 21 (train_short)" in shown
+    assert "left out: 1 without frame 21 (train_short)" in shown
     assert (
         "train: 7 videos, any frame to the one 1 to 3 later"
         in call(*command, "--input_frame_idx", "any", "--horizon", "1-3").stdout
