@@ -26,7 +26,7 @@ USUAL_START = 0.5  # share of the pairs from the scripts' own start, where progr
 LAST_TIMESTEP = 0.1  # share of the samples at the last timestep, all noise, where the motion is decided
 WINDOW = 16  # side of the windows of latents that most steps train on
 WHOLE_FRAMES = 0.25  # share of the steps that train on whole frames
-GUIDANCE = 2.0  # what the UNet learns to do in one pass in the last stage, on whole frames alone
+GUIDANCE = 3.0  # what the UNet learns to do in one pass in the last stage, on whole frames alone
 
 
 def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> tuple[list[int], list[int], list[str]]:

@@ -91,6 +91,7 @@ def build_pipeline(seed: int) -> StableDiffusionInstructPix2PixPipeline:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",  # its loss also counts where all is noise, where the motion is decided
         timestep_spacing="trailing",  # starts at the last timestep for any number of steps
+        rescale_betas_zero_snr=True,  # sampling begins with noise alone, so training has to (Lin et al., 2024)
     )
     return assemble_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 
