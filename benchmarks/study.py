@@ -78,7 +78,7 @@ STUDIES = {
     "horizons": Study(
         training="--max_train_steps 800 --train_batch_size 8 --learning_rate 3e-4 --lr_scheduler cosine"
         " --lr_warmup_steps 30 --add_progress True --random_flip",
-        sampling="--num_inference_steps 8 --scheduler dpmsolver++karras --image_guidance_scale 1 --num_predictions 8",
+        sampling="--num_inference_steps 8 --scheduler euler --image_guidance_scale 1 --num_predictions 8",
         groups={
             f"20 -> {20 + horizon}": [
                 Setting(f"frame 20, {horizon} ahead", f"{FROM_20} {horizon}", f"{FROM_20} {horizon}"),

@@ -10,8 +10,7 @@ BASE_SETTINGS = {
     "horizon": "1-10",
     "add_progress": True,
     "num_inference_steps": 8,
-    "scheduler": "dpmsolver++karras",
-    "strength": 0.95,
+    "scheduler": "euler",
     "guidance_scale": 1.0,
     "image_guidance_scale": 1.0,
 }

@@ -40,13 +40,11 @@ def parse_args() -> argparse.Namespace:
 
 def quick_test(samples: Path) -> list[np.ndarray]:
     """The inputs of random pairs, and then their predictions and truths."""
-    moving = [row for row in read_metrics(samples)["samples"] if row["moving_share"]][
-        :NUM_PAIRS
-    ]  # they were drawn at random
+    moving = [row for row in read_metrics(samples)["samples"] if row["moving_share"]]
     pictures = []
     for left, right in (("input", "input"), ("prediction", "target")):
         cells = []
-        for row in moving:
+        for row in moving[:NUM_PAIRS]:  # they were drawn at random
             frames = [load_picture(samples / "samples" / row["video_id"] / f"{name}.png") for name in (left, right)]
             label = row["edit_prompt"].removeprefix(PROMPT_PREFIX).partition(". And")[0]
             cells.append(panel_row(list(zip(("input, prediction", "input, truth"), frames)), [label]))
@@ -57,7 +55,7 @@ def quick_test(samples: Path) -> list[np.ndarray]:
 def two_sentences() -> list[np.ndarray]:
     """One frame twice, and how the base model goes on from it for either sentence, with the same noise."""
     settings = {name: BASE_SETTINGS[name] for name in vars(SamplingOptions()) if name in BASE_SETTINGS}
-    options = SamplingOptions(**settings | {"strength": 1})  # from noise alone there is more motion
+    options = SamplingOptions(**settings)
     prompts = [build_prompt(sentence, horizon=HORIZON) for sentence in SENTENCES]
     frames, pictures = [load_picture(FRAME)] * 2, []
     with loaded_model(str(BASE_MODEL)) as pipeline:
