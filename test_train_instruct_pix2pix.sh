@@ -33,8 +33,8 @@ else
 fi
 # The demo's model is small: it learns fast. Any other model is sampled from as sample_from_pix2pix.sh does it.
 if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
-  if [[ ${LORA:-False} == [Tt]rue ]]; then rate=1e-3; else rate=6e-4; fi
-  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-250} LEARNING_RATE=${LEARNING_RATE:-$rate}
+  if [[ ${LORA:-False} == [Tt]rue ]]; then rate=1e-3; else rate=8e-4; fi
+  export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-200} LEARNING_RATE=${LEARNING_RATE:-$rate}
   export MODEL_GUIDANCE_SCALE=${MODEL_GUIDANCE_SCALE:-3}
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-30}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-8} SCHEDULER=${SCHEDULER:-euler}

@@ -17,7 +17,7 @@ BATCH_SIZE=${BATCH_SIZE:-16}               # samples a step on each GPU
 GRADIENT_ACCUM=${GRADIENT_ACCUM:-1}        # passes a step: 2 with BATCH_SIZE=8 are 16 samples too, in less memory
 EPOCHS=${EPOCHS:-20}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-}       # overrides EPOCHS
-LEARNING_RATE=${LEARNING_RATE:-}           # empty: 5e-6, with LORA=True 1e-4 (the demo's model: 6e-4 and 1e-3)
+LEARNING_RATE=${LEARNING_RATE:-}           # empty: 5e-6, with LORA=True 1e-4 (the demo's model: 8e-4 and 1e-3)
 MODEL_GUIDANCE_SCALE=${MODEL_GUIDANCE_SCALE:-}  # 2: learn to draw in one pass what guidance draws; objects keep their looks
 LORA=${LORA:-False}                        # True: an adapter is trained, in much less memory, and merged when saved
 LR_SCHEDULER=${LR_SCHEDULER:-constant}     # or constant_with_warmup, linear, cosine
