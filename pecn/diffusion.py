@@ -33,8 +33,9 @@ def diffusion_loss(
         if len(guided):
             unet_input = torch.cat([noisy_latents[guided], torch.zeros_like(noisy_latents[guided])], dim=1)
             no_text = batch["empty_embeds"].expand_as(batch["prompt_embeds"][guided])
+            eager = getattr(unet, "_orig_mod", unet)  # torch would compile anew for each number of samples
             with torch.no_grad():
-                unconditional = unet(unet_input, timesteps[guided], no_text, return_dict=False)[0].float()
+                unconditional = eager(unet_input, timesteps[guided], no_text, return_dict=False)[0].float()
             target = target.index_add(0, guided, prediction.detach()[guided] - unconditional, alpha=1 - 1 / guidance)
     return F.mse_loss(prediction, target)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from torch._dynamo.testing import CompileCounter
 
 from data.cli import UserError
 from data.clips import FramePair
@@ -196,26 +197,43 @@ def test_an_infinite_loss_ends_the_run_only_where_the_step_was_not_skipped():
     assert log.num_updates == 2
 
 
+class Constant(torch.nn.Module):
+    """A stand-in for the UNet that predicts 2 c with the conditions and c without."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(value))
+
+    def forward(self, latents, timesteps, embeds, return_dict):
+        told = embeds.abs().sum(dim=(1, 2)) > 0
+        return (latents[:, :4] * 0 + self.value * (1 + 1 * told)[:, None, None, None],)
+
+
+def batch_at(timesteps: list[int]) -> dict[str, torch.Tensor]:
+    """Of ones, for `diffusion_loss`."""
+    ones = torch.ones(len(timesteps), 4, 2, 2)
+    embeds = {"prompt_embeds": torch.ones(len(timesteps), 3, 4), "empty_embeds": torch.zeros(1, 3, 4)}
+    latents = {"target_latents": ones, "image_latents": ones, "noise": ones}
+    return latents | embeds | {"timesteps": torch.tensor(timesteps)}
+
+
 def test_the_guided_loss_asks_for_what_guidance_would_draw():
-    """Of a stand-in that predicts 2 c with the conditions and c without: no gradient passes through the latter."""
-
-    class Constant(torch.nn.Module):
-        def __init__(self, value: float) -> None:
-            super().__init__()
-            self.value = torch.nn.Parameter(torch.tensor(value))
-
-        def forward(self, latents, timesteps, embeds, return_dict):
-            told = embeds.abs().sum(dim=(1, 2)) > 0
-            return (latents[:, :4] * 0 + self.value * (1 + 1 * told)[:, None, None, None],)
+    """No gradient passes through the prediction without conditions."""
 
     def gradient(value: float, timestep: int, guidance: float) -> float:
-        unet, ones = Constant(value), torch.ones(2, 4, 2, 2)
-        batch = {"target_latents": ones, "image_latents": ones, "noise": ones, "prompt_embeds": torch.ones(2, 3, 4)}
-        batch |= {"timesteps": torch.full((2,), timestep), "empty_embeds": torch.zeros(1, 3, 4)}
-        diffusion_loss(unet, DDPMScheduler(), batch, guidance).backward()
+        unet = Constant(value)
+        diffusion_loss(unet, DDPMScheduler(), batch_at([timestep] * 2), guidance).backward()
         return unet.value.grad.item()
 
     # The noise, 1, is to be half of 2 c + c, and the loss' gradient is 2 (2 c - (1 + c / 2)) times 2.
     assert gradient(2 / 3, 500, guidance=2.0) == pytest.approx(0, abs=1e-6)
     assert gradient(1.0, 500, guidance=2.0) == pytest.approx(2)
     assert gradient(0.5, 500, guidance=1.0) == gradient(0.5, 10, guidance=2.0) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_unet_is_compiled_once_whatever_number_of_samples_learns_guidance():
+    counter = CompileCounter()
+    unet = torch.compile(Constant(1.0), backend=counter, dynamic=False)
+    for timesteps in ([10, 10, 10], [10, 10, 500], [10, 500, 500], [500, 500, 500]):
+        diffusion_loss(unet, DDPMScheduler(), batch_at(timesteps), guidance=2.0).backward()
+    assert counter.frame_count == 1
