@@ -38,21 +38,21 @@ def minimum_jerk(share: float) -> float:
     return s**3 * (10 - 15 * s + 6 * s * s)
 
 
-def falling_height(elapsed: float, drop: float, gravity: float, restitution: float) -> float:
+def falling_height(elapsed: float, drop: float, restitution: float) -> float:
     """Height above the resting place of something let go at height `drop`, `elapsed` clip lengths ago.
 
-    Constant acceleration `gravity` (pixels per clip length squared); each bounce keeps the share
-    `restitution` of the speed; below 12% of the first impact's speed it rests.
+    Constant acceleration GRAVITY; each bounce keeps the share `restitution` of the speed; below 12% of the
+    first impact's speed it rests.
     """
-    time_to_ground = np.sqrt(2 * drop / gravity)
+    time_to_ground = np.sqrt(2 * drop / GRAVITY)
     if elapsed < time_to_ground:
-        return drop - gravity * max(elapsed, 0.0) ** 2 / 2
+        return drop - GRAVITY * max(elapsed, 0.0) ** 2 / 2
     elapsed -= time_to_ground
-    speed = restitution * gravity * time_to_ground
-    while restitution > 0 and speed > 0.12 * gravity * time_to_ground:
-        flight = 2 * speed / gravity
+    speed = restitution * GRAVITY * time_to_ground
+    while restitution > 0 and speed > 0.12 * GRAVITY * time_to_ground:
+        flight = 2 * speed / GRAVITY
         if elapsed < flight:
-            return speed * elapsed - gravity * elapsed**2 / 2
+            return speed * elapsed - GRAVITY * elapsed**2 / 2
         elapsed -= flight
         speed *= restitution
     return 0.0
@@ -233,7 +233,7 @@ def drop(d: Director, where: str) -> list[Actor]:
 
     def pose(u: float) -> Pose:
         away = 1 - minimum_jerk((u + 0.08) / (release + 0.04))
-        z = end.z + falling_height(u - release, height, GRAVITY, restitution)
+        z = end.z + falling_height(u - release, height, restitution)
         tumble = tilt * np.sin(np.pi * np.clip((u - release) / np.sqrt(2 * height / GRAVITY), 0, 1))
         return Pose(end.x + away * carry, end.y, z + 10 * away, tumble, support=end.z)
 
@@ -256,7 +256,7 @@ def float_down(d: Director) -> list[Actor]:
         share = float(np.clip((u - release) / (rest - release), 0, 1))
         calm = min(1.0, 4 * (1 - share))
         swing = 2 * np.pi * swings * share
-        return Pose(x + sway * np.sin(swing), y, height * (1 - share), turn * np.cos(swing) * np.sign(sway) * calm)
+        return Pose(x + sway * np.sin(swing), y, height * (1 - share), turn * np.cos(swing) * d.side * calm)
 
     def grip(u: float) -> Point:
         return x + d.side * spec.width * 0.45, y, height + 6
@@ -275,7 +275,7 @@ def lift_and_drop(d: Director) -> list[Actor]:
     def pose(u: float) -> Pose:
         if u < release:
             return Pose(x, y, height * minimum_jerk((u - start) / (release - 0.03 - start)))
-        return Pose(x, y, falling_height(u - release, height, GRAVITY, spec.kind.restitution))
+        return Pose(x, y, falling_height(u - release, height, spec.kind.restitution))
 
     def grip(u: float) -> Point:
         p = pose(min(u, release - 1e-6))
@@ -303,7 +303,7 @@ def throw_up(d: Director) -> list[Actor]:
         z = (
             apex - GRAVITY * (since - rising) ** 2 / 2
             if since < rising
-            else falling_height(since - rising, apex, GRAVITY, spec.kind.restitution)
+            else falling_height(since - rising, apex, spec.kind.restitution)
         )
         flight = rising + np.sqrt(2 * apex / GRAVITY)
         return Pose(
@@ -335,7 +335,7 @@ def push_off_table(d: Director) -> list[Actor]:
         since = u - leave
         if since < 0:
             return Pose(start_x + direction * path * minimum_jerk((u - start) / duration), y)
-        z = floor + falling_height(since, -floor, GRAVITY, spec.kind.restitution)
+        z = floor + falling_height(since, -floor, spec.kind.restitution)
         slide = 0.5 * speed * 0.08 * (1 - np.exp(-max(since - falling_time, 0) / 0.08))
         turned = turn * min(since / falling_time, 1.0)
         return Pose(edge_x + speed * min(since, falling_time) + slide, y, z, turned, support=floor)
