@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
         ("vae", "VAE", 5000, 8),
         ("text", "text encoder", 500, 32),
         ("unet", "UNet", 60_000, 16),
-        ("guided", "UNet", 10_000, 16),  # once more, to draw in one pass what guidance would
+        ("guided", "UNet", 15_000, 16),  # once more, to draw in one pass what guidance would
     ):
         steps_help = f"0: the {model} is not trained in this stage (%(default)s)"
         add(f"--{stage}_train_steps", type=steps, default=default_steps, help=steps_help)

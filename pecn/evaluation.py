@@ -96,7 +96,7 @@ def load_for_prediction(model_dir: str) -> tuple[model.Pipeline, torch.autocast]
     pipeline = load_from_checkpoint(folder) if is_checkpoint else model.load_pipeline(folder)
     if pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels:
         raise UserError(f"{model_dir} takes no input frame; train it first, or name another")
-    precision = model.read_training_config(folder).get("mixed_precision", "fp16" if device.type == "cuda" else "no")
+    precision = model.read_training_config(folder).get("mixed_precision", "fp16" if device.type == "cuda" else "bf16")
     if device.type == "cpu" and not (precision == "bf16" and is_fast_in_bf16("cpu")):
         precision = "no"
     pipeline.unet.requires_grad_(False).eval()

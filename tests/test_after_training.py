@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from data.cli import UserError
 from data.clips import FramePair
 from data.video_decoder import load_picture
-from pecn import sampling
+from pecn import evaluation, sampling
 from pecn.diffusion import diffusion_loss
 from pecn.model import load_pipeline, read_training_config
 from pecn.optimization import StepLog
@@ -85,6 +85,14 @@ def test_validation_and_sampling_score_the_same_in_bf16(data_dir, tiny_model, tm
     [folder] = {path.parent for path in (model / "logs").rglob("sample/events*")}
     drawn = scalars(folder, "validation/whole_psnr")[STEPS]
     assert np.mean([row["sample"]["whole_psnr"] for row in rows.values()]) == pytest.approx(drawn, abs=0.01)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_model_that_does_not_say_is_in_bf16_where_the_cpu_is_fast(tiny_model, monkeypatch, fast):
+    monkeypatch.setattr(evaluation, "is_fast_in_bf16", lambda device_type: fast)
+    with evaluation.loaded_model(str(tiny_model)) as pipeline:
+        assert torch.is_autocast_enabled("cpu") == fast
+        assert pipeline.unet.conv_in.weight.dtype == (torch.bfloat16 if fast else torch.float32)
 
 
 def test_every_model_has_a_card_with_its_prompt_and_scores(trained):

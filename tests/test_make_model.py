@@ -173,7 +173,7 @@ def test_all_frames_of_a_clip_are_stored_and_no_clip_is_both_trained_on_and_held
     assert len(large[1]) == 375
 
 
-def test_half_of_the_pairs_have_the_usual_start_the_others_any_and_their_prompts_say_so(frames):
+def test_half_of_the_pairs_have_the_usual_start_and_prompts_say_start_and_horizon_or_not(frames):
     clips, rng = frames[0].training, np.random.default_rng(0)
     inputs, targets, prompts = draw_pairs(clips, 2_000, rng)
     horizons = np.array(targets) - inputs
@@ -189,6 +189,8 @@ def test_half_of_the_pairs_have_the_usual_start_the_others_any_and_their_prompts
         if "later" in prompt:
             assert prompt.endswith(f" The frame is {horizon} frame{'s' if horizon > 1 else ''} later.")
     assert 0.3 < starts.count(20) / len(starts) < 0.7 and set(starts) >= set(range(20))
+    told = np.array(["later" in prompt for prompt in prompts])
+    assert 0.05 < np.mean(horizons[told] == 1) < 0.15 and 0.35 < np.mean(horizons[~told] == 1) < 0.55
 
 
 def test_training_steps_are_functions_of_the_seed_and_the_step(frames):

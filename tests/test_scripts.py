@@ -123,7 +123,7 @@ def test_the_quick_tests_options_follow_the_model_not_the_data(commands, tmp_pat
     kept.mkdir(parents=True)
     demo = options(DATA_DIR="data/demo", RESUME="latest")
     assert kept.is_dir() and "--resume_from_checkpoint latest " in demo  # the model of the run that goes on is kept
-    assert "--learning_rate 8e-4 " in demo and "--max_train_steps 200 " in demo and "--num_inference_steps 8 " in demo
+    assert "--learning_rate 8e-4 " in demo and "--max_train_steps 150 " in demo and "--num_inference_steps 8 " in demo
     assert f"--against {tmp_path}/out/base_samples " in demo and "--scheduler euler " in demo
     assert "--train_batch_size 8 --gradient_accumulation_steps 1 " in demo
     assert "--mixed_precision auto " in options(DATA_DIR="data/demo", NUM_PROCESSES=2).partition("pix2pix.py")[2]

@@ -22,6 +22,7 @@ from pecn.diffusion import conditioning_dropout, diffusion_loss
 from pecn.model import Pipeline, encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
+NEXT_FRAME = 0.4  # share of the pairs without a told horizon that are made one frame apart, the scripts' default
 USUAL_START = 0.5  # share of the pairs from the scripts' own start, where progress tells a clip's speed; else any start
 LAST_TIMESTEP = 0.1  # share of the samples at the last timestep, all noise, where the motion is decided
 WINDOW = 16  # side of the windows of latents that most steps train on
@@ -34,15 +35,16 @@ def draw_pairs(clips: Sequence[Clip], count: int, rng: np.random.Generator) -> t
     lengths = np.array([clip.num_frames for clip in clips])
     inputs, targets, prompts = [], [], []
     for index in rng.choice(len(clips), count, p=lengths / lengths.sum()):
-        clip, horizon = clips[index], int(rng.integers(1, MAX_HORIZON + 1))
+        clip, tells_horizon = clips[index], rng.random() < TOLD
+        next_frame = not tells_horizon and rng.random() < NEXT_FRAME
+        horizon = 1 if next_frame else int(rng.integers(1, MAX_HORIZON + 1))
         last_start = clip.num_frames - horizon - 1
-        start = int(rng.integers(last_start + 1))
-        if rng.random() < USUAL_START and last_start >= DEFAULT_INPUT_FRAME_IDX:
-            start = DEFAULT_INPUT_FRAME_IDX
+        usual = rng.random() < USUAL_START and last_start >= DEFAULT_INPUT_FRAME_IDX
+        start = DEFAULT_INPUT_FRAME_IDX if usual else int(rng.integers(last_start + 1))
         inputs.append(clip.first_row + start)
         targets.append(clip.first_row + start + horizon)
         progress = action_progress(start, clip.num_frames) if rng.random() < TOLD else None
-        prompts.append(build_prompt(clip.label, progress, horizon if rng.random() < TOLD else None))
+        prompts.append(build_prompt(clip.label, progress, horizon if tells_horizon else None))
     return inputs, targets, prompts
 
 
