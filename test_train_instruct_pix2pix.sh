@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quick test: prepares data, fine-tunes for a few minutes and samples from the result, with the scripts and the
+# The quick test: prepares data, fine-tunes for a minute and samples from the result, with the scripts and the
 # code of the full training. Without Something-Something V2 it uses the embedded default: clips that demo/ renders and
 # its small base model. Every variable can also be set from outside:
 #   DATA_DIR=data/sthv2 PRETRAINED_MODEL=timbrooks/instruct-pix2pix bash test_train_instruct_pix2pix.sh
@@ -45,7 +45,7 @@ export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}
 export DATA_DIR PRETRAINED_MODEL
 echo "base model: $PRETRAINED_MODEL (PRETRAINED_MODEL chooses another)"
 
-echo "3/5 training: a minute or two"
+echo "3/5 training: a minute"
 rm -rf -- "$TEST_OUTPUT/base_samples"  # of an earlier quick test
 if [[ -z ${RESUME:-} ]]; then rm -rf -- "$TEST_OUTPUT/model"; fi
 OUTPUT_DIR="$TEST_OUTPUT/model" BATCH_SIZE="${BATCH_SIZE:-8}" bash train_instruct_pix2pix.sh

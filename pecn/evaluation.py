@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
 def load_for_prediction(model_dir: str) -> tuple[model.Pipeline, torch.autocast]:
     """Loads a model, or a checkpoint of a run, and the context in which it computes in the precision of its training.
 
-    For a model that does not say that is fp16 on a GPU. On the CPU it is bf16 where that is fast, else float32.
+    A model that does not say counts as fp16 on a GPU, as bf16 on a CPU. A CPU computes in bf16 only for a model of
+    bf16 and where that is fast, else in float32.
     """
     device, folder = PartialState().device, model.find_model(model_dir)
     is_checkpoint = (folder / model.CHECKPOINT_WEIGHTS).is_file()

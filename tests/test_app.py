@@ -94,7 +94,8 @@ def test_a_clip_is_predicted_goes_on_and_back_as_rollouts_do(started):
     assert np.array_equal(shown["input"], load_picture(clip.path(20))) and shown["prediction"] is None
 
     choice = rollout_choice(page.choice, 2, "chained")
-    [rollout] = roll_out(page.pipeline, [clip], choice, "chained", 42, 1, sampling_options(page.args))
+    with page.precision:
+        [rollout] = roll_out(page.pipeline, [clip], choice, "chained", 42, 1, sampling_options(page.args))
     first, second = (one.predicted.sample for one in rollout.predictions.values())
     prompts = [one.edit_prompt for one in rollout.predictions.values()]
     one = visitor.do("predict", clip.label, 50)
@@ -137,7 +138,8 @@ def test_two_visitors_at_once_do_not_mix(started):
         together = list(pool.map(play, (0, 1)))
     for number, clip in enumerate(page.clips[:2]):
         choice = rollout_choice(page.choice, 2, "chained")
-        [rollout] = roll_out(page.pipeline, [clip], choice, "chained", 42, 1, sampling_options(page.args))
+        with page.precision:
+            [rollout] = roll_out(page.pipeline, [clip], choice, "chained", 42, 1, sampling_options(page.args))
         start, *frames = together[number]
         assert np.array_equal(start["input"], rollout.start)
         for shown, frame in zip(frames, rollout.predictions.values(), strict=True):
@@ -156,7 +158,8 @@ def test_a_picture_of_ones_own_is_read_and_drawn_as_the_command_does(started, tm
     shown = visitor.do("predict", LABEL, "none", 3, 7, True, 1, 1.5, 1.0, 2)  # progress, horizon, seed, …, draws
     assert shown["prompt"] == build_prompt(LABEL, None, 3) and shown["truth"] is None and shown["scores"] is None
     options = replace(sampling_options(page.args), num_predictions=2)
-    [frame] = predict_frames(page.pipeline, [start], [shown["prompt"]], [7], options)
+    with page.precision:
+        [frame] = predict_frames(page.pipeline, [start], [shown["prompt"]], [7], options)
     assert np.array_equal(shown["prediction"], frame.sample) and np.array_equal(shown["expected"], frame.expected)
     assert shown["spread"].shape == (SIDE, SIDE, 3)
 

@@ -173,7 +173,7 @@ def test_all_frames_of_a_clip_are_stored_and_no_clip_is_both_trained_on_and_held
     assert len(large[1]) == 375
 
 
-def test_half_of_the_pairs_have_the_usual_start_and_prompts_say_start_and_horizon_or_not(frames):
+def test_half_of_the_pairs_have_the_usual_start_and_almost_half_without_a_told_horizon_the_next_frame(frames):
     clips, rng = frames[0].training, np.random.default_rng(0)
     inputs, targets, prompts = draw_pairs(clips, 2_000, rng)
     horizons = np.array(targets) - inputs

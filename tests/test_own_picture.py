@@ -13,8 +13,7 @@ from skimage.data import astronaut
 from data.cli import UserError
 from data.prompts import build_prompt
 from data.video_decoder import read_picture
-from pecn.evaluation import default_output_dir
-from pecn.model import find_model, load_pipeline
+from pecn.evaluation import default_output_dir, loaded_model
 from pecn.sampling import predict_frames
 from tests.conftest import PROJECT, SIDE, run
 
@@ -94,8 +93,8 @@ def test_four_lines_of_python_draw_what_the_command_draws(photo, tiny_model, tmp
     done = predict(tiny_model, photo, tmp_path / "out", "--horizon", 5)  # of a model that does not say what it knows
     assert f"{LABEL}. The frame is 5 frames later." in done.stdout
     predict(tiny_model, photo, tmp_path / "out")
-    pipeline = load_pipeline(find_model(str(tiny_model)))
-    [predicted] = predict_frames(pipeline, [read_picture(photo, 128)], [build_prompt(LABEL)], seeds=[42])
+    with loaded_model(str(tiny_model)) as pipeline:
+        [predicted] = predict_frames(pipeline, [read_picture(photo, 128)], [build_prompt(LABEL)], seeds=[42])
     assert predicted.sample.shape == (128, 128, 3)
     assert np.array_equal(predicted.sample, read(tmp_path / "out" / "prediction.png"))
 

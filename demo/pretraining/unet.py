@@ -22,7 +22,7 @@ from pecn.diffusion import conditioning_dropout, diffusion_loss
 from pecn.model import Pipeline, encode_prompts
 
 CONDITIONING_DROPOUT = 0.05  # of the text alone, of both, and of the image alone
-NEXT_FRAME = 0.4  # share of the pairs without a told horizon that are made one frame apart, the scripts' default
+NEXT_FRAME = 0.4  # share of the pairs without a told horizon that get 1: the scripts' default, whose prompts tell none
 USUAL_START = 0.5  # share of the pairs from the scripts' own start, where progress tells a clip's speed; else any start
 LAST_TIMESTEP = 0.1  # share of the samples at the last timestep, all noise, where the motion is decided
 WINDOW = 16  # side of the windows of latents that most steps train on
