@@ -25,7 +25,7 @@ else
   python -m demo.make_clips --output_dir="$DATA_DIR" --num_train_clips "$NUM_TRAIN_CLIPS" --num_val_clips "$NUM_VAL_CLIPS" |
     sed '/^Next: /d'
   echo "2/5 choosing clips and extracting their frames: seconds"
-  python -m data.dataset --data_dir="$DATA_DIR" --seed "$SEED" | sed '/^Next: /d'
+  python -m data.dataset --data_dir="$DATA_DIR" --seed "$SEED" | sed 's/ Next: .*//'
   python -m data.video_loader --data_dir="$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
   export PROGRESS=${PROGRESS:-True} EXTRA_ARGS=${EXTRA_ARGS:---random_flip}
