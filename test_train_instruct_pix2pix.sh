@@ -29,7 +29,6 @@ else
   python -m data.video_loader --data_dir="$DATA_DIR" --resolutions "$RESOLUTION"
   PRETRAINED_MODEL=${PRETRAINED_MODEL:-demo/base_model}
   export PROGRESS=${PROGRESS:-True} EXTRA_ARGS=${EXTRA_ARGS:---random_flip}
-  export NUM_VALIDATION_IMAGES=${NUM_VALIDATION_IMAGES:-6}
 fi
 # The demo's model is small: it learns fast. Any other model is sampled from as sample_from_pix2pix.sh does it.
 if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
@@ -39,7 +38,7 @@ if [[ $PRETRAINED_MODEL == demo/base_model ]]; then
   export LR_SCHEDULER=${LR_SCHEDULER:-cosine} LR_WARMUP_STEPS=${LR_WARMUP_STEPS:-20}
   export NUM_INFERENCE_STEPS=${NUM_INFERENCE_STEPS:-8} SCHEDULER=${SCHEDULER:-euler}
   export IMAGE_GUIDANCE_SCALE=${IMAGE_GUIDANCE_SCALE:-1}
-  export NUM_SAMPLES=${NUM_SAMPLES:-all} NUM_PREDICTIONS=${NUM_PREDICTIONS:-4}
+  export NUM_SAMPLES=${NUM_SAMPLES:-all} NUM_PREDICTIONS=${NUM_PREDICTIONS:-3}
 fi
 export MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-20}
 export DATA_DIR PRETRAINED_MODEL
